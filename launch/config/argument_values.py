@@ -59,10 +59,11 @@ class ArgumentSpec:
 
 
 def parse_value(text: str, annotation: Any, spec: ArgumentSpec | None = None) -> Any:
-    """`text` as a value of the annotated type ("[1,2]" as list[int]: [1, 2]). Raises ValueError with what it must be.
+    """Read the text of a typed argument as a value of its annotated type: "[1,2]" as list[int] is [1, 2].
 
     `annotation`: bool, int, float, str, Path, an enum (typed by the name of a member), a list of one of these, or `X | None` of
-    one. `spec`: the bounds of a number and the choices of a text; None if there are none.
+    one. `spec`: the bounds of a number and the choices of a text; None if there are none. Raises ValueError with what it must be,
+    such as "must be true or false".
     """
     spec = spec or ArgumentSpec(kind="option", text="")
     if get_origin(annotation) in (Union, types.UnionType):
@@ -88,7 +89,7 @@ def parse_value(text: str, annotation: Any, spec: ArgumentSpec | None = None) ->
 
 
 def unquoted_list_entries(text: str) -> list[str]:
-    """The entries of a list as typed, without quotes around them: `["a",b]` -> ["a", "b"], and `a` without brackets -> ["a"]."""
+    """Split a list as typed into its entries, without quotes around them: `["a",b]` is ["a", "b"], and `a` alone is ["a"]."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     entries = []
     for entry in split_at_commas(inner):
@@ -105,9 +106,10 @@ def suggestion_of_similar_name(typed: str, known: Iterable[str], *, end: str = "
 
 
 def _parse_number_in_bounds(text: str, annotation: type, spec: ArgumentSpec) -> float:
-    """The number that `text` spells, as `annotation` (`int` or `float`).
+    """Read the text of an argument as a number within its bounds, of the type `annotation` (`int` or `float`).
 
-    Raises ValueError if it is no number or outside the bounds of `spec`: "must be a whole number, at least 1".
+    `spec`: the bounds, of which the message speaks. Raises ValueError if it is no number or outside of them: "must be a whole
+        number, at least 1".
     """
     number = _parse_number(text, annotation)
     if number is not None:
@@ -124,7 +126,7 @@ def _parse_number_in_bounds(text: str, annotation: type, spec: ArgumentSpec) -> 
 
 
 def _parse_number(text: str, annotation: type) -> float | None:
-    """The number that a text spells, such as 600 or 1e-4; None if it spells none, or a fraction where `annotation` is int."""
+    """The number that a typed text spells, such as 600 or 1e-4; None if it spells none, or a fraction where an int is needed."""
     # `int()` and `float()` would also take `1_000`, `inf` and blanks. 18 digits fit into 64 bits.
     if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
         return int(text)

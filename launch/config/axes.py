@@ -48,7 +48,7 @@ class Axes:
         return values_by_key
 
     def points(self) -> list[list[str]]:
-        """The arguments of every point: the cartesian product of all axes, in which the last axis changes fastest.
+        """The arguments of every run of a sweep: all combinations of the axes' values, in which the last axis changes fastest.
 
         A setting that only some choices of an axis have is left out of the other points, as `tuning.rank` of a point with
         `tuning=full`. Points that become equal by this are one point: `tuning=full,lora tuning.rank=4,8` has three.
@@ -74,7 +74,10 @@ class Axes:
         return points
 
     def values_on_axes(self, point: list[str]) -> dict[str, str]:
-        """The values of a point, by axis. An axis that the point lacks is left out."""
+        """What tells a point from the others: its value on each axis, by key: {"optim.lr": "1e-4"}.
+
+        `point`: its arguments, with those that all points share. An axis that the point lacks is left out.
+        """
         axis_keys = self.values_by_axis.keys()
         return {
             argument_key(argument): argument_value(argument)
@@ -88,7 +91,10 @@ class Axes:
         return " ".join(arguments) or "only point"
 
     def partial_setting_lines(self) -> list[str]:
-        """A line such as `tuning.rank: only where tuning is lora` for each setting that some points lack."""
+        """The lines that tell the user which settings only some points of the sweep have, and which points these are.
+
+        Such as `tuning.rank: only where tuning is lora`.
+        """
         values_by_axis = self.values_by_axis
         sentences = []
         for key, required in self._required_choices_by_key().items():
@@ -97,10 +103,10 @@ class Axes:
         return sentences
 
     def _required_choices_by_key(self) -> dict[str, RequiredChoices]:
-        """The choices of an axis that a setting of the command line requires, by the key of the setting.
+        """Which typed settings only some points of the sweep can have, and the choices of an axis that they need.
 
-        Only for settings that some choices of the axis have and others lack: `tuning=full,lora tuning.rank=8` ->
-        {"tuning.rank": RequiredChoices("tuning", ("lora", ...))}, since `full` has no rank.
+        `tuning=full,lora tuning.rank=8` gives {"tuning.rank": RequiredChoices("tuning", ("lora", ...))}, since `full` has no
+        rank. Settings that every choice of the axis has, or none, are left out.
         """
         from launch.config.known_settings import all_settings, find_setting
 
@@ -111,6 +117,7 @@ class Axes:
             group = key.partition(".")[0]
             if key == group or group not in values_by_axis:
                 continue
+            # Under which choices of its group a setting exists; None for a mistyped key, which composing the points reports.
             setting = find_setting(all_settings(), key)
             if setting is None:
                 continue
@@ -141,9 +148,10 @@ def argument_value(argument: str) -> str:
 
 
 def read_axes(arguments: list[str]) -> Axes:
-    """Split each command-line argument at the commas between its values: `optim.lr=1e-4,2e-4` becomes an axis of two values.
+    """Split the arguments of a sweep at the commas between their values: `optim.lr=1e-4,2e-4` is an axis of two values.
 
-    Raises ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`, and for a glob or function that stands for no value.
+    Raises ConfigError, with all problems at once, for an empty value, as in `optim.lr=1e-4,,2e-4`, and for a glob or function
+    that stands for no value.
     """
     problems: list[str] = []
     alternative_arguments: list[tuple[str, ...]] = []
@@ -158,10 +166,11 @@ def read_axes(arguments: list[str]) -> Axes:
 
 
 def split_at_commas(text: str) -> list[str]:
-    """The parts between commas, stripped: `a,[b,c],"d,e"` has three. Commas within quotes or any brackets don't count."""
+    """Split a typed value at its commas, but not at those within quotes or brackets: `a,[b,c],"d,e"` has three parts."""
     parts = [""]
     depth = 0  # of open brackets
     quote = ""  # the quotation mark that is open; empty outside quotes
+    # Each character with the one before it, which tells an escaped quote from a closing one.
     for previous, character in zip(" " + text, text, strict=False):
         if quote:
             if character == quote and previous != "\\":
@@ -180,7 +189,9 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def _single_value_arguments(argument: str) -> list[str]:
-    """The arguments, one for each value, that one argument of a sweep stands for:
+    """The arguments with one value each that one argument of a sweep stands for: `optim.lr=1e-4,2e-4` is two.
+
+    By its value:
 
     - `optim.lr=1e-4,2e-4`: values between commas;
     - `tuning=glob(*ora)`: the choices or files that match;
@@ -227,10 +238,10 @@ def _arguments_of_hydra_function(argument: str) -> list[str]:
 
 
 def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
-    """What a glob in the value of `key` matches, sorted: choices, if `key` is a group, otherwise files.
+    """The values that a glob on the command line of a sweep stands for, sorted: choices if `key` is a group, otherwise files.
 
-    `glob_text`: such as `glob(*ora)` or `glob([a*,b*],exclude=c)`. `whole_argument`: such as `tuning=glob(*)`, for messages.
-    Raises ConfigError if nothing matches, or if every published model does.
+    `tuning=glob(*ora)` is `dora` and `lora`. `glob_text`: such as `glob(*ora)` or `glob([a*,b*],exclude=c)`. `whole_argument`:
+    for messages. Raises ConfigError if nothing matches, or if every published model does, since that is surely not meant.
     """
     included: set[str] = set()
     excluded: set[str] = set()
@@ -264,7 +275,7 @@ def _matches_of_pattern(key: str, pattern: str) -> list[str]:
 
 
 def point_exclusion_flags(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
-    """For each point of a sweep (a run: one value for each axis), in order: whether a condition excludes it.
+    """For each point of a sweep, in order, whether one of the user's conditions leaves it out. A point is one run.
 
     A condition is arguments joined by `+`, such as `tuning=lora+optim.lr=2e-4`.
 
@@ -304,7 +315,7 @@ def _meets_condition(condition: list[tuple[str, str]], values: dict[str, str]) -
 
 
 def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tuple[str, str]]:
-    """The (key, value) pairs of a condition: `tuning=lora+optim.lr=2e-4` gives [("tuning", "lora"), ("optim.lr", "2e-4")].
+    """Read a condition on points of a sweep: `tuning=lora+optim.lr=2e-4` is [("tuning", "lora"), ("optim.lr", "2e-4")].
 
     It selects the points that have all of these values. `name`: the setting that holds the condition, for messages. An argument
     that is no swept setting (axis) with one of its values is left out, and a message is appended to `problems`.
@@ -325,9 +336,9 @@ def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> li
 
 
 def point_label(values: dict[str, str]) -> str:
-    """The name of a sweep point for people and directories, such as `fsdp2-lora-lr2e-4`; `point` if there is no axis.
+    """Name a point of a sweep for people and directories, such as `fsdp2-lora-lr2e-4`; `point` if there is no axis.
 
-    `values`: the point's value on each axis, by key.
+    `values`: the point's value on each axis, by key: {"strategy": "fsdp2", "tuning": "lora", "optim.lr": "2e-4"}.
     """
     axis_labels = [_axis_label(key, value) for key, value in values.items()]
     joined = "-".join(label for label in axis_labels if label)
@@ -337,10 +348,11 @@ def point_label(values: dict[str, str]) -> str:
 def set_point_name_in_trackers(
     logging: LoggingConfig, sweep_dir: Path, point_name: str, arguments: Iterable[str]
 ) -> None:
-    """Set `logging.group`, `.name` and `.columns` so that W&B and other trackers show the points of a sweep as one group.
+    """Set `logging.group`, `.name` and `.columns` of one point, so that W&B and other trackers show a sweep as one group.
 
-    The group gets the name of `sweep_dir`, unless the user or WANDB_RUN_GROUP names one. `arguments`: the point's values on the
-    axes, such as `optim.lr=1e-4`; each gets a column.
+    The group gets the name of `sweep_dir`, unless the user or WANDB_RUN_GROUP names one. `point_name`: such as `lora-lr2e-4`,
+    behind the user's own name for the run. `arguments`: the point's values on the axes, such as `optim.lr=1e-4`; each gets a
+    column.
     """
     logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or sweep_dir.resolve().name
     logging.name = f"{logging.name}-{point_name}" if logging.name else point_name
@@ -353,7 +365,9 @@ def set_point_name_in_trackers(
 
 
 def _axis_label(key: str, value: str) -> str:
-    """A point's value on one axis as a part of the point's name, by what the axis is:
+    """One point's value on one axis, as a part of the point's name, safe for a directory: `optim.lr`, `2e-4` -> `lr2e-4`.
+
+    By what the axis is:
 
     - a group of settings with named choices, such as `tuning`: the choice, `lora`;
     - a path: its last part, `chat.jsonl`;

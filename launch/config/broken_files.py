@@ -8,10 +8,11 @@ from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
 
 def suspected_files_text(choices: dict[str, str]) -> str:
-    """The files that may be at fault if Hydra cannot compose these choices (by group), as "conf/debug/x.yaml or my/a.yaml".
+    """Name the files that may be at fault if Hydra cannot compose a configuration: "conf/debug/x.yaml or my/a.yaml".
 
-    Only files of the user and those that hold settings of every group are named: the groups that we ship are tested.
-    `conf/local/default.yaml` is the user's too, and is read in every run that does not choose another one.
+    `choices`: by group, {"debug": "x"}. Only files of the user and those that hold settings of every group are named: the groups
+        that we ship are tested. `conf/local/default.yaml` is the user's too, and is read in every run that does not choose
+        another one.
     """
     files = []
     for group in ("experiment", "debug"):
@@ -29,7 +30,7 @@ def suspected_files_text(choices: dict[str, str]) -> str:
 
 
 def composition_problem_line(error: Exception) -> str:
-    """An error of Hydra, OmegaConf or the YAML reader as one line for the user. It begins with the setting, if one is at fault.
+    """Write an error of Hydra, OmegaConf or the YAML reader as one line for the user, with the setting that is at fault.
 
     Such as "line 3 is not valid YAML: mapping values are not allowed here", or "optim.lr: Value 'x' could not be converted".
     """

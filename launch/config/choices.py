@@ -26,9 +26,10 @@ USER_CONFIG_DIRS: list[Path] = []
 
 @cache
 def choices_by_group() -> dict[str, list[str]]:
-    """The choices of every group of `conf/`, both in alphabetical order, with those of `--config-dir`.
+    """The choices that each group of settings has, by which `tuning=lora` is checked: {"tuning": ["adalora", ...], ...}.
 
-    For example `tuning` has `full`, `lora` and others: the names of the files in `conf/tuning`.
+    A choice is a YAML file, `conf/tuning/lora.yaml`; those in the user's directories (`--config-dir`) count too. Groups and
+    choices are in alphabetical order.
     """
     all_choices = dict(shipped_choices_by_group())
     for directory in USER_CONFIG_DIRS:
@@ -38,7 +39,10 @@ def choices_by_group() -> dict[str, list[str]]:
 
 
 def is_published_shape_choice(group: str, choice: str) -> bool:
-    """Whether a choice is the name of a published shape, as in `model=llama3_8b`. A file `model/llama3_8b.yaml` counts first."""
+    """Whether a choice names a published model of which only layer sizes are known (its shape), as in `model=llama3_8b`.
+
+    False if there is a file `model/llama3_8b.yaml`, which counts first.
+    """
     if group != MODEL_GROUP or choice not in shape_names():
         return False
     return not any(_choice_file(directory, group, choice).exists() for directory in (CONF_DIR, *USER_CONFIG_DIRS))
@@ -56,7 +60,7 @@ def _choices_in(directory: Path) -> list[str]:
 
 @cache
 def shipped_choices_by_group() -> dict[str, list[str]]:
-    """The choices of every group of `conf/`, without those of the user's own directories."""
+    """The choices of every group of `conf/`, without those of the user's own directories: {"tuning": ["adalora", ...], ...}."""
     shipped: dict[str, list[str]] = {}
     for directory in sorted(CONF_DIR.iterdir()):
         if not directory.is_dir() or directory.name.startswith(("_", ".")) or directory.name == HARDWARE_DIRECTORY:
@@ -70,10 +74,9 @@ def shipped_choices_by_group() -> dict[str, list[str]]:
 
 
 def add_user_config_dir(directory: Path) -> None:
-    """Add the files of a user's directory (`--config-dir`), which is laid out like `conf/`, to the choices of the groups.
+    """Add the settings files of a user's directory (`--config-dir`), laid out like `conf/`, to the choices of this process.
 
-    Adds the directory to USER_CONFIG_DIRS and clears the cache of `choices_by_group`. Raises ConfigError if it has no choices, or
-    if one of its files has the name of a file that we ship.
+    Raises ConfigError if it has no choices, or if one of its files has the name of a file that we ship.
     """
     from strategies.errors import ConfigError
 
@@ -95,6 +98,7 @@ def add_user_config_dir(directory: Path) -> None:
         )
     if directory not in USER_CONFIG_DIRS:
         USER_CONFIG_DIRS.append(directory)
+    # It is cached, and was perhaps asked before.
     choices_by_group.cache_clear()
 
 
@@ -121,7 +125,7 @@ REGISTRY_LOCATION_BY_GROUP = {
 
 
 def settings_class_of(group: str, name: str) -> type:
-    """The settings dataclass of a group's choice, such as `LoraConfig` for `tuning`, `lora`.
+    """The dataclass of a choice's settings, such as `LoraConfig` for `tuning`, `lora`.
 
     Some choices share the class of another one (SETTINGS_BORROWED_FROM_CHOICE): zero1, zero2 and zero3 have the class of `zero`.
     Raises ConfigError for a file of `conf/` without a class.
@@ -154,10 +158,10 @@ def register_schemas() -> None:
 
 
 def add_table_entry(tree: Any, key: str) -> None:
-    """Add the entry that holds the setting `key` to its table in a composed tree, with defaults, unless the entry is there.
+    """Make sure that a table has the entry which the setting `key` belongs to, since OmegaConf sets nothing in a missing one.
 
-    A table is a setting whose entries the user names: `evaluation.tasks.qa.kind` adds the entry `qa` to `evaluation.tasks`. A key
-    outside of such tables adds nothing. `tree`: the OmegaConf tree of a run's settings.
+    A table is a setting whose entries the user names: `evaluation.tasks.qa.kind` adds the entry `qa` to `evaluation.tasks`, with
+    defaults. A key outside of such tables adds nothing. `tree`: the OmegaConf tree of a run's settings.
     """
     from omegaconf import OmegaConf
 

@@ -34,10 +34,10 @@ class NoDigest(Exception):
 
 
 def local_model_directory(config: ModelConfig, path: str | None, revision: str | None) -> Path | None:
-    """The directory of a model's or tokenizer's files on this machine (with or without weights); None if they are not here.
+    """Where the files of a model or tokenizer lie on this machine, with or without weights; None if they are not here.
 
-    `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network. `config`: for the options of
-    looking up; its own path and revision are not used.
+    `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network. `revision`: of the hub, None
+    for the newest. `config`: for the options of looking up; its own path and revision are not used.
     """
     from dataclasses import replace
 
@@ -54,8 +54,9 @@ def local_model_directory(config: ModelConfig, path: str | None, revision: str |
 def model_code_digest(directory: Path, *, download: bool = False) -> str | None:
     """SHA-256 of the Python code that `trust_remote_code` would run for a model's directory; None if there is no code.
 
-    Code of another repository that `auto_map` in config.json names counts too. `download`: whether such a repository would be
-    fetched if it is not on this machine. Raises NoDigest if code may lie anywhere, is not here yet, or cannot be read.
+    A user's consent to run the code is remembered by it. Code of another repository that `auto_map` in config.json names counts
+    too. `download`: whether such a repository would be fetched if it is not on this machine. Raises NoDigest if code may lie
+    anywhere, is not here yet, or cannot be read.
     """
     # Such as `modeling.Net` in this directory, or `owner/name--modeling.Net` in another repository.
     references = sorted({*_auto_map_references(directory)})
@@ -78,15 +79,17 @@ def model_code_digest(directory: Path, *, download: bool = False) -> str | None:
             digest_by_reference[reference] = "absent"
         else:
             digest_by_reference[reference] = _sha256_of_files(dict(_code_content_by_name(repository_directory)))
+    # Also which code is named, since it decides what of the files is run.
     auto_map = json.dumps([references, digest_by_reference]).encode()
     return _sha256_of_files({**files, "auto_map": auto_map})
 
 
 def task_code_digest(path: Path) -> str:
-    """SHA-256 of an lm_eval task: its YAML (or each YAML in a directory), what they include, and the Python code beside them.
+    """SHA-256 of an lm_eval task: its YAML, or each YAML in a directory, what they include, and the Python code beside them.
 
-    For a single YAML, only the Python files of its own folder count: it may lie above runs, whose files change all the time.
-    Raises NoDigest if a file cannot be read or is no YAML, or if there are more than MAX_FILES_AND_FOLDERS files.
+    A user's consent to run the code is remembered by it. For a single YAML, only the Python files of its own folder count: it may
+    lie above runs, whose files change all the time. Raises NoDigest if a file cannot be read or is no YAML, or if there are more
+    than MAX_FILES_AND_FOLDERS files.
     """
     directory = path.resolve()
     if directory.is_dir():
@@ -100,9 +103,10 @@ def task_code_digest(path: Path) -> str:
 
 
 def _contents_with_named_files(task_files: list[Path], directory: Path) -> dict[str, bytes]:
-    """The contents of the YAML files of tasks and of all files that they name, by path relative to `directory`.
+    """The contents of the YAML files of tasks and of all files that they name, directly or through another, for a digest.
 
-    Each file is read once, because two may include each other. Raises NoDigest as `task_code_digest` does.
+    By path relative to `directory`. Each file is read once, because two may include each other. Raises NoDigest as
+    `task_code_digest` does.
     """
     contents: dict[str, bytes] = {}
     files_to_read = list(task_files)
@@ -111,6 +115,7 @@ def _contents_with_named_files(task_files: list[Path], directory: Path) -> dict[
         file = files_to_read.pop()
         content = _read_code_file(file)
         contents[os.path.relpath(file, directory)] = content
+        # What Python code imports from beside is among the code files that the caller adds.
         if file.suffix in CODE_SUFFIXES:
             continue
         try:
@@ -142,12 +147,13 @@ _FunctionNameLoader.add_constructor("!function", _collect_function_name)
 
 
 def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
-    """The files that the YAML `file` of an lm_eval task names: those under `include`, and the Python modules of `!function`.
+    """The files that one YAML of an lm_eval task names: those under `include`, and the Python modules of `!function`.
 
-    Relative names are looked up as lm_eval does. `content`: the bytes of the file. Raises YAMLError, ValueError or RecursionError
-    if the content is no YAML.
+    `content`: the bytes of `file`. Relative names are looked up as lm_eval does. Raises YAMLError, ValueError or RecursionError
+        if the content is no YAML.
     """
     loader = _FunctionNameLoader(content)
+    # This fills `function_names` too.
     tree = loader.get_single_data()
     for name in _include_values(tree):
         yield file.parent / name
@@ -158,7 +164,7 @@ def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
 
 
 def _include_values(tree: Any) -> Iterator[str]:
-    """The file names under `include` at every level of a YAML document."""
+    """The file names under `include` at every level of a YAML document of a task (`tree`)."""
     pending = [tree]
     visited_ids = set[int]()
     while pending:
@@ -175,7 +181,7 @@ def _include_values(tree: Any) -> Iterator[str]:
 
 
 def _code_content_by_name(directory: Path) -> Iterator[tuple[str, bytes]]:
-    """(relative name, content) of each Python file below a directory, in alphabetical order: ("sub/modeling.py", b"...").
+    """Each Python file below a directory, in alphabetical order, as (relative name, content): ("sub/modeling.py", b"...").
 
     Raises NoDigest if there are more than `MAX_FILES_AND_FOLDERS` files and folders, or a file cannot be read.
     """
@@ -192,7 +198,7 @@ def _code_content_by_name(directory: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _auto_map_references(directory: Path) -> Iterator[str]:
-    """The Python classes that a model's config files name in `auto_map`, such as `modeling.Net`.
+    """The Python classes that a model's config files name in `auto_map`, which `trust_remote_code` would import: `modeling.Net`.
 
     Raises NoDigest for a config file that is no JSON or cannot be read.
     """

@@ -93,10 +93,11 @@ compdef _shardtune shardtune 2>/dev/null
 
 
 def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[str, list[type[VerbArguments]]]) -> str:
-    """The completion script for `shell`: `bash`, `zsh` or `fish`, also as `install=bash` (Hydra's way to ask for it).
+    """Write the script that completes shardtune's command line in a shell; all words are in it, so that a Tab starts no process.
 
-    `verbs`: the description of each verb. `classes_by_verb`: the classes that declare the arguments and flags of each verb.
-    Raises ConfigError for another shell.
+    `shell`: `bash`, `zsh` or `fish`, also as `install=bash` (Hydra's way to ask for it). `verbs`: the description of each verb,
+    such as `train`. `classes_by_verb`: the classes that declare the arguments and flags of each verb. Raises ConfigError for
+    another shell.
     """
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
@@ -124,13 +125,14 @@ def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[s
         "@KEYS@": " ".join(values_by_key),
     }
     script_text = BASH_TEMPLATE if shell == "bash" else ZSH_TEMPLATE
+    # Marks as `@KEYS@` and not a template engine: a shell script is full of `$`, `{` and `%`.
     for mark, replacement in replacement_by_mark.items():
         script_text = script_text.replace(mark, replacement)
     return script_text
 
 
 def option_keys_of_verb(declarations: list[type[VerbArguments]]) -> list[str]:
-    """The keys of a verb's own `key=value` arguments, as they are typed, such as `wait_s`.
+    """The keys of a verb's own `key=value` arguments, such as `wait_s`, for completion; those with dashes are flags there.
 
     `declarations`: the classes that declare the verb's arguments.
     """
@@ -143,7 +145,10 @@ def option_keys_of_verb(declarations: list[type[VerbArguments]]) -> list[str]:
 
 
 def flags_of_all_verbs(classes_by_verb: dict[str, list[type[VerbArguments]]]) -> list[str]:
-    """The flags of all verbs: every argument that begins with a dash, each once."""
+    """The flags of all verbs for completion: every argument that begins with a dash, each once.
+
+    `classes_by_verb`: the classes that declare each verb's arguments.
+    """
     flags = [*COMMON_FLAGS]
     for declarations in classes_by_verb.values():
         for declaration in declarations:
@@ -153,10 +158,10 @@ def flags_of_all_verbs(classes_by_verb: dict[str, list[type[VerbArguments]]]) ->
 
 
 def possible_values_by_key() -> dict[str, list[str]]:
-    """The possible values of every group and setting, by the key as typed; an empty list if they cannot be listed.
+    """The values that completion offers behind each group and setting, by the key as typed; empty if they cannot be listed.
 
-    Such as {"tuning": ["full", "lora"], "run.must_fit": ["true", "false"], "optim.lr": []}. Left out: settings whose key holds a
-    name of the user's (`data.sources.*.path`), and the `name` of a group, which is typed as `<group>=<choice>`.
+    {"tuning": ["full", "lora"], "run.must_fit": ["true", "false"], "optim.lr": []}. Left out: settings whose key holds a name of
+    the user's (`data.sources.*.path`), and the `name` of a group, which is typed as `<group>=<choice>`.
     """
     from launch.config.known_settings import all_settings
 
@@ -177,10 +182,10 @@ def possible_values_by_key() -> dict[str, list[str]]:
 def _fish_script(
     values_by_key: dict[str, list[str]], verbs: dict[str, str], classes_by_verb: dict[str, list[type[VerbArguments]]]
 ) -> str:
-    """The completion script for fish. It defines a function that prints the candidates for the word under the cursor.
+    """Write the completion script for fish: a function that prints the candidates for the word under the cursor.
 
-    `values_by_key`: possible values of each setting. `verbs`: one line of help for each verb. `classes_by_verb`: the
-    declarations of the verb's own arguments, by verb.
+    `values_by_key`: possible values of each setting. `verbs`: one line of help for each verb. `classes_by_verb`: the declarations
+    of the verb's own arguments, by verb.
     """
     # Verbs, with their help.
     lines = [

@@ -50,9 +50,10 @@ __all__ = ["ComposedConfig", "compose_config", "default_run_dir", "is_finished",
 
 
 def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
-    """Compose command-line overrides (`key=value`) into the configuration of a run, and validate it unless `check` is off.
+    """Compose the command line of a run into its configuration, fill in what depends on this host, and validate it.
 
-    Raises ConfigError with every problem found.
+    `argv`: overrides `key=value` and settings files. `check`: whether to validate; values of a wrong type are refused in any
+    case. Raises ConfigError with every problem found.
     """
     use_copies_of_missing_reward_files(argv)  # first, because a missing file would be a problem of its override
     # Every stage adds to the problems instead of raising, so that the user sees all of them at once.
@@ -66,6 +67,7 @@ def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
         _set_dependent_defaults(config, keys_set_by_user={value.key for value in parsed.values})
         if check:
             for problem in _start_problems_adopting_earlier_defaults(config, argv):
+                # `buget.steps=10` is one mistake; that no budget is set follows from it.
                 if not _repeats_problem_of_override(problem, parsed.probably_meant_keys):
                     problems.append(problem)
     if problems or config is None:
@@ -74,14 +76,16 @@ def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
 
 
 def _set_dependent_defaults(config: RunConfig, keys_set_by_user: set[str]) -> None:
-    """Set the defaults in `config` that depend on its other settings and on what the user has set: `merge`, the learning rate.
+    """Set the defaults of a composed configuration that depend on its other settings, such as the usual learning rate.
 
-    Notes on what was chosen are added to `config.substitutions`.
+    `keys_set_by_user`: full keys, which settings of an adapter to start from do not replace. Notes on what was chosen are added
+        to `config.substitutions`.
     """
     config.substitutions |= adopt_adapter_settings(config.tuning, keys_set_by_user)
     config.substitutions |= set_default_merge(config.export, config.tuning)
     set_usual_learning_rate(config)
     keep_learning_rate_of_checkpoint(config)
+    # The metric by which the best checkpoint is told depends on what is trained.
     if config.evaluation.watch is None:
         config.evaluation.watch = objective_family(config.objective).watched_metric
 
@@ -90,7 +94,7 @@ def _repeats_problem_of_override(problem: str, probably_meant_keys: set[str]) ->
     """Whether a problem of validation (`budget: set ...`) only repeats that an override could not be used (`buget.steps=10`).
 
     `probably_meant_keys`: the settings that such overrides were probably meant for. They are unset now, so validation complains
-    about them, about settings below them, or about their whole group (`budget`, for `budget.steps`).
+        about them, about settings below them, or about their whole group (`budget`, for `budget.steps`).
     """
     problem_key = key_of_problem(problem)
     groups = {meant_key.rpartition(".")[0] for meant_key in probably_meant_keys if "." in meant_key}
@@ -99,10 +103,12 @@ def _repeats_problem_of_override(problem: str, probably_meant_keys: set[str]) ->
 
 
 def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: frozenset[str]) -> RunConfig:
-    """The frozen configuration of a run with command-line overrides on top, for this process: its own launcher and devices.
+    """Put command-line overrides on top of the configuration of a run that exists, for this process with its own devices.
 
-    `allowed_groups`: the groups of settings that overrides may set, such as `launcher`. Raises ConfigError with every problem,
-    also for an override of another group. The values are not validated against each other.
+    For commands that use a run, such as an evaluation, perhaps on another machine than it trained on.
+
+    `config`: as the run was started with. `allowed_groups`: the groups of settings that overrides may set, such as `launcher`.
+    Raises ConfigError with every problem, also for an override of another group. The values are not validated against each other.
     """
     parsed = overrides.parse_overrides(argv)
     composed_tree, problems = _compose_choices(parsed.choices)
@@ -128,7 +134,10 @@ def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: 
 
 
 def _problems_of_groups(parsed: overrides.ParsedOverrides, allowed_groups: frozenset[str]) -> list[str]:
-    """A problem for each override beside a frozen run, of a value or a choice, whose group is not in `allowed_groups`."""
+    """A problem for each override beside an existing run that would set something the run has decided already.
+
+    `parsed`: the overrides, as values and choices. `allowed_groups`: the groups that may be set, such as `launcher`.
+    """
     override_by_key = {value.key: value.source_text for value in parsed.values}
     override_by_key |= {group: f"{group}={choice}" for group, choice in parsed.choices.items()}
     problems = []
@@ -139,7 +148,7 @@ def _problems_of_groups(parsed: overrides.ParsedOverrides, allowed_groups: froze
 
 
 def apply_overrides(config: RunConfig, argv: list[str]) -> RunConfig:
-    """A copy of a frozen configuration with overrides on top; everything else stays. Raises ConfigError with every problem."""
+    """A copy of a run's configuration with overrides on top; everything else stays. Raises ConfigError with every problem."""
     parsed = overrides.parse_overrides(argv)
     tree = _frozen_config_as_tree(config)
     problems = parsed.problems or _apply_values(tree, parsed)
@@ -150,7 +159,10 @@ def apply_overrides(config: RunConfig, argv: list[str]) -> RunConfig:
 
 
 def _frozen_config_as_tree(config: RunConfig) -> Any:
-    """A frozen configuration as an OmegaConf tree. `${...}` in its texts is escaped: somebody else may have written them."""
+    """A run's configuration as an OmegaConf tree, on which overrides can be set.
+
+    `${...}` in its texts is escaped, since somebody else may have written them: OmegaConf would look it up.
+    """
     from omegaconf import OmegaConf
 
     tree = OmegaConf.structured(RunConfig)
@@ -160,7 +172,7 @@ def _frozen_config_as_tree(config: RunConfig) -> Any:
 
 
 def keys_set_by(argv: list[str]) -> set[str]:
-    """The full keys of the settings that these overrides set, such as {"optim.lr"}, and of tables that they replace or reset."""
+    """The full keys that command-line overrides set: settings, such as {"optim.lr"}, and tables that they replace or reset."""
     parsed = overrides.parse_overrides(argv)
     value_keys = {value.key for value in parsed.values}
     reset_keys = {key for key, _ in parsed.resets}
@@ -168,10 +180,9 @@ def keys_set_by(argv: list[str]) -> set[str]:
 
 
 def _unsettable_override_problem(key: str, override: str, allowed_groups: frozenset[str]) -> str:
-    """The message about an override beside a run whose settings are in its config.yaml already, and which may not be set there.
+    """Write the message about an override beside an existing run, whose settings are decided: an unknown key, or one that stays.
 
-    Either the key does not exist, or it is a setting that the run keeps as it was. `override`: such as `optim.lr=1`, whose key is
-    `key`. `allowed_groups`: the groups that may be set, for the message.
+    `override`: such as `optim.lr=1`, whose key is `key`. `allowed_groups`: the groups that may be set, for the message.
     """
     settings_by_key = all_settings()
     if find_setting(settings_by_key, key) is None and key not in settings_classes_by_group():
@@ -185,7 +196,7 @@ def _start_problems_adopting_earlier_defaults(config: RunConfig, argv: list[str]
     """Why a run of these overrides (`argv`) would be refused; empty if it may start.
 
     If an earlier version began a run of the same overrides in this directory, the budget and the learning rate of that run are
-    set in `config` before it is judged: the run is resumed with them, although this version would refuse to begin it.
+    set in `config` before it is judged again: the run is resumed with them, although this version would refuse to begin it.
     """
     problems = start_problems(config)
     if not problems:
@@ -230,9 +241,10 @@ def num_launched_ranks(config: RunConfig) -> int | None:
 
 
 def _compose_choices(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:
-    """(the settings of the chosen files of `conf/` as a tree, problems). `choices`: by group, such as {"tuning": "lora"}.
+    """Compose the chosen files of `conf/` into one tree of settings, and return it with a problem for a file that is broken.
 
-    A settings file of the user (an experiment, say) that is broken is a problem; the tree then has the defaults of the code.
+    `choices`: by group, such as {"tuning": "lora"}; groups without one have their default. A broken settings file of the user (an
+        experiment, say) is a problem; the tree then has the defaults of the code.
     """
     # The cache is asked with the time of each file's last change, so that a changed file is composed anew.
     modification_times = []
@@ -253,8 +265,10 @@ def _compose_choices_cached(
     """Compose the chosen configuration files by Hydra; returns (tree, problems). Callers copy the tree before they change it.
 
     `choices`: (group, chosen file) pairs, such as (("tuning", "lora"),). If Hydra fails, the tree has the defaults of the code,
-    so that the other problems of the command line can still be found. Cached because Hydra takes a quarter of a second, a copy a
-    twentieth of that. `modification_times` is unused here: as a part of the cache's key it has changed files composed anew.
+        so that the other problems of the command line can still be found.
+
+    Cached because Hydra takes a quarter of a second, a copy a twentieth of that. `modification_times` is unused here: as a part
+    of the cache's key it has changed files composed anew.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -268,12 +282,13 @@ def _compose_choices_cached(
             return hydra_compose("train", hydra_arguments(dict(choices))), []
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             default_tree = OmegaConf.structured(RunConfig)
+            # As in the tree from Hydra, an unknown key is then an error.
             OmegaConf.set_struct(default_tree, True)
             return default_tree, [f"{suspected_files_text(dict(choices))}: {composition_problem_line(error)}"]
 
 
 def hydra_arguments(choices: dict[str, str]) -> list[str]:
-    """The arguments that Hydra is called with: the choice of each group, and where to look for the user's own files."""
+    """The arguments that Hydra is called with: the choice of each group, and where to look for the user's files (`--config-dir`)."""
     arguments = [f"{group}={choice}" for group, choice in choices.items()]
     if USER_CONFIG_DIRS:
         search_path = ",".join(f"'{directory}'" for directory in USER_CONFIG_DIRS)
@@ -331,9 +346,10 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
 
 
 def _reset_to_default(tree: DictConfig, key: str, choice_by_group: dict[str, str]) -> None:
-    """Set a setting or table of `tree` back to its default in the code, for the override `~key`. Does nothing for an unknown key.
+    """Set a setting or table of the composed `tree` back to its default in the code, for `~key` on the command line.
 
-    `choice_by_group`: such as {"tuning": "lora"}, because the defaults of a group are those of its choice.
+    `choice_by_group`: such as {"tuning": "lora"}, because the defaults of a group are those of its choice. Does nothing for an
+        unknown key, which was reported before.
     """
     from omegaconf import OmegaConf
 
@@ -348,10 +364,10 @@ def _reset_to_default(tree: DictConfig, key: str, choice_by_group: dict[str, str
 
 
 def _drop_outranked_budgets(tree: DictConfig, parsed: overrides.ParsedOverrides) -> None:
-    """Set to None the budgets in `tree` that one of higher precedence replaces, since a run has one of steps, epochs and tokens.
+    """Leave one budget in `tree`, that of the highest precedence, since a run has one of steps, epochs and tokens.
 
-    The command line goes before a file of the user, and that before an experiment. Two budgets of the command line both stay, and
-    validation refuses them.
+    The command line goes before a file of the user, and that before an experiment; the others become None. Two budgets of the
+    command line both stay, and validation refuses them. `parsed`: its first `num_file_values` values are those of files.
     """
     from omegaconf import OmegaConf
 
@@ -369,8 +385,9 @@ def _needs_another_choice(
 ) -> bool:
     """Whether a setting has no meaning under the chosen choice of its group, such as `tuning.rank` under `tuning=full`.
 
-    All schedules share one class, so a setting of another schedule can be set. It is accepted with its default, which a file
-    of all settings holds, and in a run that began with it (`run_has_begun`: its directory has a configuration already).
+    `choice_by_group`: such as {"tuning": "full"}. All schedules share one class, so a setting of another schedule can be set. It
+    is accepted with its default, which a file of all settings holds, and in a run that began with it (`run_has_begun`: its
+    directory has a configuration already).
     """
     group, _, name = key.partition(".")
     if not setting.available_under or choice_by_group[group] in setting.available_under:
@@ -391,7 +408,7 @@ def _run_has_begun(parsed: overrides.ParsedOverrides) -> bool:
 
 
 def _set_value(tree: DictConfig, key: str, value: Any) -> None:
-    """Set one setting of the tree: `optim.lr` to 1e-4.
+    """Set one setting of the composed tree, such as `optim.lr` to 1e-4, with OmegaConf checking its type.
 
     A table is a setting whose names the user chooses, such as `data.sources`. A key in it (`data.sources.chat.path`) adds its
     entry (`chat`) with the defaults of an entry first, if the table lacks it. Raises ValueError or an OmegaConfBaseException if
@@ -410,9 +427,10 @@ def _set_value(tree: DictConfig, key: str, value: Any) -> None:
 
 
 def _config_from_tree(tree: DictConfig, problems: list[str]) -> RunConfig | None:
-    """The tree as a `RunConfig`; None if it cannot be built, with the reason appended to `problems`.
+    """Turn the composed tree into a `RunConfig`, resolving `${...}`; None if it cannot be built.
 
-    Also None if `problems` says already that a file could not be composed: the tree then lacks the settings of some groups.
+    The reason is then appended to `problems`. Also None if `problems` says already that a file could not be composed: the tree
+    then lacks the settings of some groups.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -433,6 +451,7 @@ def _config_from_tree(tree: DictConfig, problems: list[str]) -> RunConfig | None
     assert isinstance(config, RunConfig)
     for group in settings_classes_by_group():
         settings = getattr(config, group)
+        # Without its file, a group has the class of the default choice, and not that of the chosen one.
         has_class_of_choice = isinstance(settings, settings_class_of(group, str(settings.name)))
         if problems and not has_class_of_choice:
             return None

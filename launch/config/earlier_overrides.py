@@ -16,7 +16,10 @@ from trainer.config.run import RunConfig
 
 
 def earlier_config_of_same_overrides(overrides: list[str], run_dir: str | None) -> RunConfig | None:
-    """The frozen configuration of the run in `run_dir` if it began with the same overrides; None if not, or without a run."""
+    """The configuration of the run in `run_dir` if it began with the same overrides; None if not, or if there is no run.
+
+    Earlier versions accepted overrides that this one refuses, and their runs must still be resumed by the same command.
+    """
     if not run_dir:
         return None
     path = Path(run_dir).expanduser() / "config.yaml"
@@ -29,10 +32,11 @@ def earlier_config_of_same_overrides(overrides: list[str], run_dir: str | None) 
 
 
 def keep_first_budget(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Set in `config` the one budget that its run began with, if its overrides name several of steps, epochs and tokens.
+    """Let a run of an earlier version go on with the one budget it used, although its command names several.
 
-    Earlier versions took one of several budgets silently. Such a run is resumed with that budget, and a message on stderr names
-    the others. `earlier_config`: the frozen configuration of the run. Does nothing if its budget is not among those typed.
+    Earlier versions took one of steps, epochs and tokens silently. `config`: composed from the command, and changed;
+    `earlier_config`: that of the run. A message on stderr names the budgets that have no effect. Does nothing if the command
+    names one budget, or not that of the run.
     """
     typed_budgets = _budgets_that_are_set(config)
     kept_budgets = _budgets_that_are_set(earlier_config)

@@ -65,10 +65,10 @@ class ComposedConfig:
 
 
 def config_sha256(config: RunConfig) -> str:
-    """SHA-256 of the settings that decide the result of the run: its identity.
+    """SHA-256 of the settings that decide the result of a run, by which a run directory knows the command that it belongs to.
 
-    Left out: `run.*` except for the seed, the groups of `GROUPS_WITHOUT_EFFECT_ON_RESULT`, and the substitutions. Where a run
-    is started, how it is called, what it reports and what its export must pass may change when it is requeued or resumed.
+    Left out: `run.*` except for the seed, the groups of `GROUPS_WITHOUT_EFFECT_ON_RESULT`, and the substitutions. Where a run is
+    started, how it is called, what it reports and what its export must pass may change when it is requeued or resumed.
     """
     return _settings_sha256(_identifying_settings(settings_as_dict(config)))
 
@@ -91,11 +91,11 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def rewrite_config_with_own_choices(run_dir: Path, config: RunConfig) -> None:
-    """Rewrite a run's `config.yaml` with what the run has chosen itself, such as its micro-batch; it stays the same run.
+    """Rewrite a run's `config.yaml` after the run has chosen settings itself, such as its micro-batch; it stays the same run.
 
-    A file of an earlier version lacks the settings that were added since. They are written with their defaults, so the hash
-    in its head becomes that of the same settings in this version. Raises ConfigError if the file cannot be read, StorageError if
-    it cannot be written.
+    `config`: the settings with these choices. A file of an earlier version lacks the settings that were added since. They are
+        written with their defaults, so the hash in its head becomes that of the same settings in this version. Raises ConfigError
+        if the file cannot be read, StorageError if it cannot be written.
     """
     path = run_dir / "config.yaml"
     try:
@@ -113,7 +113,7 @@ def rewrite_config_with_own_choices(run_dir: Path, config: RunConfig) -> None:
 
 
 def _is_complete_and_unedited(path: Path, content: str, config: RunConfig, recorded_hash: str) -> bool:
-    """Whether a run's `config.yaml` at `path` was not edited and lacks no setting that this version has.
+    """Whether a run's `config.yaml` was not edited and lacks no setting of this version, so that its recorded hash stays right.
 
     `content`: the text of the file. `config`: the configuration of the same run in this version. `recorded_hash`: that in the
     head of the file. An edited file has another hash than the recorded one, a file that lacks settings another than `config`.
@@ -126,7 +126,7 @@ def _is_complete_and_unedited(path: Path, content: str, config: RunConfig, recor
 
 
 def load_frozen_config(path: Path | str) -> RunConfig:
-    """The configuration in a frozen `config.yaml`.
+    """Load the configuration that a run was frozen into at its start, its `config.yaml`, and check that nobody edited it.
 
     Settings that the file lacks have their defaults, except for two that were added later, which get the value that all runs had
     before. Raises ConfigError if the file is missing, is of another version, or was edited, so that the hash in its head differs.
@@ -140,6 +140,7 @@ def load_frozen_config(path: Path | str) -> RunConfig:
     raw = settings_file.parse_settings_tree(path, text)
     try:
         tree = OmegaConf.structured(RunConfig)
+        # A group such as `tuning` has another dataclass for each choice, which the file names.
         for group in settings_classes_by_group():
             tree[group] = OmegaConf.structured(settings_class_of(group, raw[group]["name"]))
         config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.escape_interpolations(raw)))
@@ -161,7 +162,7 @@ def load_frozen_config(path: Path | str) -> RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class DifferingSetting:
-    """A setting that two configurations have with different values. A value is `-` if one of them lacks the setting."""
+    """A setting that a command and the run in its directory have with different values; `-` stands for a missing one."""
 
     key: str
     value_in_run_dir: Any
@@ -183,7 +184,10 @@ class DifferingSetting:
 
 
 def differing_settings(command_config: RunConfig, run_dir_config: RunConfig) -> list[DifferingSetting]:
-    """The settings that decide a run's result and differ between this command and the `config.yaml` of a run directory."""
+    """The settings that decide a run's result and differ between a command and the run in its directory, in alphabetical order.
+
+    Empty if they are the same run. Strategy and micro-batch are compared as they were asked for, `auto` and not what was chosen.
+    """
     command_values = flatten_settings(_identifying_settings(settings_as_dict(command_config)))
     run_dir_values = flatten_settings(_identifying_settings(settings_as_dict(run_dir_config)))
     missing = object()  # None is a value
@@ -198,14 +202,15 @@ def differing_settings(command_config: RunConfig, run_dir_config: RunConfig) -> 
 
 
 def _identifying_settings(tree: Any) -> dict[str, Any]:
-    """The settings that decide a run's result, as nested dictionaries. `tree`: those of a whole configuration.
+    """The part of a configuration that decides a run's result, as nested dictionaries. `tree`: the whole configuration.
 
-    Their hash is the identity of the run and stands in its `config.yaml`, so a change here would make earlier runs other runs.
+    Its hash is the identity of the run and stands in its `config.yaml`, so a change here would make earlier runs other runs.
     """
     identifying_tree = {key: value for key, value in tree.items() if key not in GROUPS_WITHOUT_EFFECT_ON_RESULT}
     # What was asked for, and not what the run has resolved `auto` to, because it is still the same run.
     identifying_tree["batch"] = {**tree["batch"], "micro": requested_micro_batch(tree["batch"], tree["substitutions"])}
     identifying_tree["strategy"] = requested_strategy(tree["strategy"], tree["substitutions"])
+    # `control_tokens=auto` counts as `text`, which is what earlier runs did without the setting.
     identifying_tree["data"] = identifying_data_settings(tree["data"])
     if "teacher" in tree["objective"]:
         # Whether the teacher's code may run decides no result, and earlier runs did not record it.

@@ -20,7 +20,10 @@ MAX_ALIGNED_HEAD_COLUMNS = 36
 
 
 def fold_help(text: str) -> str:
-    """A verb's help in lines of at most 80 columns: paragraphs filled, tables in their columns, commands with backslashes."""
+    """Fold a verb's help to at most 80 columns: paragraphs filled, tables in their columns, commands with backslashes.
+
+    `text`: as the verb's module has it, with long lines.
+    """
     # Commands that the source has over several lines become one line each, and are folded again.
     lines = re.sub(r" *\\\n *", " ", text).split("\n")
     folded_lines: list[str] = []
@@ -35,7 +38,7 @@ def show_help(text: str) -> None:
 
 
 def _join_continued_lines(lines: list[str]) -> list[str]:
-    """The paragraphs and table rows of a help text, each as one long line, from the lines of its source.
+    """Undo the line breaks of a help text's source: each paragraph and table row becomes one long line.
 
     A line continues the one before it if that is a row of a table and this one is indented as its text, or if both are prose and
     the one before is too long to have ended a paragraph.
@@ -60,7 +63,7 @@ def _is_prose(line: str) -> bool:
 
 
 def _fold_block(block: str) -> list[str]:
-    """One paragraph, table row, usage line or command in lines of at most 80 columns; a short one stays as it is.
+    """Fold one paragraph, table row, usage line or command to lines of at most 80 columns; a short one stays as it is.
 
     A row has a head (`batch.micro=4`) and a text in a column of its own; under a wide head the text starts on the next line.
     """
@@ -84,11 +87,11 @@ def _fold_block(block: str) -> list[str]:
 
 
 def _fold_command(block: str, indent: int) -> list[str]:
-    """An example command in lines that end in backslashes, as a shell takes them, and below it what it does.
+    """Fold an example command to lines that end in backslashes, as a shell takes them, with what it does below.
 
-    `block`: the command, two spaces, and what it does, which may be missing. `indent`: the columns before the command; the
-    lines that continue it are indented by 4 more. A synopsis, with optional parts in brackets, gets no backslashes, because
-    nobody types it as it is.
+    `block`: the command, two spaces, and what it does, which may be missing. `indent`: the columns before the command; the lines
+    that continue it are indented by 4 more. A synopsis, with optional parts in brackets, gets no backslashes, because nobody
+    types it as it is.
     """
     command, _, meaning = block.strip().partition("  ")
     is_synopsis = " [" in command
@@ -105,7 +108,7 @@ def _indented_lines(text: str) -> list[str]:
 
 
 def _unbreakable_pieces(text: str) -> list[str]:
-    """The words of a text, the first with its indentation. What stands in brackets is one piece, if it is not too long."""
+    """The words of a help text, the first with its indentation; what stands in brackets is one piece, if it is not too long."""
     indent = text[: len(text) - len(text.lstrip())]
     pieces: list[str] = []
     depth = 0
@@ -119,7 +122,7 @@ def _unbreakable_pieces(text: str) -> list[str]:
 
 
 def _fill(pieces: list[str], *, indent: int, width: int = TERMINAL_COLUMNS) -> list[str]:
-    """The pieces in lines of at most `width` columns, all but the first line indented."""
+    """Put pieces of text into lines of at most `width` columns, all but the first line indented. A longer piece is not cut."""
     lines = [pieces[0]]
     for piece in pieces[1:]:
         if len(lines[-1]) + 1 + len(piece) <= width:

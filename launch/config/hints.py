@@ -32,7 +32,7 @@ NAMES_SHARED_WITH_SUBMITIT = (
 
 @dataclass(frozen=True, slots=True)
 class OverrideHint:
-    """The message about a command-line override that cannot be used."""
+    """What to type instead of a command-line override that is a setting of another trainer."""
 
     override: str
     reason: str
@@ -49,13 +49,17 @@ class OverrideHint:
 
 
 class OverridesOfOtherTrainers:
-    """The overrides of a command line that are settings of other trainers.
+    """Finds the settings of other trainers on a command line, such as `--learning_rate 1e-4`, and says what to type instead.
 
     They are collected first, because the translation of one may depend on another: a batch size on the number of ranks.
     """
 
     def __init__(self, overrides: list[str], is_ours: Callable[[str], bool]) -> None:
-        """`overrides` as typed, in which `--name value` is one setting. `is_ours` says whether a key is a setting here."""
+        """Collect the settings of other trainers among command-line arguments.
+
+        `overrides`: the arguments as typed, in which `--name value` may be one setting. `is_ours`: whether a key is a setting of
+        shardtune, whose meaning goes before that of another trainer.
+        """
         self.overrides: list[str] = []
         """All arguments in their order, in which `--name value` of another trainer has become one argument."""
         self._value_by_other_name: dict[str, str] = {}
@@ -93,7 +97,10 @@ class OverridesOfOtherTrainers:
         self._ranks = num_requested_ranks(cli_values, self._value_by_other_name)
 
     def hint(self, override: str) -> OverrideHint | None:
-        """What to type instead of an override of another trainer's setting; None if it is no such setting, or not known here."""
+        """What to type instead of an override that is another trainer's setting; None if it is none, or has no translation.
+
+        `override`: one of `self.overrides`. `--learning_rate 1e-4` gives the reason `here it is optim.lr=1e-4`.
+        """
         name = self._other_name_by_override.get(override)
         if name is None:
             return None
@@ -125,7 +132,9 @@ def _overrides_text(overrides: Mapping[str, str]) -> str:
 
 
 def explain_unknown_choice(group: str, choice: str, override: str) -> str:
-    """The message about `group=choice` (`override`) whose group has no such choice, with what was probably meant:
+    """Write the message about a choice that its group does not have, such as `tuning=qlora`, with what was probably meant.
+
+    `override`: what was typed, with which the message begins. Meant may be, in this order:
 
     - the choice that another trainer calls so;
     - `model.path`, for a model that is a directory or a hub id;
@@ -148,7 +157,11 @@ def explain_unknown_choice(group: str, choice: str, override: str) -> str:
 
 
 def explain_hydra_setting(key: str, value: str, override: str) -> str:
-    """The message about an override that sets one of Hydra's own settings, such as `hydra.run.dir`: what does the same here."""
+    """Write the message about an override of Hydra's own settings, such as `hydra.run.dir=out`, with what does the same here.
+
+    Hydra composes the configuration, but shardtune decides about directories, launchers and logging itself. `key`, `value`: the
+    two halves of `override`.
+    """
     name = key.replace("/", ".").removeprefix("hydra.")
     equivalent = _shardtune_equivalent_of_hydra(name, value)
     if equivalent is None:
@@ -157,12 +170,14 @@ def explain_hydra_setting(key: str, value: str, override: str) -> str:
 
 
 def _shardtune_equivalent_of_hydra(name: str, value: str) -> str | None:
-    """What to type instead of Hydra's setting `name` (without `hydra.`) with this value; None if nothing does the same.
+    """What users of Hydra should type instead of one of its own settings; None if nothing does the same.
 
-    ("sweeper.n_trials", "20") -> "sweeper.trials=20 with -m sweeper=optuna".
+    `name`: the setting without `hydra.`, and its `value`: ("sweeper.n_trials", "20") -> "sweeper.trials=20 with -m
+    sweeper=optuna".
     """
     if name in ("run.dir", "sweep.dir"):
         return f"run.dir={value} names the directory, and under -m the one of all points"
+    # submitit is Hydra's launcher for SLURM.
     if name == "launcher" and "submitit" in value:
         return "launcher=slurm submits, under -m one job array"
     if name == "launcher":
@@ -200,7 +215,9 @@ def needed_choice(key: str, choices: tuple[str, ...]) -> str:
 
 
 def explain_argument_without_value(argument: str) -> str:
-    """The message about an argument that is not of the form `key=value`, with what was probably meant. The cases, in order:
+    """Write the message about an argument that is not of the form `key=value`, with what was probably meant.
+
+    The cases, in order:
 
     - a flag of another launcher, such as `--multi_gpu`;
     - a file as `@my.yaml`;
@@ -231,10 +248,12 @@ def explain_argument_without_value(argument: str) -> str:
 def separate_settings_split_at_spaces(
     arguments: list[str], settings_by_key: SettingsByKey
 ) -> tuple[list[str], list[str]]:
-    """(the arguments without settings that a shell has split at spaces, a message for each such setting).
+    """Take settings typed with spaces out of a command line, and explain each, since their pieces alone would confuse.
 
-    `optim.lr = 1e-4` is three arguments; `optim.lr= 1e-4`, `optim.lr =1e-4` and `--optim.lr 1e-4` are two. The message says how
-    to type the setting.
+    `optim.lr = 1e-4` is three arguments; `optim.lr= 1e-4`, `optim.lr =1e-4` and `--optim.lr 1e-4` are two.
+
+    `settings_by_key`: all settings of shardtune by key. Returns the other arguments in their order, and for each setting taken
+        out a message that says how to type it.
     """
     other_arguments: list[str] = []
     problems: list[str] = []
@@ -271,10 +290,10 @@ def _can_be_value(argument: str) -> bool:
 
 
 def _is_setting_typed_as_flag(argument: str, settings_by_key: SettingsByKey) -> bool:
-    """Whether an argument is a setting of ours typed with dashes, such as `--optim.lr` or `--lr`.
+    """Whether an argument is a setting of shardtune typed with dashes, such as `--optim.lr` or `--lr`, followed by its value.
 
     False for a flag of another trainer or launcher, which is translated or refused with its own advice, and for a near miss of
-    one of our flags (`--dryrun`), which `explain_argument_without_value` explains.
+    one of our flags (`--dryrun`), which `explain_argument_without_value` explains. `settings_by_key`: all settings by key.
     """
     key = argument.lstrip("-").replace("-", "_")
     is_of_other_trainer = normalised_name(argument) in RULE_BY_NORMALISED_NAME
@@ -289,12 +308,12 @@ def _is_setting_typed_as_flag(argument: str, settings_by_key: SettingsByKey) -> 
 
 @dataclass(frozen=True, slots=True)
 class UnknownKeyMessage:
-    """The message about a command-line override whose key does not exist."""
+    """Why a command-line override with a key that does not exist is refused, and what was probably meant."""
 
     override: str
     reason: str
     probably_meant_key: str | None = None
-    """The setting that was probably meant."""
+    """The setting that was probably meant, such as `optim.lr`; None if nothing is similar."""
 
     @property
     def problem(self) -> str:
@@ -303,12 +322,15 @@ class UnknownKeyMessage:
 
     @property
     def probably_meant_keys(self) -> set[str]:
-        """The setting that was probably meant, as a set."""
+        """The setting that was probably meant, as a set: validation then does not complain that it is not set."""
         return set() if self.probably_meant_key is None else {self.probably_meant_key}
 
 
 def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey) -> UnknownKeyMessage:
-    """The message about an override whose key does not exist. The first of these that applies:
+    """Write the message about an override whose key does not exist, with what was probably meant.
+
+    `override`: what was typed, with which the message begins; `settings_by_key`: all settings of shardtune by key. The first of
+    these that applies:
 
     - The setting was removed, is not offered, or is commonly confused with one of ours: what there is instead.
     - It is the `name` of a group, or a whole block of settings: how these are typed.
@@ -356,13 +378,14 @@ def _suggested_key_text(key: str, settings_by_key: SettingsByKey) -> str:
 def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
     """The full keys of settings that a mistyped key may mean, the likeliest first; empty if nothing is similar.
 
-    The first of these that finds any:
+    `settings_by_key`: all settings by key. The first of these that finds any, from strict to loose:
 
     - keys that are nearly the same, then keys with the same last name (`optim.lr` for `learning.lr`);
     - a less similar key;
     - keys with a similar last name.
     """
     last_name = key.split(".")[-1]
+    # `cutoff`: the least similarity, from 0 to 1 (equal).
     nearly_same_keys = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.75)
     keys_of_same_last_name = []
     for known_key in settings_by_key:
@@ -379,12 +402,14 @@ def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
 
 
 def _group_suggestion(key: str, value: str, settings_by_key: SettingsByKey) -> str | None:
-    """`did you mean <group>=<choice>?` if a key without dots looks like a group, or its value is a choice of just one group.
+    """Suggest a choice of a group for a mistyped key without dots: `tunning=lora` and `method=lora` give `tuning=lora`.
 
-    `tunning=lora` and `method=lora` give `tuning=lora`. None if neither is so.
+    A group, such as `tuning`, has named choices. The key may be similar to a group's name, or the value may be a choice of just
+    one group. Returns `did you mean <group>=<choice>?`, or None if neither is so.
     """
     if "." in key:
         return None
+    # Settings compete too: a key nearer to a setting than to any group is none of these.
     similar = difflib.get_close_matches(key, [*choices_by_group(), *settings_by_key], n=1, cutoff=0.7)
     groups_with_value = [name for name in choices_by_group() if value in choices_by_group()[name]]
     if similar and similar[0] in choices_by_group():
@@ -399,12 +424,12 @@ def _group_suggestion(key: str, value: str, settings_by_key: SettingsByKey) -> s
 
 
 def num_requested_ranks(cli_values: Mapping[str, str], value_by_other_name: Mapping[str, str]) -> int | None:
-    """The number of ranks that the overrides ask for; None if they do not say.
+    """The number of ranks (processes) that a command line asks for, processes per node times nodes; None if it does not say.
 
-    `cli_values`: the values of the command line by our keys. `value_by_other_name`: those of other trainers' settings by
-    normalised name.
+    `cli_values`: what was typed, by key of shardtune. `value_by_other_name`: settings of other trainers that were typed, by
+    normalised name. Only launchers' settings are read, such as `launcher.processes` or torchrun's `nproc_per_node`.
     """
-    settings = OtherTrainerSettings({**value_by_other_name, **cli_values})  # `get` reads the first name that is set
+    settings = OtherTrainerSettings({**value_by_other_name, **cli_values})  # its `get` reads the first name that is set
     ranks_per_node = parse_number(
         settings.get("launcher.processes", "launcher.gpus_per_node", "nproc_per_node", "num_processes")
     )

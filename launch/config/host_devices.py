@@ -13,10 +13,11 @@ from trainer.config.run import Device, LauncherName, RunConfig
 
 
 def resolve_auto_for_this_host(config: RunConfig) -> None:
-    """Replace `auto` for device, precision and processes by what this host has, with a note in `config.substitutions`.
+    """Replace `auto` for device, precision and processes by what this host has, when a run is composed on the host that trains.
 
-    A note is such as {"run.device": "auto -> cuda"}. Also sets `launcher.nodes` to the number of `launcher.hosts`, if it was left
-    at its default of 1. Nothing is done if SLURM launches the run, since its job will run on another host.
+    Each replacement leaves a note in `config.substitutions`, such as {"run.device": "auto -> cuda"}. Also sets `launcher.nodes`
+    to the number of `launcher.hosts`, if it was left at its default of 1. Nothing is done if SLURM launches the run, since its
+    job will run on another host.
     """
     if config.launcher.name is not LauncherName.local:
         return
@@ -41,7 +42,10 @@ def resolve_auto_for_this_host(config: RunConfig) -> None:
 
 
 def _num_processes_here(config: RunConfig) -> int:
-    """How many processes this host gets: as many as torchrun has started, otherwise one per GPU; 1 on a CPU or for `single`."""
+    """How many training processes this host gets, for `launcher.processes=auto`: one for each GPU.
+
+    1 on a CPU or for the strategy `single`. In a process that torchrun has started, as many as it started on this host.
+    """
     import torch
 
     torchrun_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
@@ -61,7 +65,7 @@ def _note_on_idle_gpus() -> str:
 
 
 def device_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages if this host lacks the GPUs that the settings ask for. Nothing is checked if SLURM chooses the host."""
+    """Error messages if this host lacks the GPUs that the settings ask for; none if SLURM chooses the host, or on CPUs."""
     if config.launcher.name is not LauncherName.local or config.run.device is not Device.cuda:
         return
     import torch
@@ -82,7 +86,7 @@ def device_problems(config: RunConfig) -> Iterator[str]:
 
 
 def best_precision_here(device: Device) -> Precision:
-    """The best precision that this host supports in hardware: fp32 on CPUs, on GPUs the best that all of them support.
+    """The best precision that this host supports in hardware, for `precision=auto`: fp32 on CPUs, else what all GPUs support.
 
     `auto` if the GPUs differ, or cannot be asked (as AMD's): each rank then settles it for its own device.
     """

@@ -12,18 +12,23 @@ from trainer.optim.schedule import SCHEDULES_BY_SETTING
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting of a run: its type, and the choices of its group under which it exists (empty: always)."""
+    """What is known about one setting of a run: its type, and under which choices it exists.
+
+    A group such as `tuning` has named choices, and each may have settings of its own.
+    """
 
     type: Any
+    """The annotation of its field, such as `float | None`."""
     available_under: tuple[str, ...] = ()
-    """Such as ("lora", "dora") for `tuning.rank`."""
+    """The choices of its group under which it exists, ("lora", "dora") for `tuning.rank`; empty: always."""
 
 
 @cache
 def all_settings() -> dict[str, Setting]:
-    """Every setting of a run by its full key, under whatever choice it exists; `*` stands for names that the user chooses.
+    """Every setting that a run can have, by full key; with it, typed keys are recognised and mistyped ones get a suggestion.
 
-    Such as {"optim.lr": Setting(float | None), "tuning.rank": Setting(int, ("lora", "dora")), "data.sources.*.path": ...}.
+    {"optim.lr": Setting(float | None), "tuning.rank": Setting(int, ("lora", "dora")), "data.sources.*.path": ...}. All choices of
+    a group are included, whichever one a run makes; `*` stands for names that the user chooses. Computed once a process.
     """
     from trainer.config.run import RunConfig
     from trainer.config.tree import keyed_fields
@@ -52,10 +57,10 @@ def all_settings() -> dict[str, Setting]:
 
 
 def _settings_under_choices(group: str) -> dict[str, Setting]:
-    """The settings of a group such as `tuning` whose choices have different settings, each with the choices that have it.
+    """The settings of a group whose choices have different settings, such as `tuning`, each with the choices that have it.
 
-    Such as {"tuning.rank": Setting(int, ("lora", "dora")), ...}. A choice is a file of conf/, and several may share a settings
-    class: zero2 and zero3 have that of `zero`.
+    {"tuning.rank": Setting(int, ("lora", "dora")), ...}. A choice is a file of conf/; each has a dataclass of settings, which
+    several may share: zero2 and zero3 have that of `zero`.
     """
     from trainer.config.tree import keyed_fields
 
@@ -83,7 +88,9 @@ def key_with_underscore(settings_by_key: dict[str, Setting], key: str) -> str:
 
 
 def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
-    """The setting that a key on the command line or in a file means; None if there is none. For example:
+    """The setting that a key on the command line or in a file means, with its type; None if there is none.
+
+    `settings_by_key`: those of `all_settings`. For example:
 
     - `optim.lr`: the setting of this key;
     - `data.sources.chat.path`: the setting `data.sources.*.path`, because the user chooses the name `chat`;
@@ -96,6 +103,7 @@ def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | Non
     for candidate in (key, *wildcard_keys):
         if candidate in settings_by_key:
             return settings_by_key[candidate]
+        # The key without its last name may be a setting that is a dictionary, which this key is an entry of.
         table = settings_by_key.get(candidate.rpartition(".")[0])
         if table is not None and get_origin(table.type) is dict:
             entry_type = get_args(table.type)[1]

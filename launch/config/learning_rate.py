@@ -13,9 +13,10 @@ EARLIER_DEFAULT_RATE = 2e-5
 
 
 def set_usual_learning_rate(config: RunConfig) -> None:
-    """Set `optim.lr` to the usual rate if it is not set and a usual rate is known.
+    """Set `optim.lr` to the usual rate for the optimizer, tuning method and objective, if the user has set none.
 
-    Adds a note to `config.substitutions`, which tells a rate that was chosen here from one that the user has set.
+    Leaves it unset if no usual rate is known. Adds a note to `config.substitutions`, which tells a rate that was chosen here from
+    one that the user has set.
     """
     if config.optim.lr is not None:
         return
@@ -36,11 +37,13 @@ def learning_rate_problems(config: RunConfig) -> list[str]:
 
 
 def keep_learning_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Set the learning rate with which the run of `earlier_config` began, if neither of them has a rate that a user has set.
+    """Give a run that is resumed the learning rate that it began with, if neither the command nor the run has one set by a user.
 
-    The table of usual rates may have changed since, and a run must not change its rate when it is resumed. Nothing is changed if
-    optimizer, tuning method or objective differ. `substitutions` of a configuration hold a note on each setting that shardtune
-    chose itself, so a rate without a note was set by the user.
+    The table of usual rates may have changed since, and a run must not change its rate. `config`: of the command, and is changed.
+    `earlier_config`: of the run. Nothing is changed if optimizer, tuning method or objective differ.
+
+    `substitutions` of a configuration hold a note on each setting that shardtune chose itself, so a rate without a note was set
+    by the user; or it is the one rate that an earlier version had for everything, without a note.
     """
     is_set_by_user = config.optim.lr is not None and LEARNING_RATE_KEY not in config.substitutions
     choices_of_command = (config.optim.name, config.tuning.method, config.objective.name)

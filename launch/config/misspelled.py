@@ -35,7 +35,10 @@ COMMAND_BY_WRONG_VERB = {
 
 
 def replacement_text(key: str, value: str) -> str | None:
-    """The arguments to type in place of `key=value`; None if the key is not one of these, nor a variable of the environment."""
+    """What to type in place of `key=value`, for a key that people know from other trainers; None if it is no such key.
+
+    `gpus`, `4` -> `type launcher.processes=4`. A key in capitals is taken for an environment variable.
+    """
     if key in REPLACEMENT_BY_WRONG_KEY:
         return f"type {REPLACEMENT_BY_WRONG_KEY[key].format(value=value)}"
     if key.isupper():

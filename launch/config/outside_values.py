@@ -59,7 +59,10 @@ class ValueNeedingConsent:
         return " ".join(shell_argument(override) for override in self.overrides)
 
     def is_set_by_user(self, cli_keys: set[str]) -> bool:
-        """Whether each of its settings is set on the command line (`cli_keys`), by itself or by a table that holds it."""
+        """Whether the user allows the value by the command line: each of its settings is set there, or a table that holds it.
+
+        `cli_keys`: the full keys that the command line sets, such as {"evaluation.judge"}.
+        """
         return all(self._is_set_by(key, cli_keys) for key in self.settings)
 
     def _is_set_by(self, key: str, cli_keys: set[str]) -> bool:
@@ -105,9 +108,10 @@ def _cli_list_entry(value: Any) -> str:
 
 
 def values_needing_consent(config: RunConfig) -> list[ValueNeedingConsent]:
-    """Every value of a configuration that reaches out of its run: code that would run, files, addresses and trackers.
+    """Every value of a run's configuration that reaches out of the run: code that would run, files, addresses and trackers.
 
-    Such as the file in `objective.rewards.x.function`, which is Python code that the run executes.
+    Somebody else may have written the configuration, so a command that reads it uses such a value only if this user typed it
+    once. For example the file in `objective.rewards.x.function`, which is Python code that the run executes.
     """
     values: list[ValueNeedingConsent] = []
     for key, value in _settings_with_outside_effect(config).items():
@@ -116,13 +120,15 @@ def values_needing_consent(config: RunConfig) -> list[ValueNeedingConsent]:
 
 
 def reset_to_default(config: RunConfig, key: str) -> None:
-    """Set the setting of `config` with this full key to its default, such as `evaluation.tasks.facts.path`.
+    """Set one setting of a configuration to its default, because its value reaches out of the run and nobody has allowed it.
 
-    Every dataclass that holds such a setting can be built without arguments.
+    `key`: its full key, such as `evaluation.tasks.facts.path`. Every dataclass that holds such a setting can be built without
+        arguments.
     """
     parent: Any = config
     *parent_names, field_name = key.split(".")
     for name in parent_names:
+        # A table is a dictionary of dataclasses, whose names the user chose.
         parent = _table_entry(parent, name) if isinstance(parent, dict) else getattr(parent, name)
     default = getattr(type(parent)(), field_name)
     setattr(parent, field_name, default)
@@ -134,9 +140,9 @@ def _table_entry(table: dict[str, Any], name: str) -> Any:
 
 
 def _settings_with_outside_effect(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run, by full key, with an effect outside of it: {"data.path": "/data/a.jsonl", ...}.
+    """The settings of a run with an effect outside of it, by full key: {"data.path": "/data/a.jsonl", ...}.
 
-    They run code, read or write files elsewhere, or talk to a server or tracker. Left out: settings that are empty or at their
+    They run code, read or write files elsewhere, or talk to a server or tracker. Left out are settings that are empty or at their
     default, those that each start sets anew (such as `launcher.*`), and trackers that send nothing.
     """
     defaults = default_settings(config)
@@ -156,9 +162,10 @@ def _settings_with_outside_effect(config: RunConfig) -> dict[str, Any]:
 
 
 def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """Change `tree`, a configuration as nested dictionaries: a table with a dot in a name gets numbers for names. Returns it.
+    """Give numbers for names to the entries of each table that has a dot in a name, so that full keys can be split at dots.
 
-    Otherwise a task that is called `x.kind` would be taken for the setting `kind` of a task `x`.
+    Otherwise a task that is called `x.kind` would be taken for the setting `kind` of a task `x`. `tree`: a configuration as
+    nested dictionaries, which is changed and returned.
     """
     for table in USER_NAMED_TABLES:
         group, _, name = table.partition(".")
@@ -169,9 +176,10 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[ValueNeedingConsent]:
-    """The values of one setting that reaches out of the run; several for a list of paths, or a flag that allows several things.
+    """What one setting reaches outside of its run, as values that need the user's consent, each with how it is remembered.
 
-    `reach`: in which way the setting reaches out; each way is described and remembered differently.
+    `key`, `value`: the setting. `reach`: in which way it reaches out, such as `Reach.code`. Several values come from a list of
+    paths, or from a flag that allows several things; none if the setting turns out to do nothing.
     """
     if reach is Reach.address:
         yield from _server_address_values(config, key)
@@ -192,10 +200,10 @@ def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: R
 
 
 def _server_address_values(config: RunConfig, key: str) -> Iterator[ValueNeedingConsent]:
-    """A server's address (`key` ends in `.url`) and the environment variable that is sent to it as its key, as one value.
+    """The value that needs consent for a server: its address and the environment variable sent to it as its API key, as one.
 
-    The user consents to both together, and the consent is remembered for exactly this pair. Empty for any other setting of the
-    server.
+    The user consents to both together, and the consent is remembered for exactly this pair: the variable must not go to another
+    address. `key`: a setting of the server, such as `evaluation.judge.url`; any that does not end in `.url` gives nothing.
     """
     group, _, name = key.rpartition(".")
     if name != "url":
@@ -211,9 +219,10 @@ def _server_address_values(config: RunConfig, key: str) -> Iterator[ValueNeeding
 
 
 def _reward_code_value(key: str, function: str) -> ValueNeedingConsent:
-    """The Python file whose reward function `key` names, as `FILE.py:NAME`.
+    """The value that needs consent for a reward function: the Python file that the run would execute.
 
-    It is remembered by its content and that of what it imports from beside, not by its path.
+    `key`: the setting, and `function`: its value, `FILE.py:NAME`. The consent is remembered for the content of the file and of
+    what it imports from beside, not for its path: changed code is asked for again.
     """
     file = function if function.endswith(".py") else function.rpartition(":")[0]
     identity = reward_code_identity(Path(file).expanduser().resolve())
@@ -230,13 +239,13 @@ def reward_code_identity(file: Path) -> dict[str, Any] | None:
 
 
 def _model_code_values(config: RunConfig, key: str) -> Iterator[ValueNeedingConsent]:
-    """The Python code that a `trust_remote_code` flag (`key`) lets run: that of the model and the tokenizer, or of the teacher.
+    """The Python code that a flag such as `model.trust_remote_code` lets run, as values that need the user's consent.
 
-    For each of these:
+    `key`: the flag, for the code of model and tokenizer, or for that of a teacher model. For each of these models:
 
     - a value for code that can still be fetched, which is remembered by the path of the model;
     - a value for code on this machine, which is remembered by its digest. Code without a digest is not remembered (identity
-    None).
+      None).
 
     None of the two if there is no code.
     """
@@ -267,7 +276,9 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[ValueNeedingCons
 
 
 def _network_values(config: RunConfig, flag_key: str) -> Iterator[ValueNeedingConsent]:
-    """A value for each model or data set that a flag (`flag_key`) allows to be fetched over the network. By the flag:
+    """What a flag allows to be fetched over the network, as one value that needs consent for each model or data set.
+
+    By `flag_key`:
 
     - `model.download`: the model, tokenizer and teacher, as far as they are no directory here;
     - `data.remote`: addresses of data;
@@ -292,7 +303,7 @@ def _network_values(config: RunConfig, flag_key: str) -> Iterator[ValueNeedingCo
 
 
 def _data_paths(config: RunConfig) -> Iterator[str]:
-    """Every path of data and of tasks, as it was typed."""
+    """Every path of training data, evaluation data and tasks in a configuration, as typed: local, an address or `hub:...`."""
     data = config.data
     path_values = [data.path, data.eval_path, data.test_path, data.decontamination.paths]
     path_values += [source.path for source in data.sources.values()]
@@ -302,9 +313,11 @@ def _data_paths(config: RunConfig) -> Iterator[str]:
 
 
 def _file_values(config: RunConfig, key: str, value: Any) -> Iterator[ValueNeedingConsent]:
-    """A value for each file that the setting `key` names, since its texts would stand in what a verb writes, such as a report.
+    """The files that a setting names, as values that need consent, since their texts would stand in what a command writes.
 
-    - The path of a task of lm_eval: a value that runs code, because the YAML there names functions.
+    `key`, `value`: the setting; the value may be one path, a list or a dictionary of paths.
+
+    - The path of a task of lm_eval (EleutherAI's harness): a value that runs code, because the YAML there names functions.
     - An option of a task that names no file: nothing.
     - Any other setting: a value that reads the file.
     """
@@ -334,10 +347,10 @@ def _file_option_names(kind: str) -> tuple[str, ...]:
 
 
 def _task_code_value(key: str, path: str) -> ValueNeedingConsent:
-    """The Python functions that the YAML of an lm_eval task names, as a value that runs code and needs consent.
+    """The value that needs consent for an lm_eval task: the Python functions that its YAML names, which would run.
 
     `key`: the setting that names the task. `path`: its YAML, or a directory of them. The consent is remembered for the content of
-    the code. It is not remembered (identity None) if that cannot be read whole, so the user is asked each time.
+    the code. If that cannot be read whole it is not remembered (identity None), so the user is asked each time.
     """
     identity: dict[str, Any] | None
     try:
@@ -349,7 +362,7 @@ def _task_code_value(key: str, path: str) -> ValueNeedingConsent:
 
 
 def _paths_in_value(value: Any) -> Iterator[str]:
-    """Each path in the value of a setting: one path, a list of paths, or a dictionary whose values are paths."""
+    """Each path in the value of a setting that may be one path, a list of paths, or a dictionary whose values are paths."""
     if isinstance(value, dict | list):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _paths_in_value(entry)

@@ -81,9 +81,10 @@ class ParsedOverrides:
         self.values.append(SettingValue(key, value, source_text))
 
     def replace_table(self, table: str) -> None:
-        """Mark a table as typed as a whole, and drop an earlier list for it: the last one counts, as of any setting.
+        """Note that a list was typed for a whole table, as in `evaluation.tasks=[json]`, and drop an earlier list for it.
 
-        Entries that were typed by themselves stay, such as `objective.rewards.maths.weight=2`.
+        The last one counts, as of any setting. Entries that were typed by themselves stay, such as
+        `objective.rewards.maths.weight=2`.
         """
         self.replaced_tables.add(table)
         # A file has one list at most, since YAML refuses a key that comes twice: only those that were typed are looked for.
@@ -92,9 +93,11 @@ class ParsedOverrides:
 
 
 def parse_overrides(overrides: list[str]) -> ParsedOverrides:
-    """Sort command-line overrides into choices of groups and values of settings. What cannot be read becomes a problem.
+    """Sort the arguments of a command line into choices of groups, values of settings, and problems; composing them comes later.
 
-    `tuning=lora optim.lr=1e-4 my.yaml` gives the choice `lora`, the values in the file and, behind them, that of `optim.lr`.
+    `overrides`: `key=value`, `~key`, or settings files. `tuning=lora optim.lr=1e-4 my.yaml` gives the choice {"tuning": "lora"},
+        the values in the file and, behind them, that of `optim.lr`. Nothing is raised: what cannot be read becomes a problem, so
+        that all are shown together.
     """
     settings_by_key = all_settings()
     overrides, split_problems = hints.separate_settings_split_at_spaces(overrides, settings_by_key)
@@ -104,17 +107,23 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
             from_files = _join_overrides(from_files, _parse_settings_file(override, settings_by_key))
     from_command_line = _parse_command_line(overrides, settings_by_key)
     parsed = _join_overrides(from_files, from_command_line)
+    # Those of files come first, wherever the file stood on the command line: what is typed always counts more.
     parsed.num_file_values = len(parsed.values) - len(from_command_line.values)
     parsed.problems += _contradiction_problems(parsed)
     return parsed
 
 
 def _parse_command_line(overrides: list[str], settings_by_key: dict[str, Setting]) -> ParsedOverrides:
-    """The overrides that are no settings files, sorted into choices, values and problems."""
+    """Sort the overrides that are no settings files into choices of groups, values of settings, and problems.
+
+    `settings_by_key`: all settings that a run can have, by full key. Settings of other trainers, such as `--learning_rate 1e-4`,
+        become problems that say what to type here.
+    """
     parsed = ParsedOverrides()
     of_other_trainers = hints.OverridesOfOtherTrainers(
         overrides, is_ours=lambda key: find_setting(settings_by_key, key) is not None
     )
+    # Here `--learning_rate 1e-4` has become one argument.
     for override in of_other_trainers.overrides:
         if user_files.is_settings_file(override):
             continue
@@ -129,9 +138,10 @@ def _parse_command_line(overrides: list[str], settings_by_key: dict[str, Setting
 
 
 def _join_overrides(earlier: ParsedOverrides, later: ParsedOverrides) -> ParsedOverrides:
-    """The settings of files and of the command line together, or of two files. The later ones count, so their values stand last.
+    """Put settings of two sources together, of files and the command line or of two files: the later ones count.
 
-    A table that was typed as a whole replaces an earlier one, as a value does.
+    Their values stand last, because the last value of a key counts. A table that was typed as a whole replaces an earlier one, as
+    a value does.
     """
     earlier_values = earlier.values
     for table in later.replaced_tables:
@@ -147,14 +157,16 @@ def _join_overrides(earlier: ParsedOverrides, later: ParsedOverrides) -> ParsedO
 
 
 def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
-    """Add one override `key=value` to `parsed`: as a choice of a group, a value of a setting, or a problem.
+    """Add one argument `key=value` of a command line to `parsed`: as a choice of a group, a value of a setting, or a problem.
 
-    Problems: text that is no `key=value`, settings of Hydra itself, and `_target_`, with which Hydra would call a function.
+    Problems are text that is no `key=value`, settings of Hydra itself, and `_target_`, with which Hydra would call a function.
+    `settings_by_key`: all settings that a run can have, by full key.
     """
     match = OVERRIDE_REGEX.fullmatch(override)
     if match is None or override.startswith("-"):
         parsed.add_problem(hints.explain_argument_without_value(override))
         return
+    # `tuning.from` means the field `from_`, since `from` is a keyword of Python.
     key = key_with_underscore(settings_by_key, match["key"])
     value = match["value"]
     if re.match(r"hydra([./]|$)", key):
@@ -168,7 +180,10 @@ def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], 
 
 
 def _contradiction_problems(parsed: ParsedOverrides) -> list[str]:
-    """A problem for each two overrides of which one would be ignored: `~key` beside `key=...`, or two names of the model."""
+    """A problem for each two typed overrides of which one would be silently ignored: `~key` beside `key=...`, or two models.
+
+    Values of files are left out: to override a file is what the command line is for.
+    """
     cli_values = parsed.values[parsed.num_file_values :]
     problems = _two_models_problems(cli_values)
     for reset_key, reset_override in parsed.resets:
@@ -181,7 +196,8 @@ def _contradiction_problems(parsed: ParsedOverrides) -> list[str]:
 def _two_models_problems(values: list[SettingValue]) -> list[str]:
     """A problem if `values` name the model twice, by `model=llama3_8b` (which sets `model.path` too) and by `model.path=...`.
 
-    `values`: those of the command line, or those of one file. A file and the command line may name two: the latter counts.
+    `llama3_8b` is a published shape: a model whose layer sizes are known, so that it can be planned without its files. `values`:
+    those of the command line, or those of one file. A file and the command line may name two: the latter counts.
     """
     model_values = [value for value in values if value.key == MODEL_PATH_KEY]
     shape_overrides = [value.source_text for value in model_values if value.is_published_shape]
@@ -215,9 +231,10 @@ def describe_type(annotation: Any) -> str:
 
 
 def _parse_settings_file(override: str, settings_by_key: dict[str, Setting]) -> ParsedOverrides:
-    """The choices and values of the settings file that `override` names (`my.yaml`), or problems.
+    """Read a user's settings file, as named on the command line, into choices, values and problems.
 
-    Problems: a file that cannot be read, an unknown group, a value that cannot be used, and two names of the model.
+    `override`: the file, `my.yaml`. `settings_by_key`: all settings that a run can have, by full key. Problems: a file that
+    cannot be read, an unknown group, a value that cannot be used, and two names of the model.
     """
     parsed = ParsedOverrides()
     try:
@@ -240,10 +257,10 @@ def _parse_settings_file(override: str, settings_by_key: dict[str, Setting]) -> 
 def _add_file_values(
     parsed: ParsedOverrides, settings_by_key: dict[str, Setting], file_name: str, values: list[tuple[str, Any]]
 ) -> None:
-    """Add the `values` of a settings file, as (full key, value) in its order, to `parsed`, or problems.
+    """Add the values of a user's settings file to `parsed`, or problems that name the file and what stands there.
 
-    Problems: a setting of another trainer, an interpolation that differs between processes, and `_target_`. The keys of settings
-    are checked later, when they are applied.
+    `values`: (full key, value) pairs in the file's order. Problems: a setting of another trainer, an interpolation that differs
+        between processes, and `_target_`. Whether a key exists is checked later, when the values are applied.
     """
     of_other_trainers = hints.OverridesOfOtherTrainers(
         [f"{key}={value}" for key, value in values],
@@ -266,7 +283,9 @@ def _add_file_values(
 
 
 def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
-    """Add an override `~key` to `parsed`. By what the key names:
+    """Add an argument `~key` of the command line to `parsed`: it takes back what a file or an experiment sets.
+
+    By what the key names:
 
     - `~experiment`, or another group that sets a whole run: the choice is taken back;
     - `~tuning`, another group: a problem, because one of its choices is needed;
@@ -288,14 +307,15 @@ def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], ove
 
 
 def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: str) -> None:
-    """Add the choice of a group to `parsed`, such as `tuning=lora`. `source_text`: what chooses it, for messages.
+    """Add the choice of a group to `parsed`, such as `tuning=lora`: a file of conf/ with that name, which sets several settings.
 
-    The name of a published model whose layer sizes we know (its shape, `model=llama3_8b`) becomes a value of `model.path`.
-    Several choices, and an unknown one, are problems.
+    `model=llama3_8b` may also be a published model whose layer sizes we know (its shape); it becomes a value of `model.path`.
+    Several choices, and an unknown one, are problems. `source_text`: what chooses it, for messages.
     """
     if is_published_shape_choice(group, choice):
         hub_id = read_shape(choice).hub[0]  # several hub ids may have this shape; the first is meant
         parsed.values.append(SettingValue(MODEL_PATH_KEY, hub_id, source_text, is_published_shape=True))
+    # Groups such as `experiment` may be turned off by `null`.
     elif choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
@@ -307,14 +327,15 @@ def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: s
 def _add_setting(
     parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, source_text: str
 ) -> None:
-    """Add the value of a setting, typed as `text`, to `parsed`, read by the syntax of its key. The cases, in order:
+    """Add the value of one setting to `parsed`, read from its text by the syntax that the key calls for.
+
+    `key`, `text`: the halves of `optim.lr=1e-4`. `source_text`: what sets it, for messages: the override, or file, key and value.
+    The cases, in order:
 
     - an interpolation that every process would resolve for itself, such as `${now:%H}`: a problem;
     - gates, a list of tasks, and rewards: each has a syntax of its own;
     - a setting of text: as typed, because paths hold spaces, colons and equals signs that Hydra's grammar would take apart;
     - anything else: by Hydra's grammar.
-
-    `source_text`: what sets it, for messages: the override, or file, key and value.
     """
     setting = find_setting(settings_by_key, key)
     task_entries = _list_entries(text) if key == TASKS_TABLE else None
@@ -334,9 +355,10 @@ def _add_setting(
 
 
 def _add_gates(parsed: ParsedOverrides, source_text: str) -> None:
-    """Add the gates of an override such as `gates.eval/loss=<3` or `gates={eval/loss: "<3"}` to `parsed`, or a problem.
+    """Add the gates of an override to `parsed`, or a problem: bounds that a finished model must meet before it is exported.
 
-    They are read from the whole override by a parser of their own: `<` and `>` are no characters of Hydra's grammar.
+    `source_text`: the whole override, `gates.eval/loss=<3` or `gates={eval/loss: "<3"}`. It has a parser of its own, because `<`
+        and `>` are no characters of Hydra's grammar.
     """
     gates: dict[str, Any] = {}
     try:
@@ -347,9 +369,10 @@ def _add_gates(parsed: ParsedOverrides, source_text: str) -> None:
 
 
 def _add_tasks(parsed: ParsedOverrides, entries: list[str], source_text: str) -> None:
-    """Add the tasks of `evaluation.tasks=[json,json:strict]` to `parsed`. They replace all tasks of an experiment.
+    """Add the evaluation tasks of `evaluation.tasks=[json,json:strict]` to `parsed`. They replace all tasks of an experiment.
 
-    Each entry is a kind, with a name behind a colon if it is used twice: `json:strict` sets `evaluation.tasks.strict.kind`.
+    `entries`: each a kind of task, with a name behind a colon if it is used twice: `json:strict` sets
+        `evaluation.tasks.strict.kind` to `json`.
     """
     parsed.replace_table(TASKS_TABLE)
     for entry in entries:
@@ -365,13 +388,18 @@ def _add_rewards(parsed: ParsedOverrides, entries: list[str], source_text: str) 
 
 
 def _add_reward_entry(parsed: ParsedOverrides, entry: str, source_text: str) -> None:
-    """Add one entry of a list of rewards to `parsed`. By what it is:
+    """Turn one entry of the list `objective.rewards=[...]`, as typed or read from a settings file, into settings in `parsed`.
 
-    - a kind, with a name behind a colon if it is used twice: `maths` sets `objective.rewards.maths.kind`;
-    - one function of a Python file: `more.py:brief` sets `objective.rewards.brief.function`;
-    - a Python file: the same for each of its reward functions; a problem if it cannot be read or has none.
+    `entry`: one of
+
+    - a built-in kind: `maths` sets `objective.rewards.maths.kind`; `maths:easy` names the reward `easy`, for a kind used twice;
+    - one function of a Python file: `more.py:brief` sets `objective.rewards.brief.function` to `more.py:brief`;
+    - a Python file: `more.py` does that for each reward function in it.
+
+    `source_text`: the whole override, for messages. Raises nothing: a file that cannot be read, or that has no reward function,
+        becomes a problem in `parsed`.
     """
-    path, function = parse_function_path(entry)  # `more.py:brief` -> (more.py, "brief"); the function may be empty
+    path, function = parse_function_path(entry)  # `more.py:brief` -> (more.py, "brief"); `more.py` -> (more.py, "")
     if path.suffix != ".py":
         kind, _, name = entry.partition(":")
         parsed.add_value(f"{REWARDS_TABLE}.{name or kind}.kind", kind, source_text)
@@ -381,6 +409,7 @@ def _add_reward_entry(parsed: ParsedOverrides, entry: str, source_text: str) -> 
         try:
             function_names = [*reward_functions_in_file(path)]
         except ConfigError as error:
+            # The table is named too, so that validation does not complain as well that no reward is set.
             for problem in error.problems:
                 parsed.add_problem(f"{source_text}: {problem}", [REWARDS_TABLE])
             return
@@ -395,9 +424,10 @@ def _add_reward_entry(parsed: ParsedOverrides, entry: str, source_text: str) -> 
 def _add_setting_by_grammar(
     parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, source_text: str
 ) -> None:
-    """Add a value that Hydra's own parser reads to `parsed`: a number, a list, a dictionary or null. A sweep is a problem here.
+    """Add a value to `parsed` that Hydra's own parser reads: a number, a list, a dictionary or null.
 
-    `text`: the value as typed. `source_text`: what sets it, for messages.
+    `key`, `text`: the halves of `optim.betas=[0.9,0.95]`. `source_text`: what sets it, for messages. Several values, as for a
+    sweep, are a problem, since this is the command line of one run.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -424,11 +454,13 @@ def _add_unparsable_setting(
     *,
     reason: str,
 ) -> None:
-    """Add a value that Hydra's parser cannot read (`reason`) to `parsed`. By its key:
+    """Add a value to `parsed` that Hydra's parser could not read, or the problem; `reason`: what the parser said.
+
+    By its key:
 
     - no setting: a problem, with the key that was probably meant;
     - a setting of text, and the value is a list: the paths in it, whose characters the grammar would want quoted;
-    - another setting: a problem.
+    - another setting: a problem, with the type that the value must have.
     """
     setting = find_setting(settings_by_key, key)
     if setting is None:
@@ -443,11 +475,11 @@ def _add_unparsable_setting(
 
 
 def _values_of_override(key: str, value: Any, source_text: str) -> list[SettingValue]:
-    """The settings that one override sets. By its key and value:
+    """The settings that one override sets: of `budget={epochs: 3}` or `batch={...}` one for each entry, else the one it names.
 
-    - `budget={epochs: 3}`, `batch={...}`: one for each entry, such as `budget.epochs`;
-    - anything else: the setting `key` itself.
+    `source_text`: what sets them, for messages.
     """
+    # Other dictionaries, such as `data.columns`, are one setting whose value is the dictionary.
     if key not in ("batch", "budget") or not isinstance(value, dict):
         return [SettingValue(key, value, source_text)]
     return [SettingValue(f"{key}.{name}", entry, source_text) for name, entry in value.items()]

@@ -28,7 +28,7 @@ def gpu_hour_price(device: str) -> float | None:
 
 
 def gpu_hour_price_of_kind(gpu_kind: str) -> float | None:
-    """US dollars per hour by a cluster's own name for a card, such as the `h100` of SLURM's `gpu:h100:8`.
+    """US dollars per hour for a card by a cluster's own name for it, such as the `h100` of SLURM's `gpu:h100:8`.
 
     None if the name fits no card of conf/hardware, or cards of several prices.
     """

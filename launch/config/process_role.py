@@ -22,9 +22,10 @@ INTERACTIVE_STEP_ID = str(0xFFFFFFFA)
 
 
 def is_rank_process(env: Mapping[str, str]) -> bool:
-    """Whether torchrun or srun started this process as one rank of a job. `env`: the environment variables of the process.
+    """Whether torchrun or srun started this process as one rank of a job, or a user typed the command.
 
-    Raises ConfigError if it would train on one host of many, or has variables that are left over from another job.
+    `env`: the environment variables of the process. Raises ConfigError if it would train on one host of many, or has variables
+        that are left over from another job.
     """
     refuse_non_numbers(env)
     refuse_lone_host(env)
@@ -41,7 +42,7 @@ def has_rank_variables(env: Mapping[str, str]) -> bool:
 
 
 def refuse_non_numbers(env: Mapping[str, str]) -> None:
-    """Raise ConfigError if a variable of a rank, such as RANK or WORLD_SIZE, is no whole number."""
+    """Raise ConfigError if a variable by which launchers number ranks, such as RANK or WORLD_SIZE, is no whole number."""
     non_numbers = []
     for name in NUMERIC_RANK_VARIABLES:
         if name in env and not env[name].isdecimal():
@@ -56,13 +57,11 @@ def refuse_non_numbers(env: Mapping[str, str]) -> None:
 def refuse_lone_host(env: Mapping[str, str]) -> None:
     """Raise ConfigError if this process would train on only one host of a SLURM allocation of several.
 
-    The other hosts would idle, or be waited for in vain. No error if:
+    The other hosts would idle, or be waited for in vain. `env`: the environment variables of the process. No error if:
 
     - the allocation has one host, or srun started this process;
     - torchrun was started on several hosts, by ssh for example (WORLD_SIZE is above LOCAL_WORLD_SIZE);
     - this process is one of several tasks of a step in a terminal (`srun --pty`).
-
-    `env`: the environment variables of the process.
     """
     num_hosts = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
     is_in_terminal = env.get("SLURM_STEP_ID") == INTERACTIVE_STEP_ID or "SLURM_PTY_PORT" in env
@@ -86,7 +85,7 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
 
 
 def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
-    """Raise ConfigError if only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set.
+    """Raise ConfigError if only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set in `env`.
 
     They are then left over from an ended job, and this process would wait for ranks that never come.
     """
@@ -100,10 +99,10 @@ def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
 
 
 def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Torchrun's variables for a task that srun started, from SLURM's own: {"RANK": "3", "WORLD_SIZE": "8", ...}.
+    """The variables that torch needs to find its ranks, for a task that srun started: {"RANK": "3", "WORLD_SIZE": "8", ...}.
 
-    Variables that are set already are left out; if RANK is one of them, all are. SLURM tells the tasks of each node as `4(x2),3`:
-    4, 4 and 3.
+    Made from SLURM's own variables in `env`, of which one tells the tasks of each node as `4(x2),3`: 4, 4 and 3. Variables that
+    are set already are left out; if RANK is one of them, all are.
     """
     if "RANK" in env:
         return {}
@@ -124,7 +123,7 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def master_port(env: Mapping[str, str]) -> int:
-    """A port for the ranks of a SLURM step to meet at, which all of them derive alike from SLURM's variables."""
+    """A port at which the ranks of a SLURM step meet; all of them derive the same one from SLURM's variables in `env`."""
     job_id = int(env.get("SLURM_JOB_ID") or 0)
     restart_count = int(env.get("SLURM_RESTART_COUNT") or 0)
     step_id = int(env.get("SLURM_STEP_ID") or 0)
@@ -134,9 +133,10 @@ def master_port(env: Mapping[str, str]) -> int:
 
 
 def tasks_on_node(tasks_per_node: str, node_index: int) -> str:
-    """The number of tasks on one node, as text, from SLURM's shorthand: `4(x3),2` stands for 4, 4, 4 and 2 tasks.
+    """How many tasks run on one node, as text, from SLURM's shorthand: `4(x3),2` stands for 4, 4, 4 and 2 tasks.
 
-    The last number holds for all further nodes, since `SLURM_NTASKS_PER_NODE=4` is one number for all.
+    `node_index`: counted from 0. The last number holds for all further nodes, since `SLURM_NTASKS_PER_NODE=4` is one number for
+        all.
     """
     counts: list[str] = []  # one for each node
     for entry in tasks_per_node.split(","):
@@ -160,7 +160,10 @@ def first_host(nodelist: str) -> str:
 
 
 def expand_hosts(nodelist: str) -> list[str]:
-    """The hosts of SLURM's shorthand in its order: `n[08-10],gpu1` is n08, n09, n10 and gpu1. Errors: ConfigError."""
+    """List the hosts of SLURM's shorthand in its order: `n[08-10],gpu1` is n08, n09, n10 and gpu1.
+
+    Raises ConfigError for a text that is not written so.
+    """
     # `scontrol show hostnames` could do it as well, but its answer may stand among words that a site prints.
     hosts: list[str] = []
     for entry in COMMA_OUTSIDE_BRACKETS_REGEX.split(nodelist.strip()):

@@ -41,9 +41,10 @@ UsesValuePredicate = Callable[[ValueNeedingConsent, "RunConfig"], bool]
 
 
 def uses_model_alone(value: ValueNeedingConsent, config: RunConfig) -> bool:
-    """Whether a verb that loads the model, and reads no data, uses a value of a run: the model's code, or its chat template.
+    """Whether a command that loads a run's model and reads no data, such as `export`, uses a value of its configuration.
 
-    For verbs such as `export`. `value`: one that reaches out of the run.
+    `value`: one that reaches out of the run. Used are the model's own code and its chat template. `config` is not read: other
+        predicates of this kind need it.
     """
     if value.reach is Reach.code:  # neither tasks nor rewards run
         return not any(key.startswith(("evaluation.", "objective.rewards.")) for key in value.settings)
@@ -77,10 +78,10 @@ def is_allowing_argument(override: str) -> bool:
 
 
 def split_allowing_arguments(overrides: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
-    """Split a verb's overrides in two: those that allow a value of its run, without their `prefix`, and all others.
+    """Split a command's overrides in two: those that allow a value of the run it reads, without their `prefix`, and all others.
 
-    An allowing override sets something that reaches out of the run, such as `model.trust_remote_code=true`; see
-    `is_allowing_argument`.
+    An allowing override sets something that reaches out of the run, such as `model.trust_remote_code=true`. `prefix`: such as
+    `from.`, for a command that names several runs.
     """
     allowing: list[str] = []
     other_arguments: list[str] = []
@@ -98,15 +99,17 @@ def read_run(
     overrides: list[str],
     change: Callable[[RunConfig, list[str]], RunConfig] = lambda config, _: config,
 ) -> RunConfig:
-    """The configuration of a run for a verb that reads it, such as `export` (`reader`).
+    """Read a run's configuration for a command such as `export`, without letting it do what this user never allowed.
 
-    `overrides`: the settings that the user has set for this verb. Those that only allow a value of the run are applied here;
-    `change` gets the others and applies them. What happens to a value that reaches out of the run (runs code, reads or writes
-    files elsewhere, or talks to a server):
+    The run may be somebody else's. A value that reaches out of it runs code, reads or writes files elsewhere, or talks to a
+    server. What happens to such a value:
 
     - The user has set it, now or earlier: it stays, and is remembered.
-    - The verb uses it: ConfigError, which names the overrides that allow it.
-    - The verb does not use it: it is set to its default, and a line says so.
+    - The command uses it: ConfigError, which names the overrides that allow it.
+    - The command does not use it: it is set to its default, and a line says so.
+
+    `reader`: the command, and which values it uses. `overrides`: the settings that the user has typed for this command. Those
+    that only allow a value of the run are applied here; `change` gets the others and applies them.
     """
     from launch.config.compose import keys_set_by, load_frozen_config
 
@@ -114,6 +117,7 @@ def read_run(
     frozen = load_frozen_config(run_dir / "config.yaml")
     # First, because another commit of a model on the hub may have other code, and `values_needing_consent` looks at the code.
     pin_base_to_recorded_commit(frozen, run_dir, may_fetch=False)
+    # Consent is judged after the user's changes, which may replace a value or bring one in.
     config = change(_with_allowing_arguments(frozen, allowing_arguments), other_arguments)
 
     allowed_keys = keys_set_by(overrides) | reader.settled_groups
@@ -142,10 +146,11 @@ def read_run(
 
 
 def use_trusted_reward_copies(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
-    """Point the rewards in `config` to the copies of their files in `run_dir`, by which the run's training was scored.
+    """Point the rewards in `config` to the copies of their files in the run's directory, by which its training was scored.
 
-    Only done for a copy whose code this user has allowed once, because the run may be somebody else's. A reward that the user
-    sets on the command line (`overrides`, such as `objective.rewards.maths.function=...`) is left alone.
+    A run copies its reward files, since the originals may change. A copy is used only if this user has allowed its code once,
+    because the run may be somebody else's. A reward that the user sets on the command line (`overrides`, such as
+    `objective.rewards.maths.function=...`) is left alone.
     """
     rewards: dict[str, RewardEntry] = getattr(config.objective, "rewards", {})
     for name, (file, function) in function_locations(rewards, run_dir).items():
@@ -155,7 +160,7 @@ def use_trusted_reward_copies(config: RunConfig, run_dir: Path, overrides: list[
 
 
 def may_write_results(run_dir: Path) -> bool:
-    """Whether results may be written into a run's directory: this user owns it, and no link there leads out of it.
+    """Whether a command may write results into a run's directory: this user owns it, and no link there leads out of it.
 
     The links are checked because a downloaded run belongs to this user too, and somebody else may have put links into it.
     """
@@ -164,7 +169,7 @@ def may_write_results(run_dir: Path) -> bool:
 
 
 def contains_link_out_of_run(directory: Path, run_dir: Path) -> bool:
-    """Whether `directory`, or anything in it, is a symbolic link to a place outside of `run_dir`."""
+    """Whether `directory`, or anything in it, is a symbolic link to a place outside of the run, where one must not write."""
     resolved_run_dir = run_dir.resolve()
     entries = [directory]
     for parent, folders, files in os.walk(directory):
@@ -174,10 +179,10 @@ def contains_link_out_of_run(directory: Path, run_dir: Path) -> bool:
 
 
 def _split_overrides(overrides: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Split the overrides of a verb in two: (those that only allow a value of the run, all others).
+    """Split the overrides of a command in two: (those that only allow a value of the run, all others).
 
-    `model.trust_remote_code=true` beside an export allows the run's own value.
-    An override of a group that the verb sets itself (`own_groups`) is never one that only allows.
+    `model.trust_remote_code=true` beside an export allows the run's own value. An override of a group that the command takes for
+    itself (`own_groups`) is never one that only allows.
     """
     allowing_arguments: list[str] = []
     other_arguments: list[str] = []
@@ -191,7 +196,7 @@ def _split_overrides(overrides: list[str], own_groups: frozenset[str]) -> tuple[
 
 
 def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -> RunConfig:
-    """The configuration of a run with the overrides that allow its values, such as `model.trust_remote_code=true`.
+    """Apply overrides that allow a value of a run, such as `model.trust_remote_code=true`, to the run's configuration.
 
     Raises ConfigError for an override that names another file than the run has, because that would change the run's result. A
     setting of another reach (code, an address, a place to write) may differ from the run's.
@@ -213,9 +218,10 @@ def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -
 
 
 def _refusal_message(run_dir: Path, reader: RunReader, refused_values: list[ValueNeedingConsent]) -> str:
-    """The error message about values of a run that this user never typed (`refused_values`), with the command that allows them.
+    """Write the error message about values of a run that this user never typed, with the command that allows them.
 
-    A value reaches out of the run if it runs code, reads or writes files elsewhere, or talks to a server. `reader`: the verb.
+    Such a value reaches out of the run: it runs code, reads or writes files elsewhere, or talks to a server. `reader`: the
+    command that was typed, which the message repeats with the overrides added.
     """
     # A dictionary as an ordered set, because two values may need the same override.
     allowing_arguments: dict[str, None] = {}

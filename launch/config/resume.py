@@ -55,8 +55,9 @@ RECORDED_OVERRIDES_REGEX = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
 def settle_resumed_config(
     composed: ComposedConfig, path: Path, *, has_progress: bool, may_change_strategy: bool
 ) -> None:
-    """Compare a command with the run whose `config.yaml` is at `path`. Raises ConfigError if it is the command of another run.
+    """Compare a command with the run that its directory holds: the run resumes, or is replaced, or the command is refused.
 
+    Called when a run is started, before its `config.yaml` is written. `path`: the `config.yaml` of the run in the directory.
     `has_progress`: the directory has a checkpoint or is finished. `may_change_strategy`: whether the run may resume with other
     operational settings, such as another strategy. The cases:
 
@@ -100,7 +101,11 @@ def settle_resumed_config(
 
 
 def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | None:
-    """The configuration in the run's `config.yaml` (`path`). If it cannot be read: None without progress, ConfigError with it."""
+    """Read the configuration of the run that a directory holds already; None if it is broken and nothing would be lost.
+
+    `path`: its `config.yaml`. `has_progress`: the directory has a checkpoint or is finished; then a file that cannot be read
+    raises ConfigError.
+    """
     try:
         return load_frozen_config(path)
     except ConfigError as error:
@@ -115,9 +120,11 @@ def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | N
 
 
 def _keep_earlier_defaults(composed: ComposedConfig, earlier_config: RunConfig) -> bool:
-    """Set in `composed.config` the defaults of settings that a run began with, where shardtune's have changed since.
+    """Give a resumed run the defaults that it began with, where shardtune's have changed since, so that it trains on as before.
 
-    These are the learning rate, the exported checkpoint and the evaluation interval. Returns whether the interval was set.
+    These are the learning rate, the exported checkpoint and the evaluation interval; they are set in `composed.config`, unless
+    the user has set them. `earlier_config`: the configuration of the run. Returns whether the evaluation interval was set, about
+    which the caller prints a line.
     """
     keep_learning_rate_of_run(composed.config, earlier_config)
     _keep_exported_checkpoint(composed, earlier_config)
@@ -130,7 +137,10 @@ def _join_differences(differing: list[DifferingSetting]) -> str:
 
 
 def _different_run_message(run_dir: Path, differing: list[DifferingSetting]) -> str:
-    """The error message for a command whose directory holds another run: one problem of several lines."""
+    """Write the error message for a command whose directory holds another run: what differs, and what to do about it.
+
+    `differing`: the settings that decide the result and differ; at most 12 are listed. One problem of several lines.
+    """
     first_line = (
         f"run.dir={run_dir}: already holds a run with different settings; use another run.dir (to start from its "
         f"state: run.resume={run_dir}/checkpoints/<step>), or change these back:"
@@ -142,9 +152,10 @@ def _different_run_message(run_dir: Path, differing: list[DifferingSetting]) -> 
 
 
 def _keep_chosen_strategy_and_micro_batch(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Give `config` the micro-batch and the strategy that the run chose itself for `auto`, since they are chosen once.
+    """Give a resumed run the micro-batch and the strategy that it chose itself for `auto`, since they are chosen once.
 
-    `substitutions` of a configuration: a note on each setting that the run chose itself, by key.
+    `substitutions` of a configuration: a note on each setting that the run chose itself, by key. Without a note the user set it,
+    and nothing is copied.
     """
     if MICRO_BATCH_KEY in earlier_config.substitutions:
         config.batch["micro"] = earlier_config.batch["micro"]
@@ -166,6 +177,7 @@ def keep_earlier_defaults(composed: ComposedConfig, run_dir: Path) -> None:
     if not path.exists() or not (has_checkpoint or is_finished(run_dir)):
         return
     earlier_config = load_frozen_config(path)
+    # First the three defaults that are known to have changed, since they would count as differences below.
     _keep_earlier_defaults(composed, earlier_config)
     differing = differing_settings(composed.config, earlier_config)
     if differing and _only_defaults_changed(composed, differing, earlier_config, path):
@@ -175,7 +187,7 @@ def keep_earlier_defaults(composed: ComposedConfig, run_dir: Path) -> None:
 
 
 def keep_learning_rate_of_checkpoint(config: RunConfig) -> None:
-    """Give a run that starts from a checkpoint (`run.resume=<directory>`) the learning rate of the run that wrote it.
+    """Give a run that starts from another run's checkpoint (`run.resume=<directory>`) the learning rate of that run.
 
     Does nothing if the user of either run has set the rate, or if `run.resume` names no checkpoint.
     """
@@ -194,10 +206,11 @@ def keep_learning_rate_of_checkpoint(config: RunConfig) -> None:
 def _only_defaults_changed(
     composed: ComposedConfig, differing: list[DifferingSetting], earlier_config: RunConfig, path: Path
 ) -> bool:
-    """Whether settings differ only because shardtune changed a default since the run of `earlier_config` began.
+    """Whether settings differ only because shardtune changed a default since the run began, so that the run may keep its own.
 
-    `path`: the run's `config.yaml`. True if the run began with the same overrides, and nothing else decides the settings that
-    differ. False therefore if:
+    `composed`: the command. `differing`: the settings that decide the result and differ. `earlier_config`: the run's
+    configuration, and `path`: its `config.yaml`. True if the run began with the same overrides, and nothing else decides the
+    settings that differ. False therefore if:
 
     - the overrides differ;
     - they use a variable of the environment (`${oc.env:NAME}`) or a settings file, whose content may have changed;
@@ -219,8 +232,9 @@ def _only_defaults_changed(
 def _would_copy_untrusted_value(earlier_config: RunConfig, config: RunConfig) -> bool:
     """Whether copying `earlier_config` to `config` would let this process read a file, reach an address or run code unasked.
 
-    An outside value is a setting with such an effect. It is trusted if the command sets it too, or this user allowed it before.
-    The overrides in the head of a `config.yaml` are no proof, because whoever wrote the directory wrote them as well.
+    Somebody else may have written the run directory. A setting with such an effect is trusted if the command sets it too, or if
+    this user allowed it before. The overrides in the head of a `config.yaml` are no proof, because whoever wrote the directory
+    wrote them as well.
     """
     from launch.config.outside_values import values_needing_consent
 
@@ -239,9 +253,10 @@ def has_same_overrides(overrides: list[str], path: Path) -> bool:
 
 
 def _copy_identifying_settings(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Copy all settings that decide a run's result, and the notes (`substitutions`) on what that run chose itself, to `config`.
+    """Copy all settings that decide a run's result from the run that is resumed (`earlier_config`) to `config`.
 
-    `run.*` except for the seed, and which checkpoint is exported, stay as they are in `config`, since they decide no result.
+    Also copies the notes (`substitutions`) on the micro-batch and strategy that the run chose itself. `run.*` except for the
+    seed, and which checkpoint is exported, stay as they are in `config`, since they decide no result.
     """
     exported_checkpoint = config.export.checkpoint
     for group in fields(RunConfig):
@@ -255,7 +270,7 @@ def _copy_identifying_settings(config: RunConfig, earlier_config: RunConfig) -> 
 
 
 def _identifying_overrides(overrides: list[str]) -> set[str]:
-    """The overrides that decide a run's result, and so tell whether two commands are for the same run.
+    """The overrides that decide a run's result, such as {"optim.lr=1e-4"}: two commands with the same ones are of the same run.
 
     Left out: groups of `GROUPS_WITHOUT_EFFECT_ON_RESULT`, `export.checkpoint`, and `run.*` except for `run.seed`.
     """
@@ -275,7 +290,7 @@ def _key_of_override(override: str) -> str:
 
 
 def _recorded_overrides(path: Path) -> list[str]:
-    """The overrides that are recorded in the head of a `config.yaml`; empty if there are none.
+    """The overrides that a run was started with, from the comment in the head of its `config.yaml`; empty if it has none.
 
     The head has them as JSON strings with blanks between them: `# overrides: "optim.lr=1e-4" "data.path=my data"`.
     """
@@ -286,6 +301,7 @@ def _recorded_overrides(path: Path) -> list[str]:
     json_overrides = match[1]
     overrides = []
     start = 0
+    # The JSON reader finds the end of each string, which a split at blanks would not.
     while start < len(json_overrides):
         override, end = decoder.raw_decode(json_overrides, start)
         overrides.append(str(override))
@@ -294,11 +310,11 @@ def _recorded_overrides(path: Path) -> list[str]:
 
 
 def _keep_template_date(config: RunConfig, earlier_config: RunConfig, run_dir: Path, *, has_progress: bool) -> None:
-    """Give `config` the date that the chat template took for today at the first start of the run, on which prepared data depends.
+    """Give a resumed run the date that its chat template wrote as "today" at the first start; prepared data depends on it.
 
-    A run of an earlier version has not recorded it. If that run has progress, the day of its oldest file is taken. It is left out
-    of the fingerprint of its data, in which that version had no date. Does nothing if no date is recorded and there is no
-    progress.
+    The run recorded it as a note in `substitutions`. A run of an earlier version has not; if it has progress, the day of its
+    oldest file is taken. That date is left out of the fingerprint of its data (`in_fingerprint`), which had no date in that
+    version. Does nothing if no date is recorded and there is no progress.
     """
     if TEMPLATE_DATE_KEY in earlier_config.substitutions:
         config.substitutions[TEMPLATE_DATE_KEY] = earlier_config.substitutions[TEMPLATE_DATE_KEY]
@@ -312,7 +328,11 @@ def _keep_template_date(config: RunConfig, earlier_config: RunConfig, run_dir: P
 
 
 def _keep_matmul_library(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Record in `config` the library of float32 products that the run began with, unless the overrides name one."""
+    """Record in `config` the library of float32 matrix products that the run began with, unless the command names one.
+
+    Another library would round otherwise, and so change the loss of a resumed run. The note goes to `substitutions`, by which a
+    start knows what was chosen for `auto`.
+    """
     library = settled_matmul(earlier_config)
     if config.run.matmul is not Matmul.auto or library is Matmul.auto:
         return
@@ -323,7 +343,7 @@ def _keep_matmul_library(config: RunConfig, earlier_config: RunConfig) -> None:
 
 
 def _keep_control_tokens(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Give `config` the way in which control tokens in texts were read when the run began, if `config` leaves it at `auto`.
+    """Give a resumed run the way in which control tokens in texts were read when it began, if `config` leaves it at `auto`.
 
     Prepared data depends on it, and `auto` may mean something else in this version.
     """
@@ -342,10 +362,10 @@ def _keep_exported_checkpoint(composed: ComposedConfig, earlier_config: RunConfi
 
 
 def _keep_evaluation_interval(composed: ComposedConfig, earlier_config: RunConfig) -> bool:
-    """Set `evaluation.every_steps` to 0 if the run began with 0 and this command leaves it at `auto`; returns whether it was set.
+    """Set `evaluation.every_steps` to 0 if the resumed run began with 0 and the command leaves it at `auto`.
 
     0 (evaluated only at the start and the end) was the default of earlier versions. Not done if the user has set `auto`
-    explicitly.
+    explicitly. Returns whether it was set.
     """
     evaluation = composed.config.evaluation
     default_has_changed = evaluation.every_steps == AUTO and earlier_config.evaluation.every_steps == 0

@@ -11,11 +11,12 @@ from trainer.rollout.rewards.copies import copies_of_missing_files
 
 
 def use_copies_of_missing_reward_files(overrides: list[str]) -> None:
-    """Let a run's own copies replace reward files that are missing: for the rest of this process, their paths mean the copies.
+    """Let a run's own copies replace reward files that are gone, so that the command which started it still resumes it.
 
-    Nothing happens unless `overrides` name a `run.dir` and a reward file that does not exist, as in
-    `objective.rewards=[a.py,b.py:brief]` or `objective.rewards.x.function=a.py:x`. Only copies are used whose code this user has
-    allowed before, because the directory may be somebody else's.
+    For the rest of this process, the paths of the missing files mean the copies. Nothing happens unless `overrides` name a
+    `run.dir` and a reward file that does not exist, as in `objective.rewards=[a.py,b.py:brief]` or
+    `objective.rewards.x.function=a.py:x`. Only copies are used whose code this user has allowed before, because the directory may
+    be somebody else's.
     """
     run_dir, reward_files = _run_dir_and_reward_files(overrides)
     if run_dir is None or all(file.exists() for file in reward_files):
@@ -28,7 +29,7 @@ def use_copies_of_missing_reward_files(overrides: list[str]) -> None:
 
 
 def _run_dir_and_reward_files(overrides: list[str]) -> tuple[Path | None, list[Path]]:
-    """(the run directory, or None; the Python files of rewards) that overrides name.
+    """Pick the run directory (None if not named) and the Python files of rewards out of command-line overrides.
 
     Read by hand, because composing the configuration would already refuse a missing reward file.
     """
@@ -40,6 +41,7 @@ def _run_dir_and_reward_files(overrides: list[str]) -> tuple[Path | None, list[P
             run_dir = Path(text).expanduser()
         elif key.startswith("objective.rewards"):
             for entry in text.strip("[]").split(","):
+                # Built-in kinds of rewards, such as `maths`, have no file.
                 if ".py" in entry:
                     file, _function = parse_function_path(entry.strip())
                     reward_files.append(file)

@@ -18,10 +18,10 @@ INFO_KINDS = ("all", "config", "defaults", "searchpath", "plugins")
 
 
 def print_config(composed: ComposedConfig, kind: str) -> None:
-    """Print what `kind` names: the configuration of the run (`job`), Hydra's own (`hydra`), or both (`all`).
+    """Print a composed configuration for `--cfg`, without starting the run.
 
-    Then raises ConfigError for values out of range. Nothing else is checked, so that a configuration can be looked at before its
-    model and data exist.
+    `kind`: `job` for the configuration of the run, `hydra` for Hydra's own, `all` for both. Then raises ConfigError for values
+        out of range. Nothing else is checked, so that a configuration can be looked at before its model and data exist.
     """
     from trainer.config.ranges import range_problems
 
@@ -43,7 +43,7 @@ def hydra_yaml(overrides: list[str]) -> str:
 
 
 def composition_lines(overrides: list[str]) -> list[str]:
-    """The lines of `--info`: versions of Hydra, the directories of settings files, and the file of each group's choice.
+    """The lines that `--info` prints: versions, directories of settings files, and which file each group's settings come from.
 
     Such as `  tuning      lora  conf/tuning/lora.yaml`.
     """
@@ -65,7 +65,10 @@ def composition_lines(overrides: list[str]) -> list[str]:
 
 
 def _choice_text(group: str, choice: str | None) -> str:
-    """The choice of a group with the file that it is read from: "lora  conf/tuning/lora.yaml"."""
+    """The choice of a group with the file that it is read from, for display: "lora  conf/tuning/lora.yaml".
+
+    "none" for no choice (None), "llama3_8b  no such file" for one that needs no file.
+    """
     from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
     if choice is None:
@@ -78,7 +81,10 @@ def _choice_text(group: str, choice: str | None) -> str:
 
 
 def _hydra_settings(overrides: list[str]) -> dict[str, dict[str, dict[str, str]]]:
-    """Hydra's own configuration for these overrides, as nested dictionaries: ["runtime"]["choices"]["tuning"] is `lora`."""
+    """Hydra's own configuration for these overrides, as nested dictionaries: ["runtime"]["choices"]["tuning"] is `lora`.
+
+    Composed anew, because a run's configuration does not keep Hydra's part.
+    """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 

@@ -32,7 +32,10 @@ WRITABLE_BY_OTHERS = 0o022
 
 
 def trusted_values_directory() -> Path | None:
-    """The directory in which this user's trusted values are kept; it need not exist yet. None if the user has no home."""
+    """Where to remember which risky values of runs this user has typed: $SHARDTUNE_STATE, or the XDG state directory.
+
+    It need not exist yet. None if the user has no home directory, as in some containers.
+    """
     configured = os.environ.get(STATE_DIRECTORY_VARIABLE)
     if configured:
         return Path(configured).absolute()
@@ -46,11 +49,13 @@ def trusted_values_directory() -> Path | None:
 
 
 def was_value_allowed_before(identity: dict[str, Any] | None) -> bool:
-    """Whether this user has allowed a value that reaches out of a run before, by setting it on the command line.
+    """Whether this user has typed a risky value of a run before, so that a command which reads the run may use it unasked.
 
-    `identity`: what such a value is remembered by, such as {"code": SHA-256}; None is never remembered. Looks for the file of the
-    value in the user's state directory, which several machines may share. If it is there, it also notes the use, by the file's
-    modification time and at most once a day, because the values that were not used for longest are forgotten.
+    Risky are values that reach out of a run, such as code to execute or an address to send data to. `identity`: what such a value
+    is recognised by, {"code": SHA-256}; None for one that cannot be recognised, which is never remembered.
+
+    Looks for the value's file in the user's state directory, which several machines may share. If it is there, its use is noted
+    by the file's modification time, at most once a day, because the values that were not used for longest are forgotten.
     """
     state_dir = trusted_values_directory()
     if identity is None or state_dir is None:
@@ -68,12 +73,19 @@ def was_value_allowed_before(identity: dict[str, Any] | None) -> bool:
 
 
 def remember_values(values: Iterable[ValueNeedingConsent]) -> None:
-    """Remember values of a run that this user has set on the command line, so that verbs need not ask for them again.
+    """Remember risky values that the user typed on the command line, so that later commands on the run need not ask again.
 
-    Writes a file for each new identity into the state directory, and deletes the oldest beyond `MAX_VALUES`. If the directory
-    cannot be written, or others can write it, a warning says so; it is no error.
+    Some settings reach out of a run, such as code to execute or an address that data is sent to. A command that reads a run's
+    configuration uses them only if this user has typed them before, since somebody else may have written it.
+
+    `values`: those of the run. The `identity` of a value is what it is recognised by, such as {"code": SHA-256}; None if it
+        cannot be, so that it must be typed each time.
+
+    Writes a file for each new identity into the user's state directory, and deletes the longest unused ones beyond `MAX_VALUES`.
+    If the directory cannot be written, or others can write it, a warning on stderr says so; it is no error.
     """
     identities = [value.identity for value in values if value.identity is not None]
+    # To look for a known one also notes that it was used.
     new_identities = [identity for identity in identities if not was_value_allowed_before(identity)]
     if not new_identities:
         return
@@ -88,9 +100,10 @@ def remember_values(values: Iterable[ValueNeedingConsent]) -> None:
 
 
 def _write_identities(identities: list[dict[str, Any]], state_dir: Path) -> None:
-    """Write a file for each identity into the user's state directory, which is made if needed, and delete the oldest ones.
+    """Write a file for each identity (what a trusted value is recognised by) into the user's state directory.
 
-    Only warns if others can write the directory, since nobody would believe its files. Raises OSError.
+    Makes the directory if needed, private to the user, and deletes the values unused for longest. Only warns if others can write
+    the directory, since nobody would believe its files. Raises OSError.
     """
     values_directory = state_dir / VALUES_DIR_NAME
     for folder in (state_dir, values_directory):
@@ -115,7 +128,7 @@ def remember_config(config: RunConfig) -> None:
 
 
 def _others_can_write(folder: Path) -> bool:
-    """Whether other users can put files into a directory, so that its values cannot be trusted."""
+    """Whether other users can put files into a directory, so that it is no proof of what this user typed. Raises OSError."""
     status = folder.stat()
     is_writable_by_others = bool(status.st_mode & WRITABLE_BY_OTHERS)
     # Root is let through, because root in a container reads the mounted directory of whoever started the container.
@@ -135,7 +148,10 @@ def _as_read_from_json(identity: dict[str, Any]) -> Any:
 
 
 def _write_private_file(file: Path, content: bytes) -> None:
-    """Write a file that only this user can read. It is complete as soon as it exists, because a draft is renamed."""
+    """Write a file that only this user can read. It is complete as soon as it exists, because a draft is renamed.
+
+    Several processes that start together may write the same file: each has a draft of its own.
+    """
     draft = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_native_id()}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as opened:

@@ -23,19 +23,23 @@ def is_settings_file(file_argument: str) -> bool:
 
 
 def user_files_may_apply(overrides: Iterable[str]) -> bool:
-    """Whether files of the user can set something: a file among `overrides`, `--config-dir`, or `conf/local/default.yaml`."""
+    """Whether files of the user can change a configuration: a settings file among `overrides`, or files read in every run.
+
+    The latter are those of `--config-dir` and `conf/local/default.yaml`.
+    """
     if any(is_settings_file(file_argument) for file_argument in overrides):
         return True
     return bool(USER_CONFIG_DIRS) or (CONF_DIR / "local" / "default.yaml").exists()
 
 
 def read_settings_file(file_argument: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """(choices of groups, values by full key) in a user's YAML file of settings, such as `my.yaml`.
+    """Read a user's YAML file of settings, such as `my.yaml`: (choices of groups, values by full key).
 
-    {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). Values are pairs, since a file
-    may have a key twice, as `optim.lr` and within `optim`; the last one counts. There are three ways to write a choice:
-    `tuning: lora`, an entry `- tuning: lora` of `defaults`, and a block with a `name`, as in the config.yaml of a run. Raises
-    ConfigError if the file cannot be read or holds no settings.
+    {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). Values are pairs, since a file may have a
+    key twice, as `optim.lr` and within `optim`; the last one counts.
+
+    There are three ways to write a choice: `tuning: lora`, an entry `- tuning: lora` of `defaults`, and a block with a `name`, as
+    in the config.yaml of a run. Raises ConfigError if the file cannot be read or holds no settings.
     """
     tree = _read_yaml(file_argument)
     # Those of `defaults` first, because a choice in a block of its own overrides them, as in Hydra.
@@ -92,12 +96,14 @@ def is_settings_block(key: str) -> bool:
 
 
 def _choices_in_defaults_list(file_argument: str, entries: Any) -> Iterator[tuple[str, str]]:
-    """(group, choice) of each entry of a Hydra `defaults` list, as in `- tuning: lora`. Raises ConfigError for another entry.
+    """The choices in a Hydra `defaults` list of a settings file: `- tuning: lora` is ("tuning", "lora").
 
-    `file_argument`: the file, for messages.
+    `file_argument`: the file, for messages. `entries`: what stands under `defaults`. Raises ConfigError for an entry of another
+    form.
     """
     entries = entries if isinstance(entries, list) else [entries]
     for entry in entries:
+        # Hydra's mark for the file's own place among the others, which is the last here.
         if entry == "_self_":
             continue
         if not isinstance(entry, dict) or len(entry) != 1:
@@ -111,7 +117,10 @@ def _choices_in_defaults_list(file_argument: str, entries: Any) -> Iterator[tupl
 
 
 def _flatten_block(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
-    """(full key, value) of each setting in a block: `optim`, {"lr": 1e-4} gives [("optim.lr", 1e-4)]; an empty block none."""
+    """The settings within a block of a settings file, as (full key, value): `optim`, {"lr": 1e-4} is [("optim.lr", 1e-4)].
+
+    Blocks within it are flattened too; an empty block gives nothing.
+    """
     settings: list[tuple[str, Any]] = []
     for key, value in tree.items():
         # A dictionary with a dot in a name stays one value, because such a dot does not separate the names of a key.
@@ -126,7 +135,8 @@ def _flatten_block(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
 def take_config_dirs(argv: list[str]) -> list[str]:
     """Take each `--config-dir <directory>` (or `-cd`) out of a command line; returns the remaining arguments.
 
-    Adds the YAML files of the directory to the choices of this process. Raises ConfigError if it is missing or has no choices.
+    The YAML files of the directory become choices of this process: `tuning/mine.yaml` allows `tuning=mine`. Raises ConfigError if
+    the directory is missing or has no choices.
     """
     from launch.config.choices import add_user_config_dir
 

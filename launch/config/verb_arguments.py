@@ -66,7 +66,7 @@ def positionals() -> Any:
 
 
 def forwarded_settings(*, required_prefix: str = "", forwards_unknown_flags: bool = False) -> Any:
-    """The list of the arguments `key=value` that are not the verb's own, in their order: those that it hands on.
+    """Declare the field of a verb's arguments that takes what the verb hands on, such as settings of a run, in their order.
 
     `required_prefix`: only arguments that begin with it are taken, such as `serve.`. `forwards_unknown_flags`: whether flags that
     the verb does not know are handed on, too.
@@ -78,7 +78,11 @@ def forwarded_settings(*, required_prefix: str = "", forwards_unknown_flags: boo
 
 
 def read_arguments(verb: str, declaration: type[Declared], argv: Iterable[str]) -> tuple[Declared, list[str]]:
-    """Read a verb's command line into an object of `declaration`; also returns a problem for each argument that it cannot use."""
+    """Read a verb's command line into an object of the dataclass that declares its arguments.
+
+    `argv`: what stands behind the verb. Returns the object, and a problem for each argument that cannot be used; the caller adds
+        its own and raises them together.
+    """
     reader = _ArgumentReader(verb, declaration)
     for argument in reader.join_dashed_values(list(argv)):
         reader.read_argument(argument)
@@ -98,10 +102,11 @@ class SettingGroup(NamedTuple, Generic[Config]):
 def read_setting_group(
     prefix: str, defaults: Config, arguments: Iterable[str], *, refuse_repeated: bool = False
 ) -> SettingGroup[Config]:
-    """Read arguments such as `serve.port=80` (`prefix` is `serve`) into a copy of `defaults`.
+    """Read the settings of one group from arguments such as `serve.port=80`, for a verb whose settings are none of a run.
 
-    `defaults`: an object of a dataclass, whose annotations say what the values may be, such as `int | None`. `refuse_repeated`:
-    whether a setting that is set twice is a problem; otherwise its last value counts, as among the settings of a run.
+    `prefix`: the group, `serve`. `defaults`: an object of a dataclass, whose annotations say what the values may be, such as `int
+    | None`; the result has a changed copy. `refuse_repeated`: whether a setting that is set twice is a problem; otherwise its
+    last value counts, as among the settings of a run.
     """
     annotations = get_type_hints(type(defaults))
     other_arguments: list[str] = []
@@ -129,6 +134,7 @@ def read_setting_group(
                 changes[name] = parse_value(text, annotations[name])
             except ValueError as error:
                 problems.append(f"{argument}: {error}")
+    # Values of a wrong type are problems, and keep their default.
     changed_settings = replace(defaults, **changes)  # type: ignore[type-var]
     return SettingGroup(changed_settings, other_arguments, problems)
 
@@ -148,9 +154,10 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def help_rows(declaration: type[VerbArguments], extra_rows: Mapping[str, str] | None = None) -> str:
-    """The rows of a verb's `--help`: one for each option, then `extra_rows`, then one for each flag.
+    """Write the rows of a verb's `--help`: one for each option, then `extra_rows`, then one for each flag.
 
-    Such as "  wait_s=600  seconds to wait". `extra_rows`: the explanation of each further `key=example`.
+    Such as "  wait_s=600  seconds to wait". `declaration`: the class that declares the verb's arguments. `extra_rows`: the
+    explanation of each further `key=example`.
     """
     spec_by_field = argument_specs(declaration)
     explanations: dict[str, str] = {}
@@ -169,7 +176,10 @@ def help_rows(declaration: type[VerbArguments], extra_rows: Mapping[str, str] | 
 
 
 def setting_group_help_rows(prefix: str, settings: type) -> dict[str, str]:
-    """Rows for `help_rows` about the arguments `<prefix>.<field>=`: the sentence under each field, by `key=default`."""
+    """Rows of `--help` about the settings of a group, for `help_rows`: {"serve.port=8000": "The port that ..."}.
+
+    `settings`: the dataclass of the group, whose fields have a sentence each in the source.
+    """
     from trainer.config.descriptions import direct_field_docstrings
 
     sentences = direct_field_docstrings(settings)
@@ -196,7 +206,7 @@ def _field_with_spec(default: Any, spec: ArgumentSpec) -> Any:
 
 
 def argument_specs(verb_arguments: type[VerbArguments]) -> dict[str, ArgumentSpec]:
-    """The `ArgumentSpec` of each field that declares an argument of a verb, by the field's name, with its key filled in.
+    """How each argument of a verb is typed, by the name of its field in the declaration, with the key filled in.
 
     A field `dry_run` without a key of its own gets, by the kind of its argument:
 
@@ -242,7 +252,7 @@ class _ArgumentReader:
     """
 
     def __init__(self, verb: str, declaration: type[Any]) -> None:
-        """`declaration`: the dataclass whose fields declare the verb's arguments, such as `StopArguments`."""
+        """`verb`: its name, for messages. `declaration`: the dataclass whose fields declare its arguments."""
         self.verb = verb
         self.declaration = declaration
         self.spec_by_field = argument_specs(declaration)
@@ -267,9 +277,9 @@ class _ArgumentReader:
         """A message for each argument that cannot be used."""
 
     def join_dashed_values(self, argv: list[str]) -> Iterator[str]:
-        """The arguments, with each dashed option and its value in one: `--shard 0/8` becomes `--shard=0/8`.
+        """Make one argument of each dashed option and its value: `--shard 0/8` becomes `--shard=0/8`; others stay as they are.
 
-        The value of a dashed option is:
+        `argv`: all arguments of the verb. The value of a dashed option is:
 
         - true, if it is a bool;
         - the first of its choices, if it has choices and none of them follows: `--cfg` alone is `--cfg=job`;
@@ -294,7 +304,9 @@ class _ArgumentReader:
             yield f"{argument}={value}"
 
     def read_argument(self, argument: str) -> None:
-        """Take one argument, as the first of these that applies:
+        """Take one argument of the verb: keep its text for its field, hand it on, or note a problem.
+
+        It is the first of these that applies:
 
         - a flag of the verb;
         - an option of the verb, or a positional argument with its key, such as `run.dir=runs/a`;
@@ -320,7 +332,7 @@ class _ArgumentReader:
             self._forward_or_refuse_argument(argument)
 
     def finished_arguments(self) -> tuple[Any, list[str]]:
-        """(The verb's arguments as an object of the declaration, a problem for each argument that cannot be used).
+        """Turn the texts that were read into an object of the verb's declaration; returns it with all problems.
 
         The problems include arguments that are required and missing. Call this once, after the last argument.
         """
@@ -340,7 +352,10 @@ class _ArgumentReader:
         return self.declaration(text_by_key=text_by_key, **values), self.problems
 
     def _parsed_single_values(self) -> dict[str, Any]:
-        """The value of each option and single positional argument, by field. Adds a problem for a text that is no such value."""
+        """Parse the text of each option and single positional argument by the type of its field; values by the field's name.
+
+        A text that is no such value becomes a problem, and its field keeps its default.
+        """
         values: dict[str, Any] = {}
         for field_name, text in self.text_by_field.items():
             spec = self.spec_by_field[field_name]
@@ -366,7 +381,10 @@ class _ArgumentReader:
         return [name for name, spec in self.spec_by_field.items() if spec.kind == kind]
 
     def _add_own_argument(self, field_name: str, argument: str, text: str) -> None:
-        """Keep the value of one of the verb's own arguments; without a value, or given a second time, it is a problem."""
+        """Keep the value of one of the verb's own arguments; without a value, or given a second time, it is a problem.
+
+        `argument`: the whole argument as typed, such as `wait_s=60`, and `text`: its value.
+        """
         key = self.spec_by_field[field_name].key
         if not text.strip():
             example = self.spec_by_field[field_name].example or "..."
@@ -379,7 +397,7 @@ class _ArgumentReader:
             self.text_by_field[field_name] = text
 
     def _forward_or_refuse_flag(self, argument: str) -> None:
-        """Add a flag that the verb does not know to `forwarded_arguments` if the verb hands such flags on; else add a problem."""
+        """Deal with a flag that the verb does not know: keep it for whom the verb hands such flags on to, or add a problem."""
         for field_name in self._fields_of_kind("settings"):
             spec = self.spec_by_field[field_name]
             # `--model.path=x` is a setting with dashes: whoever reads settings says how it is typed.
@@ -393,7 +411,7 @@ class _ArgumentReader:
         self.problems.append(f"{argument}: there is no such flag{hint}")
 
     def _forward_or_refuse_argument(self, argument: str) -> None:
-        """Hand on an argument `key=value` that the verb does not know, if the verb hands such arguments on; else add a problem.
+        """Deal with an argument `key=value` that the verb does not know: keep it if the verb hands it on, or refuse it.
 
         A verb hands on the arguments that begin with the `required_prefix` of one of its fields. One whose key is nearly that of
         an option of the verb is mistyped, and is a problem in any case.
@@ -416,7 +434,7 @@ class _ArgumentReader:
         self.problems.append(f"{argument}: there is no such argument{hint}")
 
     def _assign_positional_texts(self) -> None:
-        """Give arguments without `=` to the fields that take one each, in the order of the fields.
+        """Give the arguments without `=` to the fields that take one each, in the order of the fields.
 
         If there are more, they stay in `positional_texts` for the field that takes a list, or are a problem if there is none.
         """

@@ -37,7 +37,10 @@ class SettingNote:
 
 @dataclass(slots=True)
 class ConvertedSettings:
-    """Another trainer's settings file as settings of shardtune, with a note on everything that did not become one."""
+    """Another trainer's settings file as settings of shardtune, with a note on everything that did not become one.
+
+    Filled setting by setting while the file is translated; `shardtune init from=FILE` writes and prints it.
+    """
 
     trainer: str
     """The trainer that the file was written for, such as `axolotl`."""
@@ -55,12 +58,15 @@ class ConvertedSettings:
     """Settings that the file names and leaves without a value."""
 
     def add_translation(self, setting: str, value: Any, translation: TranslatedSetting) -> None:
-        """Add the translation of one setting of the file, and what the user should know about it.
+        """Add the translation of one setting of the file, unless an earlier setting of the file says otherwise.
 
-        Each of our keys in the translation that an earlier setting of the file gave as well:
+        `setting`: its name in the file, `value`: as read from YAML; `translation`: settings of shardtune for it, maybe none.
 
-        - with another value: the earlier value stays, and this setting is noted as unsupported;
-        - with the same value: if that is so for all keys of the translation, this setting is a source of the last of them too.
+        The first setting that gives a key of shardtune decides. For a key that was given before:
+
+        - with another value: the earlier value stays, and this setting is noted as unsupported, with both values;
+        - with the same value: if that is so for all keys of the translation, this setting is a further source of the last of
+          them.
         """
         source = SettingOfOtherTrainer(setting, cli_text_without_secrets(setting, value))
         new_overrides: dict[str, str] = {}
@@ -86,7 +92,9 @@ class ConvertedSettings:
         self._add_note(source, translation)
 
     def _add_note(self, source: SettingOfOtherTrainer, translation: TranslatedSetting) -> None:
-        """Add what the user should know about `source`, a setting of the file that was translated. The cases, in order:
+        """Sort what the user should know about one setting of the file into `remarks`, `not_needed` or `unsupported`.
+
+        `source`: the setting of the file; `translation`: what became of it. The cases, in order:
 
         - It has become settings of shardtune: its note, if it has one, goes to `remarks`.
         - It needs no setting of shardtune, or has no note: `not_needed`.
@@ -108,14 +116,20 @@ class ConvertedSettings:
         self.unsupported.append(SettingNote(setting, cli_text_without_secrets(setting, value), why))
 
     def withdraw(self, key: str, why: str) -> None:
-        """Take back our setting for `key`, which cannot be used after all: the settings it came from become unsupported."""
+        """Take back a setting of shardtune that cannot be used after all, and note the settings it came from as unsupported.
+
+        `key`: such as `batch.micro`. `why`: the reason, for the user.
+        """
         text = self.overrides.pop(key)
         for source in self.sources_by_key.pop(key):
             self.add_unsupported(source.setting, source.value, f"{key}={text}: {why}")
 
 
 def to_cli_text(value: Any) -> str:
-    """A value of a YAML or JSON file as it is typed behind `key=` on the command line: `true`, `[a,b]`, `null`."""
+    """Write a value of a YAML or JSON file as it is typed behind `key=` on the command line: `true`, `[a,b]`, `null`.
+
+    A dictionary, or a list that has lists or dictionaries, is written as JSON.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list) and not any(isinstance(entry, dict | list) for entry in value):
@@ -133,7 +147,10 @@ def cli_text_without_secrets(setting: str, value: Any) -> str:
 
 
 def scalar_settings(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The settings at the outermost level of `tree` as command-line text, without blocks and settings that have no value."""
+    """The settings at the outermost level of a file that are one value, as command-line text: {"learning_rate": "1e-4"}.
+
+    `tree`: the file as nested dictionaries. Left out are blocks and settings without a value. Rules of translation read this.
+    """
     values = {}
     for key, value in tree.items():
         if value is not None and not isinstance(value, dict):

@@ -54,11 +54,13 @@ COLUMNS_BY_LLAMA_FACTORY_FORMAT = {
 
 
 def shardtune_data_path(path: str, file_dir: Path) -> str:
-    """The path of another trainer's data set as shardtune's `data.path` takes it. `file_dir`: the directory of the settings file.
+    """The path of another trainer's data set, as shardtune's setting `data.path` takes it.
+
+    `path`: as the other trainer's settings file has it. `file_dir`: the directory of that file. The cases, in order:
 
     - a file or directory that exists, in the working directory or below `file_dir`: its path;
     - the name of a data file, a local path or an address: as it is;
-    - anything else, such as `org/name`: a data set of the hub, `hub:org/name`.
+    - anything else, such as `org/name`: a data set of the Hugging Face hub, `hub:org/name`.
     """
     possible_path = _path_beside_settings_file(path, file_dir)
     if exists(Path(possible_path)):
@@ -81,7 +83,11 @@ def translate_axolotl_datasets(entries: Any, setting: str, conversion: Converted
     """Translate axolotl's `datasets:` as training data, or `test_datasets:` as evaluation data, into `conversion`.
 
     `entries`: what the file has under `setting`: one data set or a list, each a path or a block such as {"path": "a.jsonl",
-    "type": "alpaca"}. `file_dir`: the directory of the settings file, where relative paths may start. Where our settings go:
+    "type": "alpaca"}.
+    `setting`: `datasets` or `test_datasets`.
+    `file_dir`: the directory of the settings file, where relative paths may start.
+
+    shardtune has short settings `data.*` for a single file, and a table `data.sources` for anything else. Where the settings go:
 
     - of a whole data set that is the only one: `data.*`;
     - of one of several, or of a subset, split or revision: `data.sources.<name>.*`;
@@ -98,6 +104,7 @@ def translate_axolotl_datasets(entries: Any, setting: str, conversion: Converted
             held_out_paths.append(path)
             _add_held_out_settings(entry, dataset_name, conversion)
             continue
+        # Only a source has settings for subset, split and revision; `train` is what shardtune takes anyway.
         has_other_split = entry.get("split") not in (None, "train")
         is_part_of_dataset = entry.get("name") or has_other_split or "revision" in entry
         needs_source = len(datasets) > 1 or is_part_of_dataset
@@ -111,10 +118,12 @@ def translate_axolotl_datasets(entries: Any, setting: str, conversion: Converted
 
 
 def _axolotl_path(entry: Mapping[str, Any], dataset_name: str, conversion: ConvertedSettings, file_dir: Path) -> str:
-    """The path of an axolotl data set as `data.path` takes it: `data_files` if `path` only names a reader such as `json`.
+    """The path of an axolotl data set, as shardtune's `data.path` takes it: one path, or a list as text (`[a.jsonl,b.jsonl]`).
+
+    `entry`: the data set's settings, such as {"path": "json", "data_files": "a.jsonl"}. There `path` only names a reader of the
+        library `datasets`, and `data_files` has the files. Beside any other `path` they are noted as unsupported in `conversion`.
 
     `dataset_name`: the data set in messages. `file_dir`: the directory of the settings file, where relative paths may start.
-    Any other `data_files` are noted as unsupported in `conversion`.
     """
     path = to_cli_text(entry.get("path"))
     data_files = entry.get("data_files")
@@ -143,7 +152,11 @@ def _one_or_list(paths: list[str]) -> str:
 
 
 def _add_held_out_settings(entry: Mapping[str, Any], dataset_name: str, conversion: ConvertedSettings) -> None:
-    """Note the settings of a held-out data set other than its path: held-out files are read as the training data is."""
+    """Note the settings of an axolotl data set for evaluation, other than its path: they have no equivalent.
+
+    shardtune reads held-out files as it reads the training data. `entry`: the settings, of which `type` is not needed and others
+    are unsupported. `dataset_name`: the data set in messages, such as `test_datasets[0]`.
+    """
     why = "held-out files are read as the training data's are, and of the hub's data sets by data.eval_path alone"
     for key, value in entry.items():
         if key not in ("path", "data_files", "ds_type"):
@@ -154,10 +167,11 @@ def _add_held_out_settings(entry: Mapping[str, Any], dataset_name: str, conversi
 def _add_axolotl_settings(
     entry: Mapping[str, Any], dataset_name: str, our_prefix: str, conversion: ConvertedSettings
 ) -> None:
-    """Translate the settings of an axolotl data set (`entry`) other than its path, and add them to `conversion`.
+    """Translate the settings of one axolotl data set, other than its path, into `conversion`.
 
-    `our_prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`. `dataset_name`: the data set in
-    messages, such as `datasets[0]`.
+    `entry`: such as {"path": "a.jsonl", "type": "alpaca", "split": "train"}.
+    `dataset_name`: the data set in messages, such as `datasets[0]`.
+    `our_prefix`: what shardtune's settings of it begin with, `data` or `data.sources.<name>`.
     """
     for key, value in entry.items():
         axolotl_key = f"{dataset_name}.{key}"
@@ -176,10 +190,11 @@ def _add_axolotl_settings(
 
 
 def _translate_axolotl_setting(key: str, text: str, our_prefix: str) -> TranslatedSetting:
-    """Our settings for one setting of an axolotl data set: `revision: v2` -> {"data.sources.<name>.revision": "v2"}.
+    """Translate one setting of an axolotl data set: `revision: v2` -> {"data.sources.<name>.revision": "v2"}.
 
-    `text`: its value as typed. `our_prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`.
-    Without an equivalent the translation has a note that says why; an empty translation means that it is so here anyway.
+    `text`: its value as typed. `our_prefix`: what shardtune's settings of the data set begin with, `data` or
+    `data.sources.<name>`. Without an equivalent the translation has a note that says why. An empty translation means that
+    shardtune does the same anyway.
     """
     is_named_source = our_prefix != "data"
     if key in COLUMN_BY_AXOLOTL_SETTING:
@@ -211,10 +226,11 @@ def _translate_axolotl_setting(key: str, text: str, our_prefix: str) -> Translat
 
 
 def _add_axolotl_type(value: Any, setting_name: str, our_prefix: str, conversion: ConvertedSettings) -> None:
-    """Translate the `type` of an axolotl data set, such as `chat_template` or `alpaca.load_no_prompt`, to `data.format`.
+    """Translate the `type` of an axolotl data set, which says how rows are read, to shardtune's `data.format`, in `conversion`.
 
-    `setting_name`: the setting in messages, such as `datasets[0].type`. `our_prefix`: what our settings of the data set begin
-    with, `data` or `data.sources.<name>`. A type without a format of ours is noted as unsupported in `conversion`.
+    `value`: such as `chat_template`, `alpaca.load_no_prompt` (a format, and how its prompt is written), or a block that describes
+    a prompt. `setting_name`: the setting in messages, such as `datasets[0].type`. `our_prefix`: what shardtune's settings of the
+    data set begin with, `data` or `data.sources.<name>`. A type without a format is noted as unsupported.
     """
     if isinstance(value, dict):
         why = "a prompt of one's own is written into the rows, as prompt and completion"
@@ -237,11 +253,14 @@ def _add_axolotl_type(value: Any, setting_name: str, our_prefix: str, conversion
 def translate_llama_factory_datasets(
     names: str, setting: str, directory: str, conversion: ConvertedSettings, file_dir: Path
 ) -> None:
-    """Translate LLaMA-Factory's `dataset:` or `eval_dataset:`, which name entries of `dataset_info.json` in `directory`.
+    """Translate LLaMA-Factory's `dataset:` or `eval_dataset:` into `conversion`: names of entries of its `dataset_info.json`.
 
-    `names`: the entries' names, separated by commas. `file_dir`: the directory of the settings file, where a relative `directory`
-    starts, if it is not in the working directory. An entry looks like {"file_name": "alpaca.json", "split": "train", "columns":
-    {...}}.
+    `names`: the entries' names, separated by commas. `setting`: `dataset` (training data) or `eval_dataset`.
+    `directory`: where `dataset_info.json` is; if it is relative and not in the working directory, it starts at `file_dir`, the
+        directory of the settings file.
+
+    An entry looks like {"file_name": "alpaca.json", "split": "train", "columns": {...}}. A name that the file lacks is noted as
+    unsupported.
     """
     info_file = _find_dataset_info(directory, file_dir)
     entries: dict[str, Any] = {}
@@ -283,10 +302,14 @@ def _add_llama_factory_training_data(
     *,
     is_only_dataset: bool,
 ) -> None:
-    """Translate an entry of LLaMA-Factory's `dataset_info.json` that is training data, and lies at `path`, into `conversion`.
+    """Translate one entry of LLaMA-Factory's `dataset_info.json` that is training data into `conversion`.
 
     It becomes `data`; or `data.sources.<name>`, if it is not the only one, or a subset or split of a data set, which only a
-    source can name. `setting`: the setting of the file that names the entry, for messages.
+    source can name.
+
+    `entry`: its settings, and `name`: its name there.
+    `setting`: the setting of the settings file that names the entry, for messages.
+    `path`: its file or hub name, as `data.path` takes it.
     """
     is_part_of_dataset = bool(entry.get("subset") or entry.get("split"))
     needs_source = not is_only_dataset or is_part_of_dataset
@@ -304,7 +327,7 @@ def _find_dataset_info(directory: str, file_dir: Path) -> Path | None:
 
 
 def _llama_factory_path(entry: Mapping[str, Any], directory: Path) -> str:
-    """The file of an entry of `dataset_info.json`, which lies in `directory`, or the entry's data set on the hub."""
+    """Where the data of an entry of `dataset_info.json` lies: a file in `directory`, beside that file, or `hub:<name>`."""
     if "file_name" in entry:
         return str(directory / str(entry["file_name"]))
     hub_name = entry.get("hf_hub_url", entry.get("ms_hub_url", ""))
@@ -314,11 +337,14 @@ def _llama_factory_path(entry: Mapping[str, Any], directory: Path) -> str:
 def _add_llama_factory_entry(
     entry: Mapping[str, Any], entry_name: str, our_prefix: str, conversion: ConvertedSettings
 ) -> None:
-    """Translate the settings of an entry of LLaMA-Factory's `dataset_info.json` other than its path into `conversion`.
+    """Translate the settings of one entry of LLaMA-Factory's `dataset_info.json`, other than its path, into `conversion`.
 
-    `entry_name`: the entry in messages, such as `dataset_info.json: alpaca`. `our_prefix`: what our settings of it begin with,
-    `data` or `data.sources.<name>`. The format, and so the names of columns, are those of plain text under objective=pretrain,
-    of a ranking if it is one, else of `formatting`.
+    `entry`: such as {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "turns"}}.
+    `entry_name`: the entry in messages, such as `dataset_info.json: alpaca`.
+    `our_prefix`: what shardtune's settings of it begin with, `data` or `data.sources.<name>`.
+
+    Names of columns depend on how rows are read: as plain text if `conversion` has objective=pretrain, as a ranking of two
+    answers if the entry says so, else by `formatting`.
     """
     formatting = str(entry.get("formatting", "alpaca"))
     if conversion.overrides.get("objective") == "pretrain":
@@ -351,11 +377,15 @@ def _add_llama_factory_entry(
 def _add_llama_factory_columns(
     entry: Mapping[str, Any], row_format: str, entry_name: str, our_prefix: str, conversion: ConvertedSettings
 ) -> None:
-    """Translate the `columns` of an entry of LLaMA-Factory's `dataset_info.json`, such as {"prompt": "question"}.
+    """Translate the `columns` of an entry of LLaMA-Factory's `dataset_info.json` into `conversion`: which column has which role.
 
-    That becomes {"data.columns.instruction": "question"}: the column of the file by what it holds. `row_format`: which of
-    `COLUMNS_BY_LLAMA_FACTORY_FORMAT` says so. `entry_name`: the entry in messages. `our_prefix`: what our settings of it begin
-    with, `data` or `data.sources.<name>`. A column without an equivalent is noted as unsupported in `conversion`.
+    {"prompt": "question"} becomes {"data.columns.instruction": "question"}: LLaMA-Factory's role `prompt` is `instruction` here.
+
+    `row_format`: a key of `COLUMNS_BY_LLAMA_FACTORY_FORMAT`, which has our roles by theirs.
+    `entry_name`: the entry in messages.
+    `our_prefix`: what shardtune's settings of it begin with, `data` or `data.sources.<name>`.
+
+    A role without an equivalent is noted as unsupported.
     """
     column_by_role: dict[str, Any] = {}
     if row_format == "ranking" and entry.get("formatting", "alpaca") == "alpaca":
@@ -374,9 +404,10 @@ def _add_llama_factory_columns(
 
 
 def unused_source_name(path: str, conversion: ConvertedSettings) -> str:
-    """A name below `data.sources` for a data set, from its path: `data/My chat.jsonl` -> `my_chat`.
+    """A name for a data set in shardtune's table `data.sources`, from its path: `data/My chat.jsonl` -> `my_chat`.
 
-    A name that an earlier source of `conversion` has gets a number: `my_chat_2`.
+    Names are lower case, with `_` for other characters, since they are typed as part of a key. A name that `conversion` uses
+    already gets a number: `my_chat_2`.
     """
     file_name = path.rstrip("/]").rsplit("/", 1)[-1]  # of a list `[a/b.json,a/c.json]` the last file
     stem = re.sub(r"\.(json|jsonl|csv|tsv|parquet|arrow|txt)(\.\w+)?$", "", file_name)

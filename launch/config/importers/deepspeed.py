@@ -75,15 +75,18 @@ def translate_deepspeed_settings(
     outer_values: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> None:
-    """Translate every setting of a DeepSpeed configuration (`tree`, as read from JSON) into `conversion`.
+    """Translate every setting of a DeepSpeed configuration into `conversion`, as settings of shardtune or notes.
 
-    `outer_values`: the settings, by normalised name, of the trainer whose file names this one, which override it; None if no
-    other trainer names it. `prefix`: what stands before the names of settings in notes.
+    `tree`: the configuration, as read from JSON: {"zero_optimization": {"stage": 3}, "train_batch_size": 64}.
+    `outer_values`: the settings, as text by normalised name, of the trainer whose file names this configuration; they override
+        it. None if the file stands alone.
+    `prefix`: what stands before the names of settings in notes, such as `ds.json: `.
     """
     deepspeed_settings = OtherTrainerSettings({**scalar_settings(tree), **(outer_values or {})})
     is_used_alone = outer_values is None
     for key, value in tree.items():
         full_name = f"{prefix}{key}"
+        # `auto`: the trainer that calls DeepSpeed fills the value in, and its own setting is translated.
         if _is_auto(value):
             conversion.names_without_value.append(full_name)
         elif key in BLOCKS_WITH_OWN_RULES and isinstance(value, dict):
@@ -104,9 +107,12 @@ def _translate_block(
     *,
     is_used_alone: bool,
 ) -> None:
-    """Translate one of `BLOCKS_WITH_OWN_RULES` into `conversion` by the rules for its `key`.
+    """Translate one block of a DeepSpeed configuration that has rules of its own, such as `optimizer`, into `conversion`.
 
-    `tree`: the whole file. `block_name`: the block in messages. `is_used_alone`: no other trainer's file names this one.
+    `key`: one of `BLOCKS_WITH_OWN_RULES`.
+    `tree`: the whole configuration, since `fp16` and `bf16` are read together.
+    `block_name`: the block in messages, such as `ds.json: optimizer`.
+    `is_used_alone`: no other trainer's file names this configuration, so nothing else decides on the precision.
     """
     if key == "zero_optimization":
         _translate_zero_block(block, conversion, block_name)
@@ -121,12 +127,15 @@ def _translate_block(
 
 
 def _translate_top_level(key: str, value: Any, deepspeed_settings: OtherTrainerSettings) -> TranslatedSetting:
-    """The settings of shardtune for a DeepSpeed setting of the outermost level without a block, or a note that there are none.
+    """Translate a setting of a DeepSpeed file that stands in no block: `steps_per_print` -> `logging.every_steps`.
 
-    `deepspeed_settings`: all settings of the file as text, on which a rule may depend.
+    `value`: as read from JSON. `deepspeed_settings`: all single values of the file as text, on which a rule may depend. A setting
+    without an equivalent gets a note.
     """
     if key == "steps_per_print":
         return TranslatedSetting({"logging.every_steps": to_cli_text(value)})
+    # The table is first: it has the settings that mean something in DeepSpeed alone. The rest are names that other trainers
+    # share.
     translation = _translation_in_table(TOP_LEVEL_TRANSLATIONS, key)
     # A rule reads one value as text, so a block, or a key that is no text, has none.
     if translation is None and not isinstance(value, dict) and str(key) in deepspeed_settings.value_by_name:
@@ -150,13 +159,14 @@ def _translation_in_table(table: Mapping[str, TranslatedSetting], key: str) -> T
 def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSettings, block_name: str) -> None:
     """Translate DeepSpeed's block `zero_optimization`, such as {"stage": 3, "overlap_comm": true}, into `conversion`.
 
-    The stage decides shardtune's strategy, and what the other settings mean. A stage that is none of 0 to 3 is noted as
-    unsupported, and the other settings are translated as under stage 0. `block_name`: the block's full key in messages.
+    The stage decides shardtune's strategy (0: ddp, 3: zero3), and what the other settings mean. A stage that is none of 0 to 3 is
+    noted as unsupported, and the other settings are translated as under stage 0. `block_name`: the block in messages.
     """
     # DeepSpeed's own default is stage 0: no sharding, which is ddp here.
     stage_text = to_cli_text(block.get("stage", 0))
     is_known_stage = stage_text in ("0", "1", "2", "3")
     stage = stage_text if is_known_stage else "0"
+    # Offloading depends on both the stage and the device, so all settings are derived together and handed out one by one below.
     zero_overrides = rules.zero_overrides({**block, "stage": stage})  # such as {"strategy": "zero3", ...}
     strategy = zero_overrides["strategy"]
     if is_known_stage:
@@ -178,10 +188,10 @@ def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSetting
 
 
 def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSetting:
-    """The settings of shardtune for one setting of `zero_optimization`: `cpu_offload`, True, `zero2` -> offload_optimizer=cpu.
+    """Translate one setting of DeepSpeed's block `zero_optimization`: `cpu_offload`, True, `zero2` -> offload_optimizer=cpu.
 
-    `strategy`: shardtune's name for the stage, such as `zero3`. Settings of stage 3 mean nothing under another stage. Those
-    without an equivalent get a note.
+    `strategy`: shardtune's name for the ZeRO stage: `ddp` (stage 0), `zero1`, `zero2` or `zero3`. Settings of stage 3 mean
+        nothing under another stage. A setting without an equivalent gets a note.
     """
     text = to_cli_text(value)
     if key == "cpu_offload":  # a switch of older versions of DeepSpeed
@@ -203,11 +213,14 @@ def _translate_offload_block(
     conversion: ConvertedSettings,
     block_name: str,
 ) -> None:
-    """Translate DeepSpeed's block `offload_optimizer` or `offload_param` (`key`): {"device": "cpu", "pin_memory": true}.
+    """Translate DeepSpeed's block `offload_optimizer` or `offload_param`, such as {"device": "cpu", "pin_memory": true}.
 
+    `key`: which of the two, and `block_name`: its name in messages.
     `zero_overrides`: shardtune's settings for the whole of `zero_optimization`, such as {"strategy.offload_optimizer": "cpu"}, of
-    which this block gets its own. A device that they lack, such as `none`, needs no setting; other settings become notes.
-    `block_name`: the block's full key in messages.
+        which this block's settings get their share. They are without a device that does not offload, such as `none`, which then
+        needs no setting.
+
+    Other settings become notes in `conversion`.
     """
     device_key = "strategy.offload_optimizer" if key == "offload_optimizer" else "strategy.offload_parameters"
     for inner_key, value in block.items():
@@ -233,11 +246,14 @@ def _translate_precision_block(
     *,
     is_used_alone: bool,
 ) -> None:
-    """Translate DeepSpeed's block `bf16` or `fp16` (`key`), such as {"enabled": true}, to shardtune's `precision`.
+    """Translate DeepSpeed's block `bf16` or `fp16`, such as {"enabled": true}, to shardtune's `precision`, in `conversion`.
 
-    `tree`: the whole file, which may have the other block as well. `is_used_alone`: no other trainer's file names this one; if
-    one does, that trainer's own settings decide on the precision. Settings beside `enabled` get a note. `block_name`: the block
-    in messages.
+    `key`: `bf16`, `bfloat16` or `fp16`.
+    `tree`: the whole file, which may have the other block as well.
+    `is_used_alone`: no other trainer's file names this one. If one does, that trainer's own settings decide on the precision.
+    `block_name`: the block in messages.
+
+    Settings beside `enabled`, such as the loss scale, have no equivalent and get a note.
     """
     precision = "fp16" if key == "fp16" else "bf16"
     is_on = is_true(to_cli_text(block.get("enabled")))
@@ -246,6 +262,7 @@ def _translate_precision_block(
         if _is_auto(value):
             conversion.names_without_value.append(full_name)
         elif inner_key == "enabled":
+            # A block that is off says nothing if the block of another precision is on.
             off_means_fp32 = is_used_alone and not _is_another_precision_on(key, tree)
             translation = _translate_precision_switch(value, precision, off_means_fp32=off_means_fp32)
             conversion.add_translation(full_name, value, translation)
@@ -271,7 +288,7 @@ def _translate_precision_switch(value: Any, precision: str, *, off_means_fp32: b
 
 
 def _is_another_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
-    """Whether a block of another precision than `key` is on in the file `tree`: for `fp16`, `bf16` or `bfloat16`."""
+    """Whether a DeepSpeed file turns on another precision than that of its block `key`: for `fp16`, `bf16` or `bfloat16`."""
     for other_key in ("fp16", "bf16", "bfloat16"):
         block = tree.get(other_key)
         if other_key != key and isinstance(block, dict) and is_true(to_cli_text(block.get("enabled", False))):
@@ -280,9 +297,9 @@ def _is_another_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
 
 
 def _parameters_of_block(block: Mapping[str, Any], conversion: ConvertedSettings, block_name: str) -> Mapping[str, Any]:
-    """The `params` of a block `optimizer` or `scheduler`; empty, with a note in `conversion`, if they are no block.
+    """The `params` of DeepSpeed's block `optimizer` or `scheduler`, such as {"lr": 1e-4}.
 
-    `block_name`: the full key of the block in messages.
+    Empty if they are `auto`, missing or no block, which is noted in `conversion`. `block_name`: the block in messages.
     """
     parameters = block.get("params")
     if isinstance(parameters, dict):
@@ -295,10 +312,10 @@ def _parameters_of_block(block: Mapping[str, Any], conversion: ConvertedSettings
 
 
 def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSettings, block_name: str) -> None:
-    """Translate the block `optimizer` of a DeepSpeed configuration to `optim` and `optim.*`, and add that to `conversion`.
+    """Translate DeepSpeed's block `optimizer` into shardtune's `optim` and `optim.*`, in `conversion`.
 
-    `block`: such as {"type": "AdamW", "params": {"lr": 1e-4}}. An Adam without a learning rate gets DeepSpeed's default rate.
-    `block_name`: the block's full key in messages.
+    `block`: such as {"type": "AdamW", "params": {"lr": 1e-4}}. `block_name`: the block in messages. An Adam without a learning
+    rate gets DeepSpeed's default rate, which differs from shardtune's.
     """
     optimizer_type = block.get("type")
     parameters = _parameters_of_block(block, conversion, block_name)
@@ -307,6 +324,7 @@ def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSe
         conversion.add_translation(f"{block_name}.type", optimizer_type, translation)
     for key, value in parameters.items():
         full_name = f"{block_name}.params.{key}"
+        # Switched off, these would be another optimizer, which has no equivalent.
         is_on_as_here = key in ADAM_SWITCHES_THAT_ARE_ON_HERE and is_true(to_cli_text(value))
         if _is_auto(value):
             conversion.names_without_value.append(full_name)
@@ -319,6 +337,7 @@ def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSe
         else:
             translation = TranslatedSetting(note=NOT_PASSED_ON_REASON)
         conversion.add_translation(full_name, value, translation)
+    # With `params: auto` the trainer that calls DeepSpeed gives the rate.
     is_adam = "adam" in to_cli_text(optimizer_type).lower()
     if is_adam and "lr" not in parameters and block.get("params") != "auto":
         translation = TranslatedSetting({"optim.lr": DEEPSPEED_ADAM_LR})
@@ -328,10 +347,9 @@ def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSe
 
 
 def _translate_scheduler_block(block: Mapping[str, Any], conversion: ConvertedSettings, block_name: str) -> None:
-    """Translate the block `scheduler` of a DeepSpeed configuration to `schedule`, and add that to `conversion`.
+    """Translate DeepSpeed's block `scheduler` into shardtune's `schedule`, `optim.lr` and `budget.steps`, in `conversion`.
 
-    `block`: such as {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}. Parameters that are `auto` have no value of their
-    own. `block_name`: the block's full key in messages.
+    `block`: such as {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}. `block_name`: the block in messages.
     """
     scheduler_type = to_cli_text(block.get("type"))
     parameters = _parameters_of_block(block, conversion, block_name)
@@ -340,6 +358,7 @@ def _translate_scheduler_block(block: Mapping[str, Any], conversion: ConvertedSe
     )
     for key, value in parameters.items():
         full_name = f"{block_name}.params.{key}"
+        # True for 0, and for `auto`, which is no number and is dealt with first.
         starts_near_zero = key == "warmup_min_lr" and not parse_number(to_cli_text(value))
         if _is_auto(value):
             conversion.names_without_value.append(full_name)
@@ -354,9 +373,9 @@ def _translate_scheduler_block(block: Mapping[str, Any], conversion: ConvertedSe
 
 
 def _translate_scheduler_type(scheduler_type: str, parameters: Mapping[str, Any]) -> TranslatedSetting:
-    """Shardtune's `schedule` for DeepSpeed's type of scheduler, such as `WarmupLR`; a note alone if it has none.
+    """Shardtune's `schedule` for DeepSpeed's type of scheduler: `WarmupLR` is `constant`; a note alone for an unknown type.
 
-    `parameters`: those of the scheduler, which say how the rate rises at the start.
+    `parameters`: those of the scheduler. If they ask for a logarithmic warmup, a note says that shardtune's is linear.
     """
     if scheduler_type not in SCHEDULE_BY_DEEPSPEED_TYPE:
         return TranslatedSetting(note="schedule is one of cosine, linear, constant, wsd")
@@ -369,9 +388,10 @@ def _translate_scheduler_type(scheduler_type: str, parameters: Mapping[str, Any]
 def _translate_tracker_block(
     key: str, block: Mapping[str, Any], conversion: ConvertedSettings, block_name: str
 ) -> None:
-    """Translate a block `wandb` or `tensorboard` (`key`) of DeepSpeed's settings to settings of `logging`.
+    """Translate DeepSpeed's block `wandb` or `tensorboard` into settings of `logging`, in `conversion`.
 
-    `block`: such as {"enabled": true, "project": "x"}. `block_name`: the block's full key in the imported file, for messages.
+    `key`: which of the two. `block`: such as {"enabled": true, "project": "x"}. `block_name`: the block in messages. The settings
+    of a tracker that is off need no equivalent.
     """
     is_on = is_true(to_cli_text(block.get("enabled")))
     for inner_key, value in block.items():

@@ -21,7 +21,10 @@ class TranslatedSetting:
 
 @dataclass(frozen=True, slots=True)
 class OtherTrainerSettings:
-    """All settings of another trainer that were written, since the translation of one may depend on others."""
+    """All settings of another trainer that were written, since the translation of one may depend on others.
+
+    The global batch, for example, follows from three settings and the number of ranks.
+    """
 
     value_by_name: Mapping[str, str]
     """Their values, by normalised name (`names.normalised_name`)."""
@@ -29,7 +32,7 @@ class OtherTrainerSettings:
     """Ranks of the run; None if nobody has said."""
 
     def get(self, *names: str) -> str | None:
-        """The value of the first of these names that is set to something."""
+        """The value of the first of these names that is set; None if none is. Null, an empty text and `auto` count as not set."""
         for name in names:
             value = self.value_by_name.get(name)
             if is_set(value):
@@ -64,7 +67,7 @@ def format_number(value: float) -> str:
 
 
 def list_entries(value: str) -> list[str]:
-    """The entries of `[a,b]`, `a,b` or `a`, without quotes around them and without empty ones."""
+    """The entries of a list as another trainer may write it, `[a,b]`, `a,b` or `a`, without quotes and without empty entries."""
     entries = []
     for part in value.strip().strip("[]").split(","):
         entry = part.strip().strip("'\"")

@@ -114,10 +114,13 @@ NO_EQUIVALENT_OF_BLOCK_REASON = "a block of settings has no equal as a whole"
 
 
 def convert_settings_file(path: Path, num_ranks: int | None = None) -> ConvertedSettings:
-    """Translate the settings file of another trainer at `path`, such as axolotl's `config.yml`, into our settings.
+    """Translate the settings file of another trainer at `path`, such as axolotl's `config.yml`, for `shardtune init from=FILE`.
 
-    `num_ranks` turns batch sizes per device into a global one; None if it is not known. Raises ConfigError if the file cannot be
-    read, or belongs to none of the trainers that are known here.
+    The trainer is recognised by the names in the file. `num_ranks`: ranks (processes) of the run that is planned, with which a
+    batch size per device becomes a global one; None if not known.
+
+    Returns shardtune's settings as text by key, such as {"optim.lr": "1e-4"}, and notes on every setting that did not become one.
+    Raises ConfigError if the file cannot be read, or was written for no trainer that is known here.
     """
     tree = read_settings_tree(path)
     trainer = detect_trainer(tree)
@@ -127,6 +130,7 @@ def convert_settings_file(path: Path, num_ranks: int | None = None) -> Converted
             "a file of ours is given by its name alone: shardtune train my.yaml"
         )
     conversion = ConvertedSettings(trainer)
+    # A file of DeepSpeed alone has nested blocks with rules of their own, and no defaults that would have to be added.
     if trainer == DEEPSPEED:
         deepspeed.translate_deepspeed_settings(tree, conversion)
     else:
@@ -135,9 +139,10 @@ def convert_settings_file(path: Path, num_ranks: int | None = None) -> Converted
 
 
 def read_settings_tree(path: Path) -> dict[str, Any]:
-    """The settings of a YAML or JSON file (`.json`) as nested dictionaries.
+    """Read the settings file of another trainer, which may be hostile or broken, as nested dictionaries.
 
-    Raises ConfigError if it cannot be read, is no such file, holds no settings, or has YAML aliases.
+    `path`: JSON if it ends in `.json`, otherwise YAML. Raises ConfigError if it cannot be read, is larger than 1 MiB, is not of
+        that format, has YAML aliases, or is no mapping of names to values at its outermost level.
     """
     import yaml
 
@@ -166,7 +171,9 @@ def read_settings_tree(path: Path) -> dict[str, Any]:
 
 
 def detect_trainer(tree: Mapping[str, Any]) -> str | None:
-    """The trainer that a settings file (`tree`) was written for, by the names of the settings in it.
+    """Name the trainer that a settings file was written for, by the names of the settings in it; such as `axolotl`.
+
+    `tree`: the file as nested dictionaries. The answer decides which defaults hold and how ambiguous names are read:
 
     - The first trainer in `TELLING_SETTINGS_BY_TRAINER` (DeepSpeed before axolotl) of whose settings the file has one.
     - Otherwise Hugging Face's Trainer, if any setting has a rule for its translation.
@@ -176,6 +183,7 @@ def detect_trainer(tree: Mapping[str, Any]) -> str | None:
     for key, value in tree.items():
         if isinstance(value, dict):
             setting_names |= {f"{key}.{name}" for name in value}  # such as `zero_optimization.stage`
+    # The order matters, since trainers share names of settings.
     for trainer, telling_settings in TELLING_SETTINGS_BY_TRAINER.items():
         if setting_names & set(telling_settings):
             return trainer
@@ -186,15 +194,21 @@ def detect_trainer(tree: Mapping[str, Any]) -> str | None:
 def _translate_settings(
     tree: Mapping[str, Any], conversion: ConvertedSettings, file_dir: Path, num_ranks: int | None = None
 ) -> None:
-    """Translate every setting of a trainer other than DeepSpeed into `conversion`, then its defaults that differ from ours.
+    """Translate every setting of a file into `conversion`, then the trainer's defaults; for any trainer but DeepSpeed.
 
-    `tree`: the settings of the file, as read from YAML. `file_dir`: the directory of the file, from which relative paths start.
-    `num_ranks`: the number of ranks of the run, None if it is not known.
+    A default is translated only if the file says nothing in its place and it differs from shardtune's own, so that the run stays
+    the same.
+
+    `tree`: the settings of the file, as read from YAML.
+    `conversion`: the result so far, which knows the trainer; settings and notes are added to it.
+    `file_dir`: the directory of the file, from which relative paths start.
+    `num_ranks`: ranks of the planned run; None if not known.
     """
     # Such as {"lr": "1e-4"}.
     written_values = {normalised_name(key): value for key, value in scalar_settings(tree).items()}
     defaults = _defaults_in_effect(conversion.trainer, written_values)
     other_trainer = OtherTrainerSettings({**defaults, **written_values}, num_ranks)
+    # axolotl trains all weights unless the file names an adapter.
     if conversion.trainer == AXOLOTL and "adapter" not in written_values:
         conversion.add_translation("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
     # In this order, because the first of two contradicting settings stays.
@@ -211,10 +225,12 @@ def _translate_settings(
 def _add_llama_factory_lora_defaults(
     other_trainer: OtherTrainerSettings, conversion: ConvertedSettings, *, has_alpha: bool
 ) -> None:
-    """Add LLaMA-Factory's LoRA defaults, which differ from shardtune's, to `conversion`: rank 8, and an alpha of twice the rank.
+    """Add LLaMA-Factory's LoRA defaults to `conversion`, since shardtune's differ: rank 8, and an alpha of twice the rank.
 
-    `has_alpha`: the file sets an alpha.
+    Called after everything in the file, if the run uses LoRA. `other_trainer`: the settings of the file as text, of which
+    `lora_rank` is read. `has_alpha`: the file sets `lora_alpha`, so only the rank is added.
     """
+    # A rank in the file gives the same setting once more, which `add_translation` recognises.
     rank = parse_number(other_trainer.get("lora_rank")) or 8
     rank_text = format_number(rank)
     conversion.add_translation("lora_rank", rank_text, TranslatedSetting({"tuning.rank": rank_text}))
@@ -229,10 +245,13 @@ def _translation_order(key: str) -> int:
 
 
 def _defaults_in_effect(trainer: str, written_values: Mapping[str, str]) -> dict[str, str]:
-    """The defaults of a trainer, as text by name, that nothing in its file overrides: {"num_epochs": "1"}.
+    """The defaults of another trainer that hold for this file, because nothing in it overrides them: {"num_epochs": "1"}.
 
-    `written_values`: the settings of the file, as text by normalised name (lower case, `_` for `-`). Empty for a trainer
-    without known defaults, such as accelerate.
+    `trainer`: one of the constants above, such as "axolotl".
+    `written_values`: the settings of the file, as text by normalised name (lower case, `_` for `-`).
+
+    A default is overridden by its own name or by a related setting: `max_steps` overrides the default of `num_train_epochs`.
+    Empty for a trainer without known defaults, such as accelerate.
     """
     defaults = {}
     for key, value in DEFAULTS_BY_TRAINER.get(trainer, {}).items():
@@ -240,6 +259,7 @@ def _defaults_in_effect(trainer: str, written_values: Mapping[str, str]) -> dict
         if not any(name in written_values for name in overriding_names):
             defaults[key] = value
     if trainer == HUGGING_FACE and "learning_rate" in defaults:
+        # TRL has one trainer class per kind of training, each with a default rate; the file does not name the class.
         # The rate depends on the kind of training, which settings of its own give away.
         for rate, names in SETTINGS_BY_TRL_LEARNING_RATE.items():
             if any(name in written_values for name in names):
@@ -255,10 +275,15 @@ def _add_setting(
     conversion: ConvertedSettings,
     file_dir: Path,
 ) -> None:
-    """Translate the setting `key` of the outermost level of a file (`tree`) into `conversion`.
+    """Translate one setting of another trainer's file into `conversion`: settings of shardtune, or a note why there are none.
 
-    Settings for data sets, DeepSpeed and FSDP are read by functions of their own, the others by a rule each. `other_trainer`: all
-    settings of the file as text, on which a rule may depend. `file_dir`: the directory of the file.
+    `key`: the setting, as the file spells it at its outermost level.
+    `tree`: the whole file; a data set's or FSDP's setting is read together with others.
+    `other_trainer`: all settings of the file as text by normalised name, on which a rule may depend, such as the batch size.
+    `file_dir`: the directory of the file, from which relative paths start.
+
+    Data sets, DeepSpeed and FSDP are blocks with structure, which have functions of their own. All others are one value with one
+    rule.
     """
     value = tree[key]
     name = normalised_name(key)
@@ -281,16 +306,20 @@ def _add_setting(
 
 
 def _translate_setting(name: str, value: Any, other_trainer: OtherTrainerSettings, file_dir: Path) -> TranslatedSetting:
-    """The settings of shardtune for one setting of another trainer's file, or a note that says why there are none.
+    """Translate one setting of another trainer's file, other than data-set lists, DeepSpeed and FSDP, into settings of shardtune.
 
-    `name`: its normalised name. `other_trainer`: all settings of the file as text, on which a rule may depend. `file_dir`: the
-    directory of the file, where relative paths start. Most settings have a rule in `RULE_BY_NORMALISED_NAME`.
+    Such as `learning_rate`, 1e-4 -> {"optim.lr": "1e-4"}; a translation with a note alone says why there is no equivalent. Most
+    settings have a rule in `RULE_BY_NORMALISED_NAME`.
+
+    `name`: its normalised name. `value`: as read from YAML. `other_trainer`: all settings of the file as text, on which a rule
+    may depend. `file_dir`: the directory of the file, from which relative paths start.
     """
     # Cases that a rule cannot decide, because it knows neither the file's directory nor the type of the value in the file.
     if name == "dataset_dir":
         return TranslatedSetting(note="files are named whole in data.path", not_needed=True)
     if name in ("dataset", "dataset_name", "dataset_path"):
         return TranslatedSetting({"data.path": datasets.shardtune_data_path(to_cli_text(value), file_dir)})
+    # These two values offload activations to host memory as well; any other value goes to the rule below.
     if name == "gradient_checkpointing" and value in ("unsloth", "offload"):
         return TranslatedSetting(
             note="activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
@@ -307,10 +336,12 @@ def _translate_setting(name: str, value: Any, other_trainer: OtherTrainerSetting
 def _translate_block_by_rule(
     name: str, block: dict[str, Any], other_trainer: OtherTrainerSettings
 ) -> TranslatedSetting:
-    """The note on a block of settings whose name has a rule, such as `warmup_steps: {a: 1}`: a translation to no setting.
+    """The note on a block where one value was expected, such as `warmup_steps: {a: 1}`: a translation without settings.
 
-    The rule may say why there is no equivalent, or that none is needed. Settings that it gives are left out, since a rule reads
-    one value and not a block.
+    The rule of the name is asked all the same, since it may say that the setting has no equivalent, or needs none, whatever its
+    value. Settings that it gives are dropped, since they would contain the text of the whole block.
+
+    `other_trainer`: all settings of the file as text, to which the block is added as text.
     """
     translation = translate_by_rule(
         name, OtherTrainerSettings({**other_trainer.value_by_name, name: to_cli_text(block)})
@@ -359,8 +390,14 @@ def _add_accelerate_deepspeed(
 ) -> None:
     """Translate accelerate's block `deepspeed_config` into `conversion`: {"zero_stage": 3, "offload_optimizer_device": "cpu"}.
 
-    It may name a file of DeepSpeed's settings. Its other settings are of `zero_optimization`, or have a rule because other
-    trainers have them too; those without a rule are noted as unsupported. `other_trainer`: all settings of the file as text.
+    accelerate writes DeepSpeed's most used settings flat, under names of its own, and may name a file with the rest. By the key:
+
+    - `deepspeed_config_file`: every setting of that file;
+    - a ZeRO setting: as DeepSpeed's block `zero_optimization`;
+    - a name that other trainers have too, such as `gradient_accumulation_steps`: by its rule;
+    - anything else is noted as unsupported.
+
+    `other_trainer`: all settings of accelerate's file as text. `file_dir`: its directory, from which relative paths start.
     """
     for key, value in block.items():
         setting_name = f"deepspeed_config.{key}"
@@ -378,9 +415,10 @@ def _add_accelerate_deepspeed(
 
 
 def _overrides_of_accelerate_zero_setting(key: str, value: Any, block: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of shardtune for one ZeRO setting of accelerate's `block`: `zero_stage`, 3 -> {"strategy": "zero3"}.
+    """Settings of shardtune for one ZeRO setting of accelerate: `zero_stage`, 3 -> {"strategy": "zero3"}; empty: none needed.
 
-    The setting is translated as a DeepSpeed file that has it alone, beside the stage on which its meaning depends.
+    `block`: accelerate's whole block, of which the stage is read, because the meaning of the others depends on it. The setting is
+        translated as if it stood alone in a DeepSpeed file beside the stage.
     """
     default_stage = 2  # accelerate's own
     zero_block: dict[str, Any] = {"stage": block.get("zero_stage", default_stage)}
@@ -394,10 +432,12 @@ def _overrides_of_accelerate_zero_setting(key: str, value: Any, block: Mapping[s
 def _add_fsdp(
     key: str, tree: Mapping[str, Any], other_trainer: OtherTrainerSettings, conversion: ConvertedSettings
 ) -> None:
-    """Translate `fsdp` or `fsdp_config` (`key`) of the file `tree` of Hugging Face's Trainer or of accelerate into `conversion`.
+    """Translate `fsdp` or `fsdp_config` of Hugging Face's Trainer or accelerate into `conversion`, as a sharding strategy.
 
-    Called once for each of the two that the file has. The strategy follows from both together and is added once: with `fsdp` if
-    that is set, otherwise with `fsdp_config`. The settings within `fsdp_config` are translated or noted one by one.
+    Called once for each of the two that the file has. The strategy follows from both together, so it is added once: with `fsdp`
+    if that is set, otherwise with `fsdp_config`. The settings within `fsdp_config` are translated or noted one by one.
+
+    `key`: which of the two. `tree`: the whole file. `other_trainer`: its settings as text, for the rule.
     """
     has_fsdp = tree.get("fsdp") not in (None, "", [])
     block = tree.get("fsdp_config")
@@ -410,7 +450,10 @@ def _add_fsdp(
 
 
 def _add_fsdp_block(block: Mapping[str, Any], conversion: ConvertedSettings) -> None:
-    """Translate the settings within the block `fsdp_config`, or note each as not needed or unsupported, in `conversion`."""
+    """Translate each setting of the block `fsdp_config` of another trainer into `conversion`: our setting for it, or a note.
+
+    Such as {"fsdp_activation_checkpointing": true}; keys come with and without `fsdp_`.
+    """
     for name, value in block.items():
         setting_name = f"fsdp_config.{name}"
         bare_name = name.removeprefix("fsdp_")
@@ -428,7 +471,11 @@ def _add_fsdp_block(block: Mapping[str, Any], conversion: ConvertedSettings) -> 
 
 
 def _fsdp_option_text(tree: Mapping[str, Any], block: Mapping[str, Any]) -> str:
-    """The options that `fsdp` and the block `fsdp_config` ask for together, in the form of `fsdp`: `full_shard,offload`."""
+    """Join what `fsdp` and the block `fsdp_config` ask for into one text in the form of `fsdp`: `full_shard,offload`.
+
+    So one rule translates both. `tree`: the whole file, whose `fsdp` may be a text or a list. `block`: its `fsdp_config`, empty
+    if there is none.
+    """
     has_fsdp = tree.get("fsdp") not in (None, "", [])
     options = [to_cli_text(tree["fsdp"]).strip("[]") if has_fsdp else "full_shard"]
     # Each setting of the block has two spellings, with and without `fsdp_`, by the version of the other trainer.
@@ -439,6 +486,7 @@ def _fsdp_option_text(tree: Mapping[str, Any], block: Mapping[str, Any]) -> str:
     if offload_params is True:
         options.append("offload")
     reshard_after_forward = block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True))
+    # Gathered weights kept after the forward pass are what `shard_grad_op` asks for.
     if reshard_after_forward is False:
         options.append("shard_grad_op")
     return ",".join(options)

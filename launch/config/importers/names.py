@@ -252,9 +252,9 @@ def normalised_name(name: str) -> str:
 
 
 def translate_by_rule(name: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting | None:
-    """The settings of shardtune for the setting `name` of another trainer; None if there is no rule for that name.
+    """Translate the setting `name` of another trainer by its rule: `learning_rate` -> {"optim.lr": "1e-4"}; None without a rule.
 
-    `other_trainer`: all settings of the other trainer, with the value of this one among them.
+    `other_trainer`: all settings of the other trainer as text; this one's value is taken from there, so it must be among them.
     """
     key = normalised_name(name)
     rule = RULE_BY_NORMALISED_NAME.get(key)
@@ -262,7 +262,7 @@ def translate_by_rule(name: str, other_trainer: OtherTrainerSettings) -> Transla
 
 
 def _pair_loss(value: str) -> TranslatedSetting:
-    """LLaMA-Factory's `pref_loss`: an objective of its own here, or a loss of objective=dpo."""
+    """Our `objective` for LLaMA-Factory's `pref_loss`, the loss over pairs of answers: `orpo` is one, `ipo` is a loss of dpo."""
     if value in ("orpo", "simpo"):
         return TranslatedSetting({"objective": value})
     if value in ("sigmoid", "ipo", "hinge"):
@@ -271,14 +271,14 @@ def _pair_loss(value: str) -> TranslatedSetting:
 
 
 def _evaluation_strategy(value: str) -> TranslatedSetting:
-    """Our settings for a setting that says when to evaluate: never, every epoch or every so many steps."""
+    """Our setting for another trainer's that says when to evaluate: `no` is evaluation=none; a note for every epoch or step."""
     if value.lower() in ("no", "none", "false"):
         return TranslatedSetting({"evaluation": "none"})
     return TranslatedSetting(note="evaluation.every_steps says how often; at the end it is always done")
 
 
 def _saving_strategy(value: str) -> TranslatedSetting:
-    """Our settings for a setting that says when to save: never before the end, every epoch or every so many steps."""
+    """Our setting for another trainer's that says when to save: `no` is checkpoint.every_minutes=0; otherwise a note."""
     if value.lower() in ("no", "none", "false"):
         return TranslatedSetting({"checkpoint.every_minutes": "0"})
     if value.lower() == "steps":

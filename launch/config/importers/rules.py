@@ -1,4 +1,7 @@
-"""Translations of values, for settings where another name is not enough."""
+"""Rules that translate the value of another trainer's setting, for settings where another name is not enough.
+
+`names.py` says which setting has which rule. A rule returns settings of shardtune as typed, or a note why there are none.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def renamed_to(key: str) -> Rule:
 
 
 def switch(overrides_if_on: dict[str, str], note: str = "") -> Rule:
-    """A rule for a switch: our settings are `overrides_if_on` if it is true; if it is false, none is needed."""
+    """Make a rule for a switch: our settings are `overrides_if_on` if it is true; if it is false, none is needed."""
 
     def rule(value: str, _: OtherTrainerSettings) -> TranslatedSetting:
         if is_true(value):
@@ -103,9 +106,11 @@ def switch(overrides_if_on: dict[str, str], note: str = "") -> Rule:
 
 
 def choice(key: str, other_names_by_choice: dict[str, str], note: str = "") -> Rule:
-    """A rule for a setting with named choices: for each choice of shardtune's setting `key`, the names that others use for it.
+    """Make a rule for a setting with named choices, which other trainers call otherwise: `adamw_torch` is `optim=adamw`.
 
-    `other_names_by_choice`: such as {"adamw": "adamw_torch adamw_hf"}, with blanks between the names.
+    `key`: shardtune's setting. `other_names_by_choice`: for each choice of it the names elsewhere, with blanks between them:
+    {"adamw": "adamw_torch adamw_hf"}. `note`: for the user, whatever the choice. An unknown name gets a note that lists the
+    choices.
     """
 
     def rule(value: str, _: OtherTrainerSettings) -> TranslatedSetting:
@@ -131,8 +136,10 @@ def batch_sizes(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSe
     """Our `batch.micro` and `batch.global` from another trainer's batch size per device, accumulation steps and ranks.
 
     2 per device, 8 accumulation steps and 4 ranks are batch.micro=2 batch.global=64. If the other trainer's settings have a
-    global batch, that is taken instead of the product. Without a batch per device there is only a note. `value` is not read,
-    because this is the rule of each of these settings, which are read together.
+    global batch, that is taken instead of the product. Without a batch per device and a global one there is only a note.
+
+    `value` is not read: this is the rule of each of these settings, and each gives the same result. `other_trainer`: all settings
+    as text, and the number of ranks (None: not known, taken as 1, which the note says).
     """
     micro = parse_number(other_trainer.get(*MICRO_BATCH_NAMES))
     accumulation = parse_number(other_trainer.get("gradient_accumulation_steps")) or 1
@@ -163,7 +170,7 @@ def step_budget(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSe
 
 
 def epoch_budget(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """A budget in passes over the data, unless steps are given."""
+    """Our `budget.epochs` for a number of passes over the data; not needed if `other_trainer` limits the steps as well."""
     if (parse_number(other_trainer.get("max_steps")) or 0) > 0:
         return TranslatedSetting(
             note="max_steps goes before it there, and exactly one budget is given here", not_needed=True
@@ -174,9 +181,10 @@ def epoch_budget(value: str, other_trainer: OtherTrainerSettings) -> TranslatedS
 
 
 def held_out_share(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """Our `data.eval_share`: the share of the training data that is kept for evaluation; a note for a number of documents.
+    """Our `data.eval_share`, the share of the training data kept for evaluation: `0.1` is data.eval_share=0.1.
 
-    `other_trainer` is not read; every rule takes it.
+    Other trainers also take a number of documents there, which gives a note, as shardtune would need to know how many there are.
+    0 needs no setting. `other_trainer` is not read; every rule takes it.
     """
     share = parse_number(value) or 0
     if share == 0:
@@ -194,31 +202,37 @@ def precision_switch(kind: str) -> Rule:
 
 
 def _translate_precision_switch(kind: str, value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """Shardtune's one setting `precision` for the switch `fp16` or `bf16` (`kind`), which are two switches in other trainers.
+    """Shardtune's one setting `precision` for a switch `fp16` or `bf16`, which are two switches in other trainers.
+
+    `kind`: which of the two. `value`: its text, such as `true`, `auto` or `full`. `other_trainer`: all settings, of which the
+    other switch is read.
 
     - The switch is auto: precision=auto.
     - It is on: precision=<kind>.
     - It is off and the other one is on or auto: no setting is needed, since the other one decides.
     - It is off, and so is the other one: precision=fp32.
-
-    `other_trainer`: all settings of the other trainer, of which the other switch is read.
     """
     if value.lower() == "auto":
         return TranslatedSetting({"precision": "auto"})
     if is_true(value) or value.lower() == "full":
         return TranslatedSetting({"precision": kind})
     other_kind = "bf16" if kind == "fp16" else "fp16"
-    is_other_auto = str(other_trainer.value_by_name.get(other_kind)).lower() == "auto"  # `get` takes auto as not set
+    # Read from the mapping itself, since `get` takes auto as not set.
+    is_other_auto = str(other_trainer.value_by_name.get(other_kind)).lower() == "auto"
     if is_true(other_trainer.get(other_kind)) or is_other_auto:
         return TranslatedSetting(not_needed=True)
     return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
 
 
 def lora_targets(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """The layers that get LoRA adapters: all linear ones, a regular expression, or a list of names."""
+    """Our `tuning.targets`, the layers that get LoRA adapters: all linear ones, a regular expression, or a list of names.
+
+    `all-linear`, or `q_proj,v_proj`, which is tuning.targets=[q_proj,v_proj].
+    """
     names = list_entries(value)
     if names in (["all"], ["all-linear"], ["all_linear"]):
         return TranslatedSetting({"tuning": "lora", "tuning.targets": "all-linear"})
+    # One name with characters of a regular expression: it may hold commas, so it is passed on whole.
     is_regex = len(names) == 1 and re.search(r"[*()|\\^$]", value)
     layers = value if is_regex else f"[{','.join(names)}]"
     return TranslatedSetting({"tuning": "lora", "tuning.targets": layers})
@@ -257,10 +271,12 @@ def quantisation_bits(value: str, other_trainer: OtherTrainerSettings) -> Transl
 def report_to(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `logging` settings for a list of trackers: `[wandb]` is logging.wandb=online, `none` is logging.wandb=disabled.
 
-    `all` turns on wandb and tensorboard alone, since the others need a server or an account. Other names get a note.
+    `all` turns on wandb and tensorboard alone, since the others need a server or an account. Trackers that shardtune does not
+    know get a note. `other_trainer` is not read; every rule takes it.
     """
     trackers = [name.lower() for name in list_entries(value)]
     has_all = "all" in trackers
+    # Always set, since shardtune's own default, auto, logs to wandb: as WANDB_MODE says, else offline.
     overrides = {"logging.wandb": "online" if has_all or "wandb" in trackers else "disabled"}
     if has_all or "tensorboard" in trackers:
         overrides["logging.tensorboard"] = "true"
@@ -281,9 +297,10 @@ def adam_betas(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSet
 
 
 def warmup_length(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """Our warmup for a number of steps, or a share of all steps if below 1. 0 is no warmup, unless `warmup_ratio` is set.
+    """Our warmup for another trainer's, which is a number of steps, or a share of all steps if below 1.
 
-    Text that is no number stays as it is, so that our own validation refuses it.
+    `100` is schedule.warmup_steps=100, `0.1` is schedule.warmup_share=0.1, `0` is no warmup, unless `other_trainer` also sets
+    `warmup_ratio`. Text that is no number stays as it is, so that our own validation refuses it.
     """
     steps_or_share = parse_number(value)
     if steps_or_share is not None and 0 < steps_or_share < 1:
@@ -312,7 +329,9 @@ def evaluation_interval(value: str, other_trainer: OtherTrainerSettings) -> Tran
 
 
 def deepspeed_stage(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """The strategy for the settings file of DeepSpeed at the path `value`.
+    """The strategy of shardtune for the setting `deepspeed: <path>`, for a message about that setting on the command line.
+
+    Only the ZeRO block of the file is read here; `shardtune init from=` translates all of it. By the path `value`:
 
     - The file is here: by the ZeRO stage in it; a note if it cannot be read or has no such stage.
     - It is not here: by the stage in its name, so that `ds_z3.json` is strategy=zero3; a note if the name says none.
@@ -332,6 +351,7 @@ def deepspeed_stage(value: str, other_trainer: OtherTrainerSettings) -> Translat
             return TranslatedSetting(note=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
         note = f"of {value}; `shardtune init from={value}` turns the rest"
         return TranslatedSetting(zero_overrides(zero_block), note)
+    # `ds_zero3.json`, `stage_2.json` or `z3.json`.
     stage = re.search(r"(?:zero|stage|z)_?([0-3])", path.name.lower())
     if stage is None:
         return TranslatedSetting(
@@ -341,9 +361,10 @@ def deepspeed_stage(value: str, other_trainer: OtherTrainerSettings) -> Translat
 
 
 def zero_overrides(zero_block: dict[str, object]) -> dict[str, str]:
-    """Our settings for DeepSpeed's `zero_optimization`: the strategy, and which states are offloaded to CPU or NVMe.
+    """Settings of shardtune for DeepSpeed's block `zero_optimization`: the strategy, and what is offloaded to CPU or NVMe.
 
-    {"stage": 3, "offload_param": {"device": "cpu"}} is {"strategy": "zero3", "strategy.offload_parameters": "cpu"}.
+    {"stage": 3, "offload_param": {"device": "cpu"}} is {"strategy": "zero3", "strategy.offload_parameters": "cpu"}. Stage 0, the
+    default, shards nothing: {"strategy": "ddp"}. Raises ValueError if the stage is no number.
     """
     stage = int(str(zero_block.get("stage") or 0))
     if stage == 0:
@@ -361,12 +382,14 @@ def zero_overrides(zero_block: dict[str, object]) -> dict[str, str]:
 
 
 def fsdp_strategy(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """The strategy for FSDP's options: `full_shard,offload` is strategy=fsdp2 strategy.cpu_offload=true. By the options:
+    """The strategy of shardtune for FSDP's options: `full_shard,offload` is strategy=fsdp2 strategy.cpu_offload=true.
+
+    `value`: options separated by commas, in other trainers' words:
 
     - none, or false: nothing is needed;
     - `no_shard`: ddp, with a note if `offload` is beside it, since ddp keeps its parameters on the GPUs;
-    - one with `hybrid`: hsdp; anything else: fsdp2, which keeps gathered parameters for the backward pass (as ZeRO 2 does)
-      under `shard_grad_op`.
+    - one with `hybrid`: hsdp; anything else: fsdp2. Under `shard_grad_op` it keeps gathered parameters for the backward pass (as
+      ZeRO 2 does).
 
     `other_trainer` is not read; every rule takes it.
     """
