@@ -48,7 +48,10 @@ class Partition:
 
 
 def query_partitions() -> list[Partition]:
-    """The partitions of the cluster with their nodes; empty if `sinfo` cannot tell."""
+    """Ask SLURM (`sinfo`) for the partitions of the cluster and their nodes; empty if it cannot tell.
+
+    A partition whose nodes differ gives several entries of the same name.
+    """
     # --exact: else nodes that differ become one line, with the least that any of them has.
     command = ["sinfo", "--noheader", "--all", "--exact", f"--format=%P|{SINFO_FORMAT}"]
     # The user's SINFO_PARTITION and the like would leave partitions out.
@@ -67,7 +70,7 @@ def query_partitions() -> list[Partition]:
 
 
 def _parse_partition(cells: list[str]) -> Partition:
-    """The partition in one line of sinfo, split into its cells.
+    """Read one line of sinfo, split into its cells, as a group of like nodes of a partition.
 
     The first cell is the name, marked with `*` for the default partition; the others are those of `SINFO_FORMAT`.
     """
@@ -97,11 +100,11 @@ def _leading_number(cell: str) -> int:
 
 
 def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]:
-    """Lines of notes for the user about a job that is to be submitted, if it can start on this cluster at all.
+    """Check a job before it is submitted, and write the notes that `shardtune submit` shows about it.
 
-    `run_dirs`: the directories of the runs that are submitted together. The notes are about ranks, time limit, long steps,
-    restarts and price, such as "price   $40 at most a start: 16 GPU hours of $2.50 (conf/hardware)".
-    Raises ConfigError for a job that can never start here, or would be told to save as soon as it starts.
+    `run_dirs`: the directories of the runs that are submitted together, of which `config` is one. The notes are about ranks, time
+        limit, long steps, restarts and price, such as "price   $40 at most a start: 16 GPU hours of $2.50 (conf/hardware)".
+        Raises ConfigError for a job that can never start here, or would be told to save as soon as it starts.
     """
     assert isinstance(config.launcher, SlurmConfig)
     slurm = settings_as_submitted(config.launcher)
@@ -123,7 +126,10 @@ def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]
 
 
 def _refuse_lead_of_whole_time_limit(slurm: SlurmConfig) -> None:
-    """Raise ConfigError if the signal to save, `signal_lead_s` before the time limit, would come as soon as the job starts."""
+    """Raise ConfigError if a job would be told to save as soon as it starts.
+
+    SLURM sends that signal `signal_lead_s` seconds before the time limit, which must be longer.
+    """
     limit_s = parse_slurm_time(slurm.time)
     if slurm.signal_lead_s >= limit_s:
         raise ConfigError(
@@ -133,9 +139,10 @@ def _refuse_lead_of_whole_time_limit(slurm: SlurmConfig) -> None:
 
 
 def _refuse_job_that_never_starts(slurm: SlurmConfig, partitions: list[Partition], candidates: list[Partition]) -> None:
-    """Raise ConfigError if there is no partition of the job's, or if no partition offers what the job requests.
+    """Raise ConfigError if the job's partition does not exist, or if no partition offers what the job requests.
 
-    `partitions`: of the cluster; empty if sinfo cannot tell, and then nothing is checked. `candidates`: those of the job.
+    `partitions`: of the cluster; empty if sinfo cannot tell, and then nothing is checked. `candidates`: those in which the job
+    may run.
     """
     # A QOS, a reservation or an option that is not read here may lift a partition's limits.
     limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
@@ -157,7 +164,11 @@ def partitions_of_job(slurm: SlurmConfig, partitions: list[Partition]) -> list[P
 
 
 def settings_as_submitted(slurm: SlurmConfig) -> SlurmConfig:
-    """The launcher's settings as sbatch will take them: overridden by `launcher.extra`, completed by `SBATCH_*` variables."""
+    """The launcher's settings as sbatch will take them, for checks before the submission.
+
+    `launcher.extra` (options of sbatch as typed) overrides them, and `SBATCH_*` variables fill in what they leave open. Only
+    time, partition, QOS and reservation are looked at.
+    """
     extra = parse_sbatch_options(slurm.extra)
     return replace(
         slurm,
@@ -169,7 +180,7 @@ def settings_as_submitted(slurm: SlurmConfig) -> SlurmConfig:
 
 
 def rank_layout_notes(slurm: SlurmConfig) -> list[str]:
-    """Notes on how many ranks each node runs and why, and on GPUs that no rank uses; empty for a job without GPUs.
+    """Notes for the user on how many ranks each node runs and why, and on GPUs that no rank uses; none without GPUs.
 
     "ranks   2 x 4, one for each GPU of a node (launcher.gpus_per_node=4)": 2 nodes with 4 ranks each.
     """
@@ -190,7 +201,11 @@ def rank_layout_notes(slurm: SlurmConfig) -> list[str]:
 
 
 def _never_starting_problems(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
-    """Why SLURM could never start the job in these partitions: more time, GPUs, CPUs, memory or nodes than they have."""
+    """Why SLURM could never start the job in these partitions: it requests more than any of their nodes have.
+
+    `candidates`: groups of like nodes of the partitions in which the job may run. Time, GPUs, CPUs, memory and the number of
+        nodes are compared. Empty if the job can start.
+    """
     names = "/".join(dict.fromkeys(partition.name for partition in candidates))
     # Each resource by itself: what the job requests against the most that any of the partitions has.
     problems = []
@@ -236,8 +251,8 @@ def _never_starting_problems(slurm: SlurmConfig, candidates: list[Partition]) ->
 def memory_mib_of_setting(memory: str | None) -> float:
     """`launcher.mem` (memory of a node, as SLURM writes it) in MiB: `64G` -> 65536.0, `512` -> 512.0 (MiB without a unit).
 
-    0.0, so that nothing is compared, if no memory is requested, if its form is not known here, or for 0, by which SLURM
-    gives all memory of the node.
+    0.0, so that nothing is compared, if no memory is requested, if its form is not known here, or for 0, by which SLURM gives all
+    memory of the node.
     """
     size = MEMORY_REGEX.fullmatch((memory or "").strip())
     if size is None:
@@ -248,10 +263,10 @@ def memory_mib_of_setting(memory: str | None) -> float:
 
 
 def _time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
-    """A line on what happens at the time limit, and notes on a partition that is down or a long `signal_lead_s`.
+    """Notes for the user on what happens at the job's time limit, on a partition that is down, and on a long `signal_lead_s`.
 
-    An example: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued". `candidates`: groups of nodes of the
-    partitions in which the job may run; the first partition stands for all in the text.
+    The first is always there: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued". `candidates`: groups of
+    nodes of the partitions in which the job may run; the first one's name stands for all in the text.
     """
     limit_s = parse_slurm_time(slurm.time)
     consequence = "is requeued"
@@ -277,23 +292,24 @@ def _time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[s
 
 
 def _measured_step_s(run_dirs: list[Path]) -> float | None:
-    """Median seconds of the last steps in the run's metrics file.
+    """How long a training step takes, as an earlier start of the run measured it: the median of its last steps, in seconds.
 
-    None if no earlier start of the run has measured a step, or if several runs are submitted together, whose steps may differ.
+    None if no step was measured, or if several runs are submitted together, whose steps may differ.
     """
     from launch.runs import metrics_tail
 
     if len(run_dirs) > 1:
         return None
+    # Only rows of training steps have `loss`.
     rows = [row for row in metrics_tail.read_last_rows(run_dirs[0] / "metrics.jsonl") if "loss" in row]
     return metrics_tail.recent_median(rows, "step_s")
 
 
 def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
-    """A line on how many restarts the rest of a run takes: steps left x seconds a step / seconds of a start of the job.
+    """A note for the user on how many restarts the rest of a run takes, and whether `launcher.retry` allows as many.
 
-    Without a measured step, or if the number of the run's steps cannot be read, the line says that this is not known. Empty if
-    several runs are submitted together.
+    Steps left x seconds a step / seconds of a start. If one of these is not known, the line says so. Empty if several runs are
+    submitted together.
     """
     from launch.runs import metrics_tail
     from trainer.reporting.run_record import readable_run_record
@@ -337,10 +353,10 @@ def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str
 
 
 def _price_lines(slurm: SlurmConfig, candidates: list[Partition], num_runs: int) -> list[str]:
-    """A line on the most that one start of `num_runs` runs costs, in GPU hours and US dollars; empty for a job without GPUs.
+    """A note for the user on the most that one start costs, in GPU hours and US dollars; empty for a job without GPUs.
 
-    Several runs are the tasks of one job array, each of which starts once. The price of a GPU hour is known only if all kinds
-    of GPU that the job may get cost the same.
+    `num_runs`: runs submitted together, which are the tasks of one job array; each starts once. `candidates`: partitions in which
+    the job may run. The price of a GPU hour is known only if all kinds of GPU that the job may get cost the same.
     """
     gpu_request = slurm.gpus_per_node_request
     if gpu_request is None:

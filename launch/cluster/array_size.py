@@ -14,11 +14,11 @@ MAX_ARRAY_SIZE_REGEX = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
 
 
 def refuse_large_arrays(overrides_by_run: list[list[str]], *, num_repeats: int = 1) -> None:
-    """Raise ConfigError if a sweep would be a job array with more tasks than SLURM allows.
+    """Raise ConfigError if a sweep would be a job array with more tasks than SLURM allows; asked before runs are composed.
 
     `overrides_by_run`: the overrides of each run, such as [["launcher=slurm", "seed=1"], ["launcher=slurm", "seed=2"]].
-    `num_repeats`: how often each run is repeated with another seed. SLURM is asked only if the runs have `launcher=slurm`, and
-    no `launcher.pipeline`, which makes a chain of jobs and no array.
+    `num_repeats`: how often each run is repeated with another seed. SLURM is asked only if the runs have `launcher=slurm`, and no
+    `launcher.pipeline`, which makes a chain of jobs and no array.
     """
     # The launcher and the pipeline are the same for all runs of a sweep, so that the first one stands for all.
     if not overrides_by_run or "launcher=slurm" not in overrides_by_run[0]:
@@ -46,7 +46,7 @@ def refuse_large_array(num_tasks: int) -> None:
 
 
 def max_array_size() -> int | None:
-    """SLURM's `MaxArraySize`, as `scontrol show config` prints it; None if scontrol cannot be run or does not say."""
+    """The most tasks that a job array may have in this cluster (SLURM's `MaxArraySize`); None if SLURM does not say."""
     command = ["scontrol", "show", "config"]
     try:
         scontrol = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SCONTROL_TIMEOUT_S)

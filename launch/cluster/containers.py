@@ -32,9 +32,10 @@ class ContainerCommand(NamedTuple):
 
 
 def container_runtime(launcher: Mapping[str, Any]) -> str | None:
-    """The program that starts the container of a run: "pyxis" or "apptainer"; None if the run has no container.
+    """The program that starts the container of a run: "pyxis" (a plugin of srun) or "apptainer"; None without a container.
 
     `launcher`: the section `launcher` of the run's configuration.
+
     - `launcher.container_by` decides if it is not `auto`.
     - A local image ("image.sif", "image.img" or a directory) and a URL ("docker://ubuntu") are started by apptainer.
     - Any other image ("ubuntu", from a registry) is started by pyxis.
@@ -50,7 +51,7 @@ def container_runtime(launcher: Mapping[str, Any]) -> str | None:
 
 
 def container_command(settings: Mapping[str, Any], directories: list[Path]) -> ContainerCommand:
-    """The options of srun and the command prefix with which ranks start in the container of a run.
+    """How srun starts ranks in the container of a run: options of srun, or a prefix of the command; both empty without one.
 
     `settings`: the run's configuration as nested dictionaries. `directories`: mounted beside the paths that the settings name.
     Raises ConfigError if a path that must be mounted has "," or ":" in it.
@@ -75,11 +76,11 @@ def container_command(settings: Mapping[str, Any], directories: list[Path]) -> C
 
 
 def _container_mounts(settings: Mapping[str, Any], directories: list[Path]) -> list[str]:
-    """The mounts of every directory that a run needs in its container, each at the same path inside: "/data:/data".
+    """The mounts for every directory that a run needs in its container, each at the same path inside: "/data:/data".
 
-    The mounts in `launcher.container_mounts` follow as they are: "source:target" or "source:target:options".
-    `settings`: the run's configuration as nested dictionaries; the directories of its model, data and caches are mounted.
-    `directories`: mounted too. Raises ConfigError if a path has "," or ":" in it, since these separate mounts and their parts.
+    The user's own, in `launcher.container_mounts`, follow as they are: "source:target" or "source:target:options". `settings`:
+    the run's configuration as nested dictionaries; the directories of its model, data and caches are mounted. `directories`:
+    mounted too. Raises ConfigError if a path has "," or ":" in it, since these separate mounts and their parts.
     """
     paths = {path.expanduser().absolute() for path in [*directories, *_directories_of_settings(settings)]}
     # Outer directories first: one below another needs no mount of its own.
@@ -97,7 +98,7 @@ def _container_mounts(settings: Mapping[str, Any], directories: list[Path]) -> l
 
 
 def _directories_of_settings(settings: Mapping[str, Any]) -> Iterator[Path]:
-    """The directories on this host that a run needs in its container, by its settings. The first three may not exist.
+    """The directories on this host that a run needs in its container, by its settings; the first two may not exist.
 
     - the current directory, and the cache of prepared data;
     - the directory in which the user's trust in settings is recorded, if there is one;
@@ -127,11 +128,12 @@ def _directories_of_settings(settings: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def refuse_unavailable_container(launcher: Mapping[str, Any]) -> None:
-    """Raise ConfigError if this host cannot start the container of a run.
+    """Raise ConfigError if this host cannot start the container of a run, which is better known before its ranks start.
+
+    `launcher`: the section `launcher` of the run's configuration.
 
     - pyxis: its srun has no option `--container-image`. If there is no srun at all, nothing is raised: its own error says so.
     - apptainer: there is no program `apptainer`, or no file or directory with the image.
-    `launcher`: the section `launcher` of the run's configuration.
     """
     runtime = container_runtime(launcher)
     image = str(launcher.get("container"))

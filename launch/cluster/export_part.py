@@ -61,11 +61,12 @@ class BaseModelSize:
 
 
 def export_resources(config: RunConfig) -> ExportResources | None:
-    """How many processes and GiB of memory the export of a run takes, from the sizes of its base model's files.
+    """How many processes and GiB of memory the job that exports a run asks SLURM for, from the sizes of its base model's files.
 
     - An adapter that is not merged: one process writes it.
     - A whole model: up to `MAX_PROCESSES` processes write it, one file each at a time. With `export.verify`, one of them also
       loads the model in float32, to compare its logits.
+
     None if the base model is not on this host, or its files are not safetensors.
     """
     base = _base_model_size(config)
@@ -90,7 +91,7 @@ def export_resources(config: RunConfig) -> ExportResources | None:
 
 
 def _base_model_size(config: RunConfig) -> BaseModelSize | None:
-    """The size of the run's base model, from the headers of its safetensors files; None if there are none on this host."""
+    """Add up the sizes of the run's base model, from the headers of its safetensors files; None if there are none here."""
     if not config.model.path:
         return None
     directory = Path(config.model.path).expanduser()
@@ -112,16 +113,17 @@ def _base_model_size(config: RunConfig) -> BaseModelSize | None:
 
 
 def _stored_tensors(file: Path) -> list[StoredTensor]:
-    """The tensors in a safetensors file, by its header. No value is read.
+    """The tensors in a safetensors file with their sizes, by its header. No value is read, so it is quick for large models.
 
-    The file begins with the header's length (8 bytes, little-endian), then the header as JSON:
-    {"lm_head.weight": {"dtype": "BF16", "shape": [32000, 4096], ...}, "__metadata__": ...}.
-    Raises OSError if the file cannot be read, ValueError, KeyError or TypeError if it is no safetensors file.
+    The file begins with the header's length (8 bytes, little-endian), then the header as JSON: {"lm_head.weight": {"dtype":
+    "BF16", "shape": [32000, 4096], ...}, "__metadata__": ...}. Raises OSError if the file cannot be read, ValueError, KeyError or
+    TypeError if it is no safetensors file.
     """
     with open_regular_file(file.resolve()) as (descriptor, _):
         length_bytes = bytearray(8)
         read_exactly(descriptor, memoryview(length_bytes), 0)
         length = int.from_bytes(length_bytes, "little")
+        # A broken file could ask for any amount of memory.
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{file}: its header would have {length} bytes")
         header = bytearray(length)

@@ -32,11 +32,14 @@ class ThisHost:
 
 
 def locate_this_host(launcher: LauncherConfig) -> ThisHost:
-    """Find out which of a run's hosts this one is, and how the others reach it, from `launcher.rdzv` and this host's interfaces.
+    """Find out which of a run's hosts this one is, and how the others reach it, when the same command is typed on each host.
 
-    The host's index (`ThisHost.node_rank`) is `launcher.node_rank` if that is set. Else it is 0 on the host in `launcher.rdzv`,
-    1 on the other one of two hosts, and None (not known) otherwise. Raises ConfigError if no address is found at which others
-    reach this host, or if `launcher.node_rank` contradicts `launcher.rdzv`. The message names the setting that would help.
+    By `launcher.rdzv`, which names the host where ranks meet, and this host's interfaces. The host's index (`ThisHost.node_rank`)
+    is `launcher.node_rank` if that is set. Else it is 0 on the host in `launcher.rdzv`, 1 on the other one of two hosts, and None
+    (not known) otherwise.
+
+    Raises ConfigError if no address is found at which others reach this host, or if `launcher.node_rank` contradicts
+    `launcher.rdzv`. The message names the setting that would help.
     """
     assert launcher.rdzv is not None
     # "host:port" or "[IPv6]:port"
@@ -72,7 +75,7 @@ def _address_others_reach(
     *,
     is_first: bool,
 ) -> str:
-    """The IP address at which other hosts reach this one. Raises ConfigError if there is none, or if it is not clear which.
+    """The IP address at which the other hosts of a run reach this one; ConfigError if there is none, or if it is not clear which.
 
     - `launcher.address` is set: the first IP address of it that belongs to this host. Refused if that is a loopback.
     - `is_first`: the IP address of `first_host`, unless that is a loopback. Then this host's only other IPv4 address.
@@ -121,7 +124,7 @@ def interface_by_address() -> dict[str, str]:
 
 
 def _resolve_addresses(host: str, setting: str) -> list[str]:
-    """The IP addresses that this host's resolver gives for the name `host`, each once. Raises ConfigError if there are none.
+    """The IP addresses that this host's resolver gives for a name, each once. Raises ConfigError if there are none.
 
     `setting`: key and value that name the host, such as "launcher.rdzv=node1:29500", for the message.
     """
@@ -137,9 +140,9 @@ def _resolve_addresses(host: str, setting: str) -> list[str]:
 
 
 def local_address_towards(address: str, rdzv: str) -> str:
-    """The IP address of this host from which packets to `address` leave. Raises ConfigError if there is no route.
+    """The IP address of this host from which packets to `address` leave, so that others can answer to it.
 
-    `rdzv`: the value of `launcher.rdzv` that named the address, for the message.
+    `rdzv`: the value of `launcher.rdzv` that named the address, for the message. Raises ConfigError if there is no route.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -151,9 +154,10 @@ def local_address_towards(address: str, rdzv: str) -> str:
 
 
 def _only_ipv4_address(rdzv_host: str, own_interfaces: dict[str, str]) -> str:
-    """The one IPv4 address of this host that is no loopback. Raises ConfigError if there are several, or none.
+    """The one IPv4 address of this host that is no loopback; ConfigError if there are several, or none, so that it is unclear.
 
-    `rdzv_host`: the host in `launcher.rdzv`, which resolves to a loopback here; for the message.
+    `rdzv_host`: the host in `launcher.rdzv`, which resolves to a loopback here; for the message. `own_interfaces`: interface name
+    by address, {"10.0.0.3": "eth0"}.
     """
     candidates = [address for address in own_interfaces if ":" not in address and not is_loopback(address)]
     if len(candidates) != 1:

@@ -49,7 +49,7 @@ MAX_PORTS_TRIED = 50
 
 @dataclass(frozen=True, slots=True)
 class FrozenRun:
-    """A run directory whose settings are decided (frozen in its `config.yaml`), with those that a job script needs."""
+    """A run whose settings are decided, because they stand in the `config.yaml` of its directory, as job scripts read it."""
 
     directory: Path
     settings: dict[str, Any]
@@ -89,12 +89,14 @@ class FrozenRun:
 
 
 def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
-    """Prepare one start of a SLURM job before its training step; returns the shell variables that the job script sets.
+    """Prepare one start of a SLURM job before its training step: which run it trains, whether it may start, where ranks meet.
 
-    Such as {"run_dir": "runs/first", "job": "1234", "processes": 8, "rendezvous": "node1:29500", ...}. The variable `finished` is
-    1 if the run is done already: then the script starts no ranks, and `rendezvous` and others are not set.
-    Records the start in the run directory. `overrides`: the arguments of slurm/train.sbatch; empty for a run that
-    `shardtune submit` has submitted.
+    `overrides`: the arguments of slurm/train.sbatch; empty for a run that `shardtune submit` has submitted.
+
+    Records the start in the run directory. Returns the shell variables that the job script sets: {"run_dir": "runs/first", "job":
+    "1234", "processes": 8, "rendezvous": "node1:29500", ...}. `finished` is 1 if the run is done already: then the script starts
+    no ranks, and `rendezvous` and others are missing.
+
     Raises ConfigError if the run may not start, StorageError if its directory cannot be written, NodesUnfit after a failed
     preflight, and ShardtuneError after too many lost starts.
     """
@@ -147,10 +149,10 @@ def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
 
 
 def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
-    """Record the start before this one if it was lost, and refuse this start after more lost ones than `launcher.retry` allows.
+    """Count the start before this one if it was lost, and refuse this start after too many (`launcher.retry.node_fail`).
 
-    A start is lost if its node failed or it was killed unsaved. SLURM requeues such a job by itself, without end.
-    Writes the record into `logs`. Raises ShardtuneError after too many lost starts, StorageError if the record cannot be written.
+    A start is lost if its node failed or it was killed unsaved. SLURM requeues such a job by itself, without end. `logs`: where
+    the count is kept. Raises ShardtuneError after too many lost starts, StorageError if the count cannot be written.
     """
     if not job.num_earlier_starts:
         return
@@ -191,11 +193,12 @@ def print_idle_gpus(ranks_per_node: int, env: Mapping[str, str]) -> None:
 
 
 def code_copy_of_job(run: FrozenRun, job: JobStart) -> Path | None:
-    """The directory with the copy of the code that a run by slurm/train.sbatch uses; None if it uses the clone itself.
+    """The copy of shardtune's code that a job of slurm/train.sbatch runs, which edits do not reach; None for the clone itself.
 
     - `launcher.code` is not `snapshot`: None;
     - the first start of a job: a new copy in the run directory;
     - a later start: the copy that the first start made. Raises ConfigError if it was changed since.
+
     Raises StorageError if the code cannot be copied.
     """
     if run.settings["launcher"].get("code") != "snapshot":
@@ -208,10 +211,11 @@ def code_copy_of_job(run: FrozenRun, job: JobStart) -> Path | None:
 
 
 def refuse_job_with_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) -> None:
-    """Run the preflight on all nodes of the job before its ranks are started, and print what it found.
+    """Check all nodes of the job (preflight) before its ranks are started, print what was found, and refuse unfit nodes.
 
-    `rendezvous`: host:port at which the ranks will meet; the preflight's own ranks meet there too. Raises NodesUnfit with the
-    first problem, StorageError if the run directory cannot be written.
+    Each node is asked for its GPUs, libraries, run directory and data, and the ranks' communication is tested. `rendezvous`:
+    host:port at which the ranks will meet; those of the test meet there too. Raises NodesUnfit with the first problem,
+    StorageError if the run directory cannot be written.
     """
     from launch.cluster.preflight.answer import report_text
     from launch.cluster.preflight.coordinator import preflight_request, run_preflight, srun_check_command
@@ -233,12 +237,13 @@ def refuse_job_with_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) 
 
 
 def load_or_compose_run_of_job(overrides: list[str], job: JobStart) -> FrozenRun:
-    """The run of this job.
+    """Find out which run this job trains, and read its settings.
 
     - Without overrides, and with SHARDTUNE_CONFIG set: the run that `shardtune submit` wrote when the job was submitted.
-    - Otherwise: a run that is composed now from the job and the overrides. Writes its `config.yaml`.
-    `overrides`: the arguments of slurm/train.sbatch, such as "model.path=..."; a script of `shardtune submit` has none.
-    Raises ConfigError for overrides that the script cannot take, or that contradict the job.
+    - Otherwise: a run that is composed now from the job and the overrides. Its `config.yaml` is written.
+
+    `overrides`: the arguments of slurm/train.sbatch, such as "model.path=..."; a script of `shardtune submit` has none. Raises
+        ConfigError for overrides that the script cannot take, or that contradict the job.
     """
     submitted_config = os.environ.get("SHARDTUNE_CONFIG")
     if submitted_config and not overrides:
@@ -261,10 +266,10 @@ def load_or_compose_run_of_job(overrides: list[str], job: JobStart) -> FrozenRun
 
 
 def misplaced_override_problems(overrides: list[str]) -> list[str]:
-    """Why slurm/train.sbatch cannot take some overrides of the launcher: they are sbatch's to decide, or the script's own.
+    """Why slurm/train.sbatch cannot take some overrides of the launcher: sbatch has decided them, or they are the script's own.
 
-    ["launcher.time=1:00:00", "launcher.nodes=2"] -> one problem, about launcher.time. Of the launcher itself, only
-    "launcher=slurm" is taken.
+    ["launcher.time=1:00:00", "launcher.nodes=2"] gives one problem, about launcher.time: the job runs already. Of the launcher
+    itself, only "launcher=slurm" is taken.
     """
     problems = []
     for override in overrides:
@@ -284,7 +289,7 @@ def misplaced_override_problems(overrides: list[str]) -> list[str]:
 
 
 def overrides_from_job(job: JobStart) -> list[str]:
-    """The overrides that a run by slurm/train.sbatch takes from its SLURM job and from the script's environment variables.
+    """The overrides that a run by slurm/train.sbatch takes from its SLURM job and the script's environment, before those typed.
 
     ["run.dir=runs/slurm-123", "launcher=slurm", "launcher.nodes=2", "launcher.retry={preempted:20,...}", ...].
     """
@@ -305,10 +310,11 @@ def overrides_from_job(job: JobStart) -> list[str]:
 
 
 def choose_rendezvous(job: JobStart, configured_address: str | None) -> str:
-    """The host:port at which the job's ranks meet: `configured_address` if there is one, else a free port of the first node.
+    """Choose the host:port at which the job's ranks meet: the configured one, or else a free port of the job's first node.
 
     Every start chooses anew, because a requeued job may be given other nodes, and two jobs may share a node.
-    Raises ConfigError if another process listens at the configured port of this host, or if no port is free.
+    `configured_address`: None or empty if the user has set none. Raises ConfigError if another process listens at the configured
+    port of this host, or if no port is free.
     """
     if configured_address:
         host, _, port_text = configured_address.rpartition(":")
@@ -359,11 +365,13 @@ def _stdout_redirected_to_stderr() -> Iterator[int]:
 
 
 def main(argv: list[str]) -> int:
-    """What job scripts call as `python -m launch.job`; returns the exit code. Raises ConfigError for other arguments.
+    """Run one command of a job script, `python -m launch.job ...`; returns the exit code.
 
     - `begin [overrides]`: prints shell variables for the script, as NAME=value lines;
     - `end <exit code of the step> <1 after TERM, else empty> [<1 if no rank was started>]`: records the end, requeues the job;
     - `part <part> <run directory> <ranks>`: runs one part of a pipeline (prepare, evaluate or export).
+
+    Raises ConfigError for other arguments.
     """
     command = argv[0] if argv else ""
     arguments = argv[1:]
@@ -384,7 +392,7 @@ def main(argv: list[str]) -> int:
 
 
 def _print_variables_of_job_start(overrides: list[str]) -> None:
-    """Prepare the start of the job (`prepare_job_start`), and print its shell variables to stdout, as NAME=value lines.
+    """Prepare the start of the job, and print its shell variables to stdout as NAME=value lines, which the script evaluates.
 
     All else that is printed meanwhile goes to stderr. A refusal is recorded in the run directory and raised.
     """
@@ -399,9 +407,10 @@ def _print_variables_of_job_start(overrides: list[str]) -> None:
 
 
 def record_refusal(error: ShardtuneError) -> None:
-    """Record in the directory of a submitted run why its job ended before a rank was started.
+    """Record in the directory of a submitted run why its job ended before a rank was started, for `shardtune status`.
 
-    Records nothing outside a job, without SHARDTUNE_CONFIG, if that file does not exist, or if the disk is full.
+    Records nothing outside a job, without SHARDTUNE_CONFIG (the run's `config.yaml`), if that file does not exist, or if the disk
+    is full.
     """
     config_file = os.environ.get("SHARDTUNE_CONFIG")
     name = job_name()

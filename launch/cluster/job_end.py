@@ -48,7 +48,7 @@ RETRY_CAUSE_BY_KEY = {
 
 @dataclass(frozen=True, slots=True)
 class JobStart:
-    """One start of a SLURM job; a job that is requeued has several."""
+    """One start of a SLURM job. A job that is requeued has several, which share its id and its run directory."""
 
     name: str
     """The job as scontrol takes it; in an array a bare job id can mean all its tasks."""
@@ -72,12 +72,15 @@ class JobStart:
         )
 
     def has_written(self, record: dict[str, Any]) -> bool:
-        """Whether a record such as `status.json` was written by this start of the job, and not by an earlier one."""
+        """Whether a record such as `status.json` was written by this start of the job, and not by an earlier one.
+
+        `record`: the file as a dictionary, with the id of the job and the number of its restart.
+        """
         return record.get("job") == self.id and record.get("restart") == restart_count()
 
 
 def hosts_of_job() -> list[str]:
-    """The hosts of this process's job, in the order in which SLURM numbers them.
+    """The hosts of this process's SLURM job, in the order in which SLURM numbers them: ["gpu01", "gpu02"].
 
     Raises ConfigError if SLURM's variables name no host, or another number of hosts than the job has nodes.
     """
@@ -100,10 +103,11 @@ def job_name() -> str | None:
 
 
 def record_lost_start(logs: Path, job: JobStart, file_prefix: str = "lost") -> int:
-    """Add a line about a lost start of a job to the file `<file_prefix>-<job>` in `logs`; returns how many were lost so far.
+    """Count a start of a job that ended without saving, so that a job whose node fails again and again is given up.
 
-    A start is lost if it ended without saving: its node failed, a rank was killed, or memory ran out. Raises StorageError if
-    the file cannot be written.
+    Lost is a start whose node failed, of which a rank was killed, or whose memory ran out. Adds a line to the file
+    `<file_prefix>-<job>` in `logs`, and returns how many were lost so far, for this reason. Raises StorageError if the file
+    cannot be written.
     """
     path = logs / f"{file_prefix}-{job.name}"
     try:
@@ -133,14 +137,20 @@ class JobOutcome:
 
 
 def record_end_and_requeue(srun_exit_code: int, *, received_term: bool, has_started_ranks: bool = True) -> int:
-    """Record how this start of a job ended, and requeue the job if its run is to go on; returns the job's exit code.
+    """Record how this start of a job ended, and ask SLURM to start the job again if its run is to go on.
 
-    If the job is not requeued, its training has ended, and the run's chain of jobs (prepare, train, ..., if it is one) records
-    that too. `srun_exit_code`: of the srun step that ran the training. `received_term`: whether SLURM has sent TERM to the job
-    script. `has_started_ranks`: False if the script was told to stop before it had started a rank.
+    Called by the job script after its training step; returns the exit code of the script.
+
+    `srun_exit_code`: of the srun step that ran the training.
+    `received_term`: whether SLURM has sent TERM to the job script, because it or `scancel` ends the job.
+    `has_started_ranks`: False if the script was told to stop before it had started a rank.
+
+    If the job is not requeued, its training has ended. A run may be a chain of jobs (prepare, train, evaluate, export), of which
+    this part is then recorded too.
     """
     job = JobStart.from_environment()
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
+    # From here on TERM does not end this process, so that the end is recorded.
     term = TermSignal()
     if has_started_ranks:
         print(efficiency.record_start_usage(run_dir, job.name, job.num_earlier_starts, srun_exit_code), flush=True)
@@ -164,7 +174,10 @@ def record_end_and_requeue(srun_exit_code: int, *, received_term: bool, has_star
 
 
 def _outcome_after_refusal(outcome: JobOutcome, refusal: str) -> JobOutcome:
-    """The outcome of a start whose job should have been requeued, but SLURM has refused it for the reason `refusal`."""
+    """The outcome of a start whose job should have been requeued, which SLURM refused for the reason `refusal`.
+
+    `outcome`: as it would have been. `refusal`: scontrol's message, or `ENDED_BY_SLURM` if SLURM ends the job itself.
+    """
     has_saved = outcome.step is not None
     return replace(
         outcome,
@@ -176,7 +189,10 @@ def _outcome_after_refusal(outcome: JobOutcome, refusal: str) -> JobOutcome:
 
 
 def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
-    """Record in the run directory how this start of the job ended. A full disk only prints a message: the requeue goes on."""
+    """Record in the run directory how this start of the job ended, for `shardtune status` and the next start.
+
+    A full disk only prints a message, since the job must be requeued all the same.
+    """
     try:
         record_job_end(
             run_dir,
@@ -195,15 +211,17 @@ def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
 def _determine_outcome(
     job: JobStart, run_dir: Path, srun_exit_code: int, *, received_term: bool, has_started_ranks: bool
 ) -> JobOutcome:
-    """How a start of a job ended, from what its ranks recorded in the run directory, and whether the job is to start again.
+    """Find out how a start of a job ended, from what its ranks recorded in the run directory, and whether the job starts again.
 
-    The first case that holds; the last two look at the recorded failure:
+    Exit codes say little, because torchrun and srun lose those of the ranks. Records of an earlier start do not count. The first
+    case that holds; the last two look at the recorded failure:
+
     - told to stop before a rank was started, or saved (`preempted`): requeued within limits;
     - done: not requeued;
     - a rank was lost or ran out of memory: requeued within limits. If only SLURM knows that memory ran out, this writes
       `failure.json`;
     - any other error: not requeued.
-    Records of an earlier start of the job do not count.
+
     `srun_exit_code`: the exit code of the srun step. `received_term`: whether SLURM has sent TERM to the job script.
     """
     if not has_started_ranks:
@@ -242,13 +260,16 @@ def _determine_outcome(
 def _outcome_after_stop(
     job: JobStart, run_dir: Path, srun_exit_code: int, reached: str, *, saved_step: int | None, received_term: bool
 ) -> JobOutcome:
-    """The outcome of a start that was told to stop, and has saved at `saved_step` (None: it had nothing to save).
+    """The outcome of a start that was told to stop before its time limit, and whether its job is requeued.
 
-    The job is requeued, except in the first of these cases that holds:
+    An idle start is one that made no step before it was told to save. The job is requeued, except in the first of these cases:
+
     - SLURM ends or preempts the job: only SLURM knows whether it starts again (`will_restart` None);
     - the job restarted as often as `launcher.retry` allows: the exit code is 75, the run can be resumed by hand;
-    - `MAX_IDLE_STARTS` idle starts in a row, which made no step: the exit code is 75 too.
-    `srun_exit_code`: the exit code of the srun step. `reached`: what the run has reached, for the reason, such as "state saved".
+    - `MAX_IDLE_STARTS` idle starts in a row: the exit code is 75 too.
+
+    `srun_exit_code`: of the srun step. `reached`: what the run has reached, for the reason, such as "state saved". `saved_step`:
+    the training step that was saved; None if there was nothing to save.
     """
     # Whether this start made a step since the one before it, whose progress the job's record tells.
     record = read_job_record(run_dir)
@@ -287,14 +308,16 @@ def _max_retries(cause: str) -> int:
 def _outcome_after_loss(
     job: JobStart, run_dir: Path, srun_exit_code: int, cause: str, *, received_term: bool
 ) -> JobOutcome:
-    """The outcome of a start that lost a rank (`cause` "node_fail") or ran out of memory ("out_of_memory").
+    """The outcome of a start that lost a rank or ran out of memory, and whether its job is requeued.
 
-    The job is requeued, except in the first of these cases that holds:
+    `cause`: a key of `launcher.retry`, "node_fail" or "out_of_memory". The job is requeued, except in the first of these cases:
+
     - SLURM ends or preempts the job: only SLURM knows whether it starts again (`will_restart` None);
     - starts were lost for this cause more often than `launcher.retry` allows;
     - memory ran out, and the micro-batch cannot be halved.
-    Unless SLURM ends the job, records this start as lost; if memory ran out, also writes the run's configuration with the halved
-    micro-batch. `srun_exit_code`: the exit code of the srun step.
+
+    Unless SLURM ends the job, this start is recorded as lost. If memory ran out, the run's `config.yaml` is also rewritten with
+    the halved micro-batch. `srun_exit_code`: the exit code of the srun step.
     """
     reason = RETRY_CAUSE_BY_KEY[cause].reason
     if is_ended_by_slurm(job, received_term=received_term):

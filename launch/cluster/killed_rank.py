@@ -22,8 +22,8 @@ OUT_OF_MEMORY_ENDING = (
 def only_says_peer_was_lost(failure: dict[str, Any]) -> bool:
     """Whether a recorded failure (`failure.json`) only says that a rank lost its peer, so that the cause may replace it.
 
-    The record says so itself by its key `gone`. A record without the key is judged by its message.
-    What a rank wrote about itself is a cause. So is a rank that hung and was stopped: torchrun has killed that one since.
+    The record says so itself by its key `gone`. A record without the key is judged by its message. What a rank wrote about itself
+    is a cause. So is a rank that hung and was stopped: torchrun has killed that one since.
     """
     lost_peer_by_message = LOST_PEER_REGEX.search(failure.get("message", "")) is not None
     return bool(failure.get("gone", lost_peer_by_message))
@@ -40,9 +40,10 @@ class _KilledRank:
 
 
 def _first_killed_rank(failures: dict[int, Any]) -> _KilledRank | None:
-    """The rank that was killed first by a signal other than TERM; None if no rank was. `failures`: torchrun's, by rank.
+    """The rank that was killed first by a signal other than TERM; None if no rank was. The others may have failed because of it.
 
-    TERM does not count, because torchrun itself ends the peers of a failed rank by it.
+    `failures`: torchrun's, by rank, each with exit code, process id and time. TERM does not count, because torchrun itself ends
+        the peers of a failed rank by it.
     """
     killed_ranks = []
     for rank, failure in failures.items():
@@ -57,13 +58,15 @@ def _first_killed_rank(failures: dict[int, Any]) -> _KilledRank | None:
 
 
 def record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool) -> None:
-    """Write the `failure.json` of a rank that a signal has killed; nothing if no rank was, or if there is no run directory.
+    """Write the `failure.json` of a rank that a signal has killed, since the rank itself cannot; nothing if no rank was.
 
-    It replaces a failure that only says that a rank lost its peer, but not a failure of another kind. Under SLURM it also
-    prints the failure and writes `status.json`; elsewhere the process that started torchrun (`launch.cluster.supervisor`) does
-    so. The record's `retry` is the key of `launcher.retry` that allows another start: `out_of_memory` or `node_fail`. `error`:
-    torchrun's ChildFailedError. `kernel_killed_for_memory`: whether the kernel has killed a process for memory since the ranks
-    started.
+    Called after torchrun has failed. The record replaces a failure that only says that a rank lost its peer, but not a failure of
+    another kind. Its `retry` is the key of `launcher.retry` that allows another start: `out_of_memory` or `node_fail`. Under
+    SLURM the failure is also printed, and written into `status.json`; elsewhere the process that started torchrun
+    (`launch.cluster.supervisor`) does so.
+
+    `error`: torchrun's ChildFailedError. `kernel_killed_for_memory`: whether the kernel has killed a process for memory since the
+    ranks started. Does nothing without a run directory (SHARDTUNE_RUN_DIR).
     """
     from strategies.errors import ShardtuneError
     from trainer.reporting.status import RunState, read_failure, record_failure, write_status
@@ -99,7 +102,7 @@ def record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool) 
 
 
 def _may_be_replaced(recorded: dict[str, Any], killed: _KilledRank) -> bool:
-    """Whether the recorded failure of a run may be replaced by the one that a rank was killed.
+    """Whether the recorded failure of a run may be replaced by the one that a rank was killed, which explains more.
 
     That is so if it only says that a rank lost its peer. But NCCL aborts every rank that waits too long, and each has written
     before what it waited for: that record stays.
@@ -120,7 +123,10 @@ class _LastWork:
 
 
 def _last_work_of_rank(rank: int, recorded: dict[str, Any]) -> _LastWork:
-    """What a killed rank was doing: by the failure that a peer `recorded` about it, else by its last heartbeat."""
+    """What a killed rank was doing: by the failure that a peer recorded about it, else by its last heartbeat.
+
+    `recorded`: the run's `failure.json`, empty if there is none. Heartbeats are files that ranks leave in a temporary directory.
+    """
     is_about_rank = recorded.get("rank") == rank and recorded.get("gone")
     if is_about_rank:
         return _LastWork(recorded["phase"], recorded["step"])

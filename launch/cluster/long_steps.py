@@ -26,9 +26,9 @@ MINUTE_S = 60
 
 
 def long_step_notes(config: RunConfig, step_s: float | None, save_s: float = 0.0) -> list[str]:
-    """A line for each setting that is too short for a step of `step_s` seconds, with the value to set; none if that is None.
+    """Notes for the user on settings in seconds that are too short for a training step of `step_s` seconds, with what to set.
 
-    `save_s`: seconds to write a checkpoint.
+    Empty if they suffice, or if `step_s` is None (not known). `save_s`: seconds to write a checkpoint.
     """
     if step_s is None:
         return []
@@ -36,10 +36,10 @@ def long_step_notes(config: RunConfig, step_s: float | None, save_s: float = 0.0
 
 
 def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
-    """A note if `run.timeout_s` is too short for collectives that wait for a whole step of `step_s` seconds; else none.
+    """A note if `run.timeout_s`, after which a collective counts as hung, is too short for steps of `step_s` seconds; else none.
 
-    NCCL counts from the moment at which a collective is queued, and a host may queue those of a step long before the GPU comes to
-    them.
+    A collective may wait for a whole step: NCCL counts from the moment at which it is queued, and a host may queue those of a
+    step long before the GPU comes to them.
     """
     world_size = config.launcher.per_node * config.launcher.nodes
     leaves_room = step_s <= LATE_SHARE * config.run.timeout_s
@@ -52,9 +52,10 @@ def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
 
 
 def _signal_lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[str]:
-    """A note if `launcher.signal_lead_s` is too short for a step and two saves; else none.
+    """A note if `launcher.signal_lead_s` is too short for a step of `step_s` seconds and two saves; else none.
 
-    Only SLURM sends this signal, and with 0 it sends none.
+    SLURM signals a job so many seconds before its time limit, and the run saves at the end of its step. Only SLURM sends this
+    signal, and with 0 it sends none.
     """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig) or not slurm.signal_lead_s:
@@ -70,7 +71,7 @@ def _signal_lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[
 
 
 def sufficient_signal_lead_s(step_s: float, save_s: float) -> int:
-    """`launcher.signal_lead_s` that suffices for steps and saves of so many seconds, in whole minutes.
+    """The `launcher.signal_lead_s` that suffices for steps and saves of so many seconds, in whole minutes.
 
     That is a step which is longer than expected (`STEP_MARGIN`), two saves, and a minute in reserve.
     """
@@ -85,10 +86,11 @@ def sufficient_timeout_s(step_s: float) -> int:
 def estimated_step_s(
     config: RunConfig, flops_per_token: float, num_tokens: float, gpu_kinds: Iterable[str]
 ) -> float | None:
-    """Seconds of a step of `num_tokens` (of all ranks together), computed for the slowest of the GPUs in `gpu_kinds`.
+    """How long a training step should take, in seconds, from its operations and the peak rate of the slowest GPU it may get.
 
-    `flops_per_token`: floating-point operations of forward and backward; recomputation comes on top. `gpu_kinds`: the cluster's
-    names for the GPUs, such as "h100". None if there is no GPU, or the speed of one is not known.
+    `flops_per_token`: floating-point operations of forward and backward; recomputation comes on top. `num_tokens`: of a step, all
+    ranks together. `gpu_kinds`: the cluster's names for the GPUs, such as "h100". None if there is no GPU, or the speed of one is
+    not known.
     """
     peak_tflops_of_kinds = [_peak_tflops(kind, config.precision) for kind in gpu_kinds]
     if not peak_tflops_of_kinds or not all(peak_tflops_of_kinds):
@@ -102,7 +104,7 @@ def estimated_step_s(
 
 
 def _peak_tflops(gpu_kind: str, precision: Precision) -> float:
-    """The least peak rate among the cards that a site's name such as "a100" may mean, in TFLOP/s; 0 if it is not known."""
+    """The least peak rate among the cards that a cluster's own name such as "a100" may mean, in TFLOP/s; 0 if not known."""
     cards = cards_of_gpu_kind(gpu_kind)
     if precision is Precision.fp32:
         return min((float(card["fp32_tflops"]) for card in cards), default=0.0)
@@ -110,10 +112,10 @@ def _peak_tflops(gpu_kind: str, precision: Precision) -> float:
 
 
 def longest_step_s(config: RunConfig, gpu_kinds: Iterable[str]) -> float | None:
-    """Seconds of a step whose documents are all as long as `data.max_length`; None if it cannot be computed.
+    """How long a step takes, in seconds, whose documents are all as long as `data.max_length`; None if it cannot be computed.
 
-    For a job that is submitted: reads the config.json of the model, and neither weights nor data. `gpu_kinds`: the cluster's
-    names for the GPUs that the job may get.
+    Estimated before a job is submitted, from the config.json of the model alone: neither weights nor data are read. `gpu_kinds`:
+    the cluster's names for the GPUs that the job may get.
     """
     settings = read_config(config.model.path) or {}
     text_settings = settings.get("text_config") or settings
@@ -132,9 +134,10 @@ def longest_step_s(config: RunConfig, gpu_kinds: Iterable[str]) -> float | None:
 
 
 def _weights_per_token(text_settings: dict[str, Any]) -> float:
-    """How many weights of a decoder each token is multiplied by, from the sizes in its config.json.
+    """How many weights of a decoder each token is multiplied by, for counting operations; from the sizes in its config.json.
 
-    Of a mixture of experts, only the experts that a token is sent to count.
+    `text_settings`: config.json, or its block for the text model. Of a mixture of experts, only the experts that a token is sent
+        to count.
     """
     hidden_size = text_settings["hidden_size"]
     num_heads = text_settings.get("num_attention_heads") or 1

@@ -52,10 +52,10 @@ def variables_to_carry(env: dict[str, str]) -> dict[str, str]:
 
 
 def main(module: str = "launch.cluster.node") -> int:
-    """Read the job, report what this host is, and run the ranks; returns the exit code.
+    """Run one host's part of a run that another host has started here by ssh: read the job, describe this host, run the ranks.
 
-    130 if the connection to the host that started the run is lost, or Ctrl-C came, before there were ranks.
-    `module`: the one that calls this: the process restarts itself (exec) with it.
+    `module`: the one that calls this: the process restarts itself (exec) with it. Returns the exit code; 130 if the connection to
+        the host that started the run is lost, or Ctrl-C came, before there were ranks.
     """
     block_signals()  # as the command does: a request to save that comes while libraries are loaded is kept
     try:
@@ -85,11 +85,11 @@ def _run_node(module: str) -> int:
 
 
 def _restart_in_environment(job: dict[str, Any], module: str) -> NoReturn:
-    """Replace this process (exec) by one in the job's environment, which the interpreter may need from its beginning on.
+    """Replace this process (exec) by one in the environment of the host that starts the run, in its working directory.
 
-    `job`: what the host that starts the run has sent: `env` and `cwd`, and what the new process reads from `JOB_VARIABLE`:
-    `config`, `sha256` and `module`. The job's variables `env` come first, then those that each host has for itself. If the
-    job's directory is missing on this host, the process ends with a message.
+    The interpreter may need the variables from its beginning on. `job`: what that host has sent: `env` and `cwd`, and what the
+    new process reads from `JOB_VARIABLE`: `config`, `sha256` and `module`. The job's variables `env` come first, then those that
+    each host has for itself. If the directory is missing here, the process ends with a message.
     """
     host_variables = {key: value for key, value in os.environ.items() if HOST_VARIABLES_REGEX.fullmatch(key)}
     env = {**job.pop("env"), **host_variables, JOB_VARIABLE: json.dumps(job)}
@@ -101,11 +101,13 @@ def _restart_in_environment(job: dict[str, Any], module: str) -> NoReturn:
 
 
 def describe_host(job: dict[str, Any]) -> dict[str, Any]:
-    """Facts of this host, with which the host that starts the run decides whether this one can take part.
+    """Describe this host, so that the host that starts the run can decide whether this one can take part.
 
-    The keys that are not plain: `ssh`, the address at which ssh reached this host, as a list that may be empty; `addresses`, the
-    network interface of each IP address; `port`, a free one; `code`, a digest of shardtune's files; `config`, the SHA-256 of the
-    run's configuration as it is visible here, None if it is not; `gpus`, their number.
+    {"host": "n1", "python": "3.12.1", "torch": "2.8.0", ...}. The keys that are not plain: `ssh`, the address at which ssh
+    reached this host, as a list that may be empty; `addresses`, the network interface of each IP address; `port`, a free one;
+    `code`, a digest of shardtune's files; `config`, the SHA-256 of the run's configuration as it is visible here, None if it is
+    not; `gpus`, their number.
+
     `job`: has the path `config` and its `sha256` on the host that starts the run.
     """
     from launch.cluster.hosts import interface_by_address
@@ -135,7 +137,7 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
-    """Run this host's ranks to their end; returns the exit code.
+    """Run this host's ranks of a run on several hosts to their end; returns the exit code.
 
     `job`: the path of the run's configuration (`config`) and the `module` that ranks run. `rendezvous`: this host's `rank` among
     the hosts, `rdzv` (host:port at which the ranks meet), and `run_id`.
@@ -153,10 +155,11 @@ def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
 
 
 def _relay_signals(message_fd: int) -> None:
-    """Send this process the signals that arrive as messages; end the ranks and this process once the connection is lost.
+    """Send this process the signals that the host which started the run passes on; runs in a thread of its own.
 
-    Runs in a thread of its own. A message is a line of JSON: {"signal": 15}, or {} as a heartbeat. The connection counts as lost
-    after `MESSAGE_TIMEOUT_S` seconds without a message (EOFError). The process then ends with the exit code of Ctrl-C, 130.
+    A message is a line of JSON: {"signal": 15}, or {} as a heartbeat. The connection counts as lost after `MESSAGE_TIMEOUT_S`
+    seconds without a message. Then the ranks are ended, and the process with the exit code of Ctrl-C, 130: nothing outlives the
+    command.
     """
     while True:
         try:
@@ -173,7 +176,10 @@ def _relay_signals(message_fd: int) -> None:
 
 
 def _read_line(descriptor: int, timeout_s: float | None = None) -> bytes:
-    """The next line from a file descriptor. Raises EOFError if it is closed, or if nothing comes for `timeout_s` seconds."""
+    """The next line from the host that started the run. Raises EOFError if it is closed or silent for `timeout_s` seconds.
+
+    `descriptor`: where its messages come from. `timeout_s`: None to wait without end.
+    """
     line = bytearray()
     # Byte by byte: what is buffered here would be lost when this process replaces itself.
     while not line.endswith(b"\n"):
@@ -196,9 +202,9 @@ def _sha256(path: Path) -> str | None:
 
 
 def _free_port() -> int:
-    """A port of this host at which nobody listens, below those that the kernel gives out to connections; 29400 if none is found.
+    """Choose a port of this host at which the ranks can meet: free, and below those that the kernel gives out to connections.
 
-    Chosen at random, so that two runs that start at once rarely take the same one.
+    Chosen at random, so that two runs that start at once rarely take the same one. 29400 if none is found.
     """
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     for _ in range(50):

@@ -17,13 +17,14 @@ from trainer.reporting.status import read_failure
 
 
 def write_smaller_settings(run_dir: Path) -> str | None:
-    """Write smaller settings for a run that ran out of memory into its `config.yaml`; returns the change as text, None if none.
+    """Make a run that ran out of memory smaller, so that its next start has a chance; returns the change as text, None if none.
 
     - While `strategy=auto` tried a strategy: that strategy is recorded as too large ("without strategy=ddp").
     - During training: the micro-batch is halved, with twice the gradient accumulation ("batch.micro: 8 -> 4").
     - With a micro-batch of 1, or one that is not chosen yet (`auto`): no change.
-    The file keeps the requested value beside the one in use, so that it stays the same run. Raises ConfigError if it cannot be
-    read, StorageError if it cannot be written.
+
+    Rewrites the run's `config.yaml`, which keeps the requested value beside the one in use, so that it stays the same run. Raises
+    ConfigError if it cannot be read, StorageError if it cannot be written.
     """
     config = load_frozen_config(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
@@ -38,9 +39,9 @@ def write_smaller_settings(run_dir: Path) -> str | None:
 
 
 def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
-    """Write into the run's `config.yaml` that the strategy on trial ran out of memory, so that it is not tried again.
+    """Note in the run's `config.yaml` that the strategy on trial ran out of memory: `strategy=auto` does not try it again.
 
-    Returns the change as text ("without strategy=ddp"); None, and nothing is written, if the failure names no strategy.
+    Returns the change as text ("without strategy=ddp"); None, and nothing is written, if the recorded failure names no strategy.
     """
     settings_on_trial = read_failure(run_dir).get("ran_out_with")
     strategy = settings_on_trial.get(STRATEGY_KEY) if isinstance(settings_on_trial, dict) else None
@@ -55,10 +56,10 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
 
 
 def _with_smaller_micro_batch(config: RunConfig, micro_batch: int, failed_trial: OutOfMemoryTrial) -> RunConfig:
-    """The configuration with a smaller `batch.micro`, and a record of how it got that value.
+    """A copy of the configuration with a smaller `batch.micro`, and a record of how it got that value.
 
     The record, among `substitutions`, has the value that the user asked for, the one that is chosen now, and each that ran out of
-    memory, the last of which is `failed_trial`.
+    memory, the last of which is `failed_trial`. By it, a resumed run is still recognised as the run that the user asked for.
     """
     earlier_resolution = config.resolution(MICRO_BATCH_KEY)
     if earlier_resolution is None:

@@ -53,12 +53,15 @@ class PartJob(NamedTuple):
 
 
 def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
-    """The launcher settings of one job of the run's pipeline. `part`: prepare, train, evaluate or export.
+    """The launcher settings for one job of a run that is submitted as a chain of jobs: what that job asks of SLURM.
+
+    `part`: prepare, train, evaluate or export.
 
     - train: the run's own settings;
     - evaluate: one node with the run's GPUs;
     - prepare: one node without GPUs, in `launcher.cpu_partition` if that is set;
     - export: as prepare, with the cores and the memory of its own processes.
+
     Each adds the options of sbatch that `launcher.part_options` has for it.
     """
     run_settings = config.launcher
@@ -93,10 +96,11 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
 def _with_export_resources(
     export_settings: SlurmConfig, config: RunConfig, run_options: list[str], part_options: list[str]
 ) -> SlurmConfig:
-    """The settings of the export's job with the cores and memory that the export takes; one process if that is not known.
+    """The settings of the job that writes a run's export, with the cores and memory that it takes; one process if not known.
 
-    `run_options`: the user's options of sbatch for all jobs of the run (`launcher.extra`), whose memory is that of the nodes that
-    train. `part_options`: those for this part. sbatch takes one option of memory: that in `part_options`, else the computed one.
+    `export_settings`: as far as they are decided. `run_options`: the user's options of sbatch for all jobs of the run
+    (`launcher.extra`), whose memory is that of the nodes that train. `part_options`: those for this part. sbatch takes one option
+    of memory: that in `part_options`, else the computed one.
     """
     resources = export_resources(config)
     if resources is None:
@@ -114,10 +118,10 @@ def _with_export_resources(
 def part_script_text(
     config: RunConfig, part: str, run_dir: Path, make_script_head: Callable[[RunConfig, list[Path]], list[str]]
 ) -> str:
-    """The job script of a part other than training: prepare, evaluate or export.
+    """The job script of a part of a run's chain of jobs, other than training: prepare, evaluate or export.
 
-    `make_script_head`: takes (the configuration of the part, run directories) and returns the lines of a script up to its
-    function `setup`.
+    `make_script_head`: takes (the configuration of the part, run directories) and returns the lines of a script up to its shell
+        function `setup`.
     """
     launcher = part_settings(config, part, run_dir)
     part_config = replace(config, launcher=launcher)
@@ -129,11 +133,12 @@ def part_script_text(
 def submit_pipeline(
     script_by_part: dict[str, Path], run_dir: Path, sbatch: Callable[[Path, list[str]], str]
 ) -> list[PartJob]:
-    """Submit the script of each part of a pipeline, to start after the part before has succeeded; returns the jobs.
+    """Submit a run's chain of jobs, each to start after the one before has succeeded; returns the jobs in order.
 
-    Also records the jobs in `<run>/pipeline.json`. `sbatch`: submits a script with options and returns the job id. Raises
-    ConfigError if SLURM refuses a part: then the jobs before it are cancelled. Raises StorageError if the record cannot be
-    written; the jobs stay submitted.
+    `script_by_part`: {"prepare": path, "train": path, ...}. `sbatch`: submits a script with options and returns the job id.
+
+    The jobs are recorded in `<run>/pipeline.json`. Raises ConfigError if SLURM refuses a part: then the jobs before it are
+    cancelled. Raises StorageError if the record cannot be written; the jobs stay submitted.
     """
     jobs: list[PartJob] = []
     for part, script in script_by_part.items():
@@ -151,9 +156,9 @@ def submit_pipeline(
 
 
 def _write_pipeline_record(jobs: list[PartJob], run_dir: Path) -> None:
-    """Write the jobs of a pipeline into `<run>/pipeline.json`: [{"part": "prepare", "job": "1234"}, ...].
+    """Record a run's chain of jobs in `<run>/pipeline.json`, for `shardtune status`: [{"part": "prepare", "job": "1234"}, ...].
 
-    A single job is no pipeline: then the record of an earlier submission is removed. Raises StorageError if it cannot be written.
+    A single job is no chain: then the record of an earlier submission is removed. Raises StorageError if it cannot be written.
     """
     record_file = run_dir / PIPELINE_FILE
     try:
@@ -167,8 +172,7 @@ def _write_pipeline_record(jobs: list[PartJob], run_dir: Path) -> None:
 
 
 def pipeline_table(jobs: list[PartJob], config: RunConfig, run_dir: Path) -> str:
-    """A table for people of the jobs of a pipeline (prepare, train, evaluate, export): nodes, GPUs, partition, and when each
-    starts."""
+    """Draw the table of a run's chain of jobs after their submission: nodes, GPUs, partition, and when each starts."""
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     rows = []

@@ -16,10 +16,10 @@ from trainer.reporting.status import write_text_atomic
 
 
 def pipeline_command(part: str, run_dir: Path, processes: int) -> list[str]:
-    """The arguments of `shardtune` that do one part of a submitted run: prepare, evaluate or export.
+    """The arguments of `shardtune` that do one part of a run submitted as a chain of jobs: prepare, evaluate or export.
 
-    "export", runs/first, 2 -> ["export", "runs/first", "launcher.processes=2"].
-    `processes`: ranks of an evaluation, or processes that write an export.
+    "export", runs/first, 2 -> ["export", "runs/first", "launcher.processes=2"]. `processes`: ranks of an evaluation, or processes
+    that write an export.
     """
     if part == "prepare":
         return ["prepare", str(run_dir / "config.yaml")]
@@ -29,11 +29,10 @@ def pipeline_command(part: str, run_dir: Path, processes: int) -> list[str]:
 
 
 def run_part(part: str, run_dir: Path, processes: int) -> int:
-    """Run one part of a run's pipeline (prepare, evaluate or export) within its job, and record how it ended.
+    """Run one part of a run's chain of jobs (prepare, evaluate or export) within its job, and record how it ended.
 
-    Returns the exit code.
-
-    Raises ConfigError if the run's container cannot be started here, StorageError if the end cannot be recorded.
+    `processes`: ranks of an evaluation, or processes that write an export. Returns the exit code of the part. Raises ConfigError
+        if the run's container cannot be started here, StorageError if the end cannot be recorded.
     """
     command = [*_interpreter_command(run_dir), "-m", "launch.main", *pipeline_command(part, run_dir, processes)]
     # With these variables the verb would take itself for a rank that srun started.
@@ -54,9 +53,9 @@ def record_part_end(part: str, run_dir: Path, code: int) -> None:
 
 
 def _interpreter_command(run_dir: Path) -> list[str]:
-    """The command that starts the run's Python: this interpreter, or srun with the container of the run.
+    """The command that starts Python for a part of a run: this interpreter, or srun with the run's container.
 
-    In the container it first runs the function `setup`, whose text the job script has put into SHARDTUNE_SETUP. Raises
+    In the container, srun first runs the shell function `setup`, whose text the job script has put into SHARDTUNE_SETUP. Raises
     ConfigError if the container cannot be started here.
     """
     settings = read_settings_tree(run_dir / "config.yaml")

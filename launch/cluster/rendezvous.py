@@ -30,7 +30,7 @@ def rdzv_port(launcher: LauncherConfig) -> int:
 
 
 class MissingHostsReport:
-    """Prints which hosts of a run have not come to `launcher.rdzv`, until this host's ranks run."""
+    """Prints which hosts of a run have not come to `launcher.rdzv`, where ranks meet, until this host's ranks run."""
 
     def __init__(self, launcher: LauncherConfig, this_host: ThisHost) -> None:
         self._launcher = launcher
@@ -41,7 +41,10 @@ class MissingHostsReport:
         self._all_have_come = False
 
     def poll(self, agent: psutil.Process) -> None:
-        """Print which hosts are missing, at growing intervals until all have come. `agent`: torchrun's process on this host."""
+        """Print which hosts are missing, at growing intervals until all have come; called a few times a second.
+
+        `agent`: torchrun's process on this host.
+        """
         now = time.monotonic()
         if self._all_have_come or now < self._next_report_at:
             return
@@ -54,12 +57,13 @@ class MissingHostsReport:
         self._next_report_at = now + self._pause_s
 
     def _describe_missing(self, agent: psutil.Process) -> str:
-        """A message on which hosts have not come to the rendezvous, and what to do about it.
+        """Write the message on which hosts have not come to the rendezvous, and what to do about it.
 
-        Only the first host, at which all meet, can see who has come:
+        `agent`: torchrun's process on this host. Only the first host, at which all meet, can see who has come:
+
         - any other host: says that it waits for the others there;
         - the first of two hosts: the other one is missing;
-        - the first of more hosts: how many have come, by the connections to torchrun (`agent`), and their addresses.
+        - the first of more hosts: how many have come, by the connections to torchrun, and their addresses.
         """
         nodes = self._launcher.nodes
         rdzv = self._launcher.rdzv
@@ -89,9 +93,9 @@ class StuckTorchrunGuard:
         self._without_ranks_since: float | None = None
 
     def poll(self, agent: psutil.Process) -> None:
-        """Kill torchrun (`agent`) once it has lived for `STUCK_S` seconds after its ranks ended, if the run has failed.
+        """Kill torchrun once it has lived for `STUCK_S` seconds after its ranks ended, if the run has failed; called often.
 
-        Without a failure it rightly waits: other hosts may still be writing the export.
+        `agent`: torchrun's process on this host. Without a failure it rightly waits: other hosts may still be writing the export.
         """
         import psutil
 
@@ -127,7 +131,10 @@ def rank_processes(agent: psutil.Process) -> list[psutil.Process]:
 
 
 def _connected_peers(agent: psutil.Process, port: int) -> set[str]:
-    """IP addresses of other hosts that are connected to `port` of torchrun (`agent`) on this host."""
+    """IP addresses of the other hosts that have come to the rendezvous: they are connected to torchrun's `port` on this host.
+
+    `agent`: torchrun's process.
+    """
     import psutil
 
     peers: set[str] = set()

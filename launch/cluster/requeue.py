@@ -52,7 +52,7 @@ class TermSignal:
 
 
 def signal_lead_s(run_dir: Path) -> float:
-    """`launcher.signal_lead_s` of a run: how many seconds before the time limit SLURM signals the job to save and end.
+    """How many seconds before a job's time limit SLURM signals it to save and end: the run's `launcher.signal_lead_s`.
 
     `DEFAULT_LEAD_S` if the setting is 0, or cannot be read.
     """
@@ -66,11 +66,12 @@ def signal_lead_s(run_dir: Path) -> float:
 def request_requeue_repeatedly(job: StartedJob, patience_s: float, term: TermSignal) -> str | None:
     """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over; returns None if it agreed.
 
-    Otherwise returns why it did not:
+    SLURM's controller may be down for a while. The job's own time limit bounds the attempts too. `term`: records whether this
+    process received SIGTERM meanwhile. Otherwise returns why it did not agree:
+
     - "scontrol requeue failed: ..." after a refusal that is final (`FINAL_REFUSALS`);
     - "scontrol requeue failed until the end: ..." if it refused each time;
     - `ENDED_BY_SLURM` if SLURM ends or preempts the job itself meanwhile.
-    `term`: records whether this process received SIGTERM meanwhile. The job's own time limit bounds the attempts too.
     """
     end_time = os.environ.get("SLURM_JOB_END_TIME", "")
     if end_time.isdecimal():
@@ -114,7 +115,7 @@ def is_ended_by_slurm(job: StartedJob, *, received_term: bool) -> bool:
     """Whether SLURM ends or preempts the job. Then only SLURM requeues it: from here as well would be once too often.
 
     `received_term`: whether the job script or this process received SIGTERM. If so, the answer is True without asking SLURM.
-    Otherwise `scontrol show job` says whether SLURM preempts the job; False if scontrol does not answer.
+        Otherwise `scontrol show job` says whether SLURM preempts the job; False if scontrol does not answer.
     """
     if received_term:
         return True
@@ -132,9 +133,9 @@ def is_ended_by_slurm(job: StartedJob, *, received_term: bool) -> bool:
 
 
 def was_killed_for_memory(job: StartedJob) -> bool:
-    """Whether SLURM has killed processes of this start of the job for memory, by what slurmstepd wrote into the job's output.
+    """Whether SLURM has killed processes of this start of the job for memory, which no rank could record.
 
-    The output is the file behind this process's stdout. False if that cannot be read.
+    slurmstepd writes it into the job's output, the file behind this process's stdout. False if that cannot be read.
     """
     output_file = Path(os.path.realpath("/proc/self/fd/1"))
     try:

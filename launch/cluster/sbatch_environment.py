@@ -37,7 +37,7 @@ EXCLUSIVE_GROUPS = (
 
 @dataclass(slots=True)
 class SbatchVariables:
-    """The `SBATCH_*` variables of an environment, sorted for one job script."""
+    """The user's `SBATCH_*` variables, which sbatch prefers to a script's own lines, sorted for one job script."""
 
     passed_on: dict[str, str] = field(default_factory=dict)
     """The variables that sbatch gets, with their values: the script leaves their options open."""
@@ -59,9 +59,10 @@ def script_options(script_text: str) -> dict[str, str]:
 
 
 def sort_sbatch_variables(script_text: str, environment: Mapping[str, str] = os.environ) -> SbatchVariables:
-    """Sort the `SBATCH_*` variables into those that reach sbatch and those whose option the job script decides.
+    """Sort the user's `SBATCH_*` variables into those that reach sbatch and those whose option the job script decides.
 
-    With `#SBATCH --time=1:00:00` in the script, SBATCH_TIMELIMIT is dropped; without it, it reaches sbatch.
+    sbatch would prefer such a variable to the script's own line. With `#SBATCH --time=1:00:00` in the script, SBATCH_TIMELIMIT is
+    dropped; without it, it reaches sbatch.
     """
     options_of_script = script_options(script_text)
     variables = SbatchVariables()
@@ -83,9 +84,10 @@ def _option_of_variable(variable: str) -> str:
 
 
 def _reason_environment_may_not_set(option: str, script_options: Mapping[str, str]) -> str | None:
-    """Why the environment may not set an `option` of sbatch for a script with `script_options`; None if it may.
+    """Why a variable `SBATCH_*` may not set an option of sbatch for a job script; None if it may.
 
-    It may not in these cases:
+    `option`: such as "time". `script_options`: those in the script's `#SBATCH` lines. It may not in these cases:
+
     - the option is always the script's (`REASON_BY_SCRIPT_OPTION`);
     - the script sets it itself;
     - it requests GPUs, because ranks are counted by the run's GPUs;
@@ -107,9 +109,10 @@ def _reason_environment_may_not_set(option: str, script_options: Mapping[str, st
 
 
 def sbatch_environment(script_text: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment in which sbatch is called for a job script, by the text of the script.
+    """The environment variables with which sbatch is called for a job script, so that none overrides the run's settings.
 
-    Left out: `SBATCH_*` variables whose option the script decides; within a job, all variables of that job.
+    `script_text`: the script. Left out: `SBATCH_*` variables whose option the script decides; within a job, all variables of that
+        job.
     """
     if "SLURM_JOB_ID" in environment:
         # Submitted from within a job: the variables of that job would give the new one its limits.

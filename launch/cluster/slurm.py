@@ -92,21 +92,23 @@ settle "$rc" ""
 
 
 def render_train_script(config: RunConfig, run_dirs: list[Path], *, code_dir: Path, cwd: Path | None = None) -> str:
-    """The text of the sbatch script that trains in `run_dirs[0]`, or as a job array in each of several directories.
+    """Write the text of the job script that trains in `run_dirs[0]`, or as a job array in each of several directories.
 
     `code_dir`: the code that the job runs, the clone of shardtune or its copy. `cwd`: where relative paths of the settings start;
-    default: the current directory. Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
+    None for the current directory. Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
     """
     return "\n".join(script_head_lines(config, run_dirs, code_dir=code_dir, cwd=cwd)) + "\n" + TRAIN_SCRIPT_BODY
 
 
 def script_head_lines(config: RunConfig, run_dirs: list[Path], *, code_dir: Path, cwd: Path | None = None) -> list[str]:
-    """The lines of a job script up to the function `setup`: the options of sbatch, the runs, the interpreter and the code.
+    """The lines of a job script that depend on the run, up to its shell function `setup`; the rest is the same for all runs.
 
-    The body of the script (`TRAIN_SCRIPT_BODY`) reads the shell variables that are set here: `runs`; `patience`, the seconds
-    that nodes have to end after the first one; `words`, the overrides of the command line, none here; and those of
-    `_interpreter_lines`. `code_dir`: the code that the job runs. `cwd`: where relative paths of the settings start; default:
-    the current directory. Raises ConfigError for settings that are not SLURM's, or that a script cannot carry.
+    They have the options of sbatch, the runs, the interpreter and the code. The body of the script (`TRAIN_SCRIPT_BODY`) reads
+    the shell variables that are set here: `runs`; `patience`, the seconds that nodes have to end after the first one; `words`,
+    the overrides of the command line, none here; and those of `_interpreter_lines`.
+
+    `code_dir`: the code that the job runs. `cwd`: where relative paths of the settings start; None for the current directory.
+    Raises ConfigError for settings that are not SLURM's, or that a script cannot carry.
     """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig):
@@ -135,11 +137,11 @@ def script_head_lines(config: RunConfig, run_dirs: list[Path], *, code_dir: Path
 
 
 def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> list[str]:
-    """The lines of a job script that set the interpreters of the host and of the ranks, and how ranks start in a container.
+    """The lines of a job script that say which Python runs on the host and as ranks, and how ranks start in a container.
 
-    They set `python` (the interpreter on the host), `inside` (that of the ranks in the container), `container` (options of
-    srun) and `within` (what stands before the command of the ranks); these three are empty without a container. `directories`:
-    mounted beside the paths of the settings.
+    They set `python` (the interpreter on the host), `inside` (that of the ranks in the container), `container` (options of srun)
+    and `within` (what stands before the command of the ranks); these three are empty without a container. `directories`: mounted
+    beside the paths of the settings.
     """
     if slurm.container is None:
         python = shlex.quote(checked_line(slurm.python or sys.executable, "launcher.python"))
@@ -167,10 +169,10 @@ def _shell_arguments(arguments: list[str]) -> str:
 
 
 def setup_function_text(slurm: SlurmConfig, code_dir: Path) -> str:
-    """The text of the shell function `setup` of a job script: it sources slurm/env.sh and runs `launcher.setup` on every node.
+    """The shell function `setup` of a job script, which prepares the environment on every node before Python starts.
 
-    With a container it sources slurm/env.sh on the host, and runs `launcher.setup` in the container. Raises ConfigError for a
-    line of `launcher.setup` that a script cannot carry.
+    It sources slurm/env.sh, the site's file, and runs the lines of `launcher.setup`. With a container the first is done on the
+    host, the second in the container. Raises ConfigError for a line of `launcher.setup` that a script cannot carry.
     """
     site_file = shlex.quote(str(code_dir / "slurm" / "env.sh"))
     source_site_file = f"if [ -f {site_file} ]; then . {site_file}; elif [ -f slurm/env.sh ]; then . slurm/env.sh; fi"
@@ -184,7 +186,7 @@ def setup_function_text(slurm: SlurmConfig, code_dir: Path) -> str:
 
 
 def sbatch_options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
-    """The options behind `#SBATCH`, such as `--nodes=2`, quoted for sbatch's own parser, which takes shell quotes.
+    """The options of sbatch for a job script's `#SBATCH` lines, such as `--nodes=2`, quoted for sbatch, which takes shell quotes.
 
     `runs`: the run directories; several make a job array. `cwd`: the working directory of the job.
     """
@@ -240,11 +242,10 @@ def node_request(slurm: SlurmConfig) -> OptionValues:
 
 
 def quoted_options(options: OptionValues) -> list[str]:
-    """`--name=value` for each option that is set, quoted as a shell and sbatch read it.
+    """Options as `--name=value`, quoted as a shell and sbatch read it; those that are None are left out.
 
-    {"nodes": 2, "comment": "a b", "exclusive": True, "mem": None} -> ["--nodes=2", "--comment='a b'", "--exclusive"]
-    So True is an option without a value, and None one that is left out.
-    Errors: ConfigError for a value that would end the line of a script.
+    {"nodes": 2, "comment": "a b", "exclusive": True, "mem": None} -> ["--nodes=2", "--comment='a b'", "--exclusive"]: True is an
+    option without a value. Raises ConfigError for a value that would end the line of a script.
     """
     quoted = []
     for name, value in options.items():
@@ -264,7 +265,7 @@ def unquoted_options(options: OptionValues) -> list[str]:
 
 
 def default_job_name(runs: list[str]) -> str:
-    """The job's name in the queue and in the names of its log files: letters, digits, `_`, `.` and `-` only.
+    """Name a job in SLURM's queue and its log files after its run: letters, digits, `_`, `.` and `-` only.
 
     ["runs/first"] -> "first"; ["sweeps/lr/0"] -> "lr-0"; several runs -> "shardtune".
     """
@@ -278,9 +279,9 @@ def default_job_name(runs: list[str]) -> str:
 
 
 def checked_line(text: str, setting: str) -> str:
-    """The text itself, checked to fit into one line of a job script.
+    """Return `text` if it fits into one line of a job script; raise ConfigError for line breaks and control characters.
 
-    Raises ConfigError for line breaks and control characters. `setting`: where the text comes from, such as "launcher.setup".
+    `setting`: where the text comes from, such as "launcher.setup", for the message.
     """
     if any(ord(character) < 32 for character in text):
         raise ConfigError(f"{setting} is {text!r}: a job script cannot carry line breaks or control characters in it")
@@ -288,7 +289,7 @@ def checked_line(text: str, setting: str) -> str:
 
 
 def _checked_path(path: Path | str, setting: str) -> str:
-    """The path as text, checked to fit into one line of a job script and into SLURM's file names.
+    """Return a path as text if a job script and SLURM's file names can carry it.
 
     Raises ConfigError for line breaks, control characters, and a backslash, which switches patterns off in SLURM's file names.
     """

@@ -20,7 +20,10 @@ COPIES_DIRECTORY = "code"
 
 
 def read_code(root: Path = CODE_DIRECTORY) -> dict[str, bytes]:
-    """The content of every file of shardtune's code below `root`, by relative path. Errors: StorageError."""
+    """Read every file of shardtune's code below `root`, for a copy or a digest: contents by relative path.
+
+    Raises StorageError if a file cannot be read.
+    """
     files: dict[str, bytes] = {}
     try:
         for name in COPIED_PATHS:
@@ -51,9 +54,10 @@ def code_copy_dir(run_dir: Path, sha256: str) -> Path:
 
 
 def copy_code(run_dir: Path, root: Path = CODE_DIRECTORY) -> Path:
-    """Copy shardtune's code from `root` into the run directory, unless an intact copy is there; returns the copy's directory.
+    """Copy shardtune's code into the run directory, so that a queued job runs what was submitted; returns the copy's directory.
 
-    Marks the copy as the newest. Earlier copies stay, because jobs may still run them. Raises StorageError.
+    Nothing is copied if an intact copy of the same code is there. Marks the copy as the newest. Earlier copies stay, because jobs
+    may still run them. Raises StorageError.
     """
     content_by_path = read_code(root)
     sha256 = code_digest(content_by_path)
@@ -83,7 +87,7 @@ def copy_code(run_dir: Path, root: Path = CODE_DIRECTORY) -> Path:
 
 
 def newest_code_copy(run_dir: Path) -> Path | None:
-    """The copy of the code in a run directory that was made or used last; None if there is none."""
+    """The copy of the code in a run directory that was made or used last, for a requeued job; None if there is none."""
     # A dot begins the name of an unfinished copy.
     manifests = (run_dir.absolute() / COPIES_DIRECTORY).glob(f"[!.]*/{CODE_MANIFEST_FILE}")
     newest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=None)
@@ -91,9 +95,9 @@ def newest_code_copy(run_dir: Path) -> Path | None:
 
 
 def refuse_changed_code(root: Path = CODE_DIRECTORY) -> None:
-    """Raise ConfigError if the code in `root` is a copy that was changed since its job was submitted.
+    """Raise ConfigError if the code in `root` is a copy that somebody has changed since its job was submitted.
 
-    A clone has no manifest, and may change.
+    The copy has a manifest with its digest. A clone has none, and may change.
     """
     submitted_sha256 = read_code_manifest(root).get("sha256")
     if submitted_sha256 is not None and code_digest(read_code(root)) != submitted_sha256:

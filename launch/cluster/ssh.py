@@ -62,10 +62,11 @@ def run_ranks_on_hosts(
     *,
     program: RankProgram = TRAIN,
 ) -> RanksEnd:
-    """Run the configuration in `run_dir` to its end on all of `launcher.hosts`, by ssh. Every process has ended when it returns.
+    """Train a run on all of `launcher.hosts`, which this host starts by ssh; every process has ended when it returns.
 
-    `run_id`: names the rendezvous. `redirected`: where the output goes; None for the terminal. `program`: what the ranks run.
-    Raises ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
+    `config`: the run's configuration, as it stands in `run_dir`, which all hosts must see. `run_id`: names the rendezvous.
+    `redirected`: where the output goes; None for the terminal. `program`: what the ranks run. Returns how the ranks ended. Raises
+    ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
     """
     launcher = config.launcher
     config_file = (run_dir / program.config).absolute()
@@ -114,11 +115,11 @@ def run_ranks_on_hosts(
 
 
 def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], on_tick: Callable[[], None] | None) -> int:
-    """Wait until all nodes have ended, or one failed and the others had `STOP_GRACE_S` seconds to end too.
+    """Wait until the ranks on all hosts have ended, passing signals on to them; a node is a host with the ssh that leads to it.
 
-    The ranks of the other nodes notice by themselves that their peers are lost. Meanwhile signals are passed on to all nodes, and
-    heartbeats are sent. `pending_signals`: filled by the signal handler, and emptied here. `on_tick` is called a few times a
-    second.
+    If one fails, the others get `STOP_GRACE_S` seconds to end too: their ranks notice by themselves that their peers are lost.
+
+    `pending_signals`: filled by the signal handler, and emptied here. `on_tick`: called a few times a second; None for nothing.
     Returns 130 after Ctrl-C, else the first exit code that is not 0, in the order of the nodes, or 0.
     """
     # Times by the monotonic clock; None until it happens.
@@ -156,7 +157,7 @@ def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], on_tick: Call
 
 
 def _end_nodes(nodes: list[Node]) -> None:
-    """End whatever still runs on any host, and close the logs.
+    """End whatever still runs on any host of the run, and close the logs.
 
     In this order: send Ctrl-C twice to the nodes with ranks, close the connections, kill the ssh processes that do not end.
     """
@@ -170,7 +171,7 @@ def _end_nodes(nodes: list[Node]) -> None:
 
 
 def _interrupt_ranks(nodes: list[Node]) -> None:
-    """Send Ctrl-C to the nodes whose ranks may run, and once more half a second later unless all nodes have ended.
+    """Send Ctrl-C to the hosts whose ranks may run, and once more half a second later unless all have ended.
 
     The first Ctrl-C lets the ranks save, the second does not wait.
     """
@@ -185,7 +186,7 @@ def _interrupt_ranks(nodes: list[Node]) -> None:
 
 
 def _close_connections(nodes: list[Node]) -> None:
-    """Close the connection to each node, which ends what still runs there, and kill the ssh processes that do not end in time."""
+    """Close the connection to each host, which ends what still runs there, and kill the ssh processes that do not end in time."""
     # All connections are closed first, so that the hosts end their ranks side by side and not one after the other.
     deadline = time.monotonic() + STOP_GRACE_S + NODE_END_S
     for node in nodes:
@@ -199,9 +200,10 @@ def _close_connections(nodes: list[Node]) -> None:
 
 
 def _record_lost_host(run_dir: Path, node: Node, first_rank: int) -> None:
-    """Record in `failure.json` that a host was lost, which none of its ranks can. `first_rank`: the first rank of that host.
+    """Record in the run's `failure.json` that a host was lost, which none of its ranks can.
 
-    Replaces an existing record in which another rank says that it lost its peers, but not one of a failure of its own.
+    `first_rank`: the first rank of that host. Replaces an existing record in which another rank says that it lost its peers, but
+        not one of a failure of its own.
     """
     recorded_failure = read_failure(run_dir)
     error = ShardtuneError(f"host {node.name} was lost ({node.last_output_text})")
@@ -218,7 +220,10 @@ def _record_lost_host(run_dir: Path, node: Node, first_rank: int) -> None:
 
 
 class NodeOutput:
-    """Shows lines of the nodes on the screen, and keeps each node's in its file."""
+    """Shows what the hosts of a run print on the screen, and keeps each host's output in a file.
+
+    Use as a context, which opens and closes the file that may take the place of the screen.
+    """
 
     def __init__(self, logs: Path, redirected: RedirectedOutput | None) -> None:
         self._log_dir = logs
@@ -239,7 +244,7 @@ class NodeOutput:
             self._redirected_file.close()
 
     def start_reading_output(self, nodes: list[Node]) -> None:
-        """Open a log file for each node, and start the threads that read what it prints until it ends.
+        """Open a log file for each host of the run, and start the threads that read what it prints until it ends.
 
         Sets `log` and `output_readers` of each node; `_end_nodes` closes the logs. The files are numbered by start:
         `hosts-<start>-<node>.log`.
@@ -259,11 +264,13 @@ class NodeOutput:
                 node.output_readers.append(reader)
 
     def _read_pipe(self, node: Node, pipe: IO[bytes], is_stderr: bool, is_first_node: bool) -> None:
-        """Read one pipe of a node to its end, in a thread: take the node's facts, log its lines, and show some of them.
+        """Read one pipe of a host's ssh to its end, in a thread: take the host's facts, log its lines, and show some of them.
+
+        `is_stderr`: which pipe. `is_first_node`: its lines need no name before them.
 
         The first line on stdout with `HOST_FACTS_PREFIX` describes the host. Lines before it are what the login shell there
-        prints: they are only kept for error messages. Once the host is described, lines of stderr and of the first node are
-        shown. `is_first_node`: its lines need no name before them.
+        prints: they are only kept for error messages. Once the host is described, lines of stderr and of the first host are
+        shown.
         """
         for line in pipe:
             text = line.decode(errors="replace").rstrip("\n")
@@ -288,9 +295,9 @@ class NodeOutput:
             node.log.write(line)
 
     def _show_line(self, line: bytes, *, is_stderr: bool) -> None:
-        """Print a line that a node has printed to the screen, or, if the output is redirected, write it to that file.
+        """Print a line that a host has printed to the screen, or, if the output is redirected, write it to that file.
 
-        The lock keeps lines of several nodes apart. An error is no reason to stop reading: the line is in the node's log.
+        The lock keeps lines of several hosts apart. An error is no reason to stop reading: the line is in the host's log.
         """
         stream = sys.stderr if is_stderr else sys.stdout
         # ValueError: a thread that still reads meets a file that was closed.

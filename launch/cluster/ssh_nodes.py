@@ -81,7 +81,10 @@ class Node:
 
 
 def ssh_command(host: str, launcher: LauncherConfig) -> list[str]:
-    """The ssh command that starts `launch.cluster.node` on a host, with the user's options in `launcher.ssh`."""
+    """The ssh command that starts `launch.cluster.node` on a host, at the same paths as here.
+
+    `host`: as ssh takes it. `launcher`: the user's options are in `launcher.ssh`, such as ["-p", "2222"].
+    """
     node_command = ["exec", "/usr/bin/env", f"PYTHONPATH={CODE_DIRECTORY}", sys.executable, "-P", "-m", NODE_MODULE]
     default_options = {
         "BatchMode": "yes",
@@ -111,10 +114,10 @@ def connect(host: str, launcher: LauncherConfig) -> Node:
 
 
 def wait_for_host_facts(nodes: list[Node], pending_signals: list[int]) -> bool:
-    """Wait until every node has sent its facts (GPUs, versions, addresses) or has ended; returns whether no signal came.
+    """Wait until every host of the run has sent its facts (GPUs, versions, addresses) or has ended.
 
-    After `FACTS_TIMEOUT_S` seconds the wait ends too, with True: whether facts are missing is checked by `refuse_unfit_hosts`.
-    `pending_signals`: filled by the signal handler.
+    Returns False if a signal came meanwhile, so that the start is given up. After `FACTS_TIMEOUT_S` seconds the wait ends too,
+    with True: whether facts are missing is checked by `refuse_unfit_hosts`. `pending_signals`: filled by the signal handler.
     """
     deadline = time.monotonic() + FACTS_TIMEOUT_S
     while any(node.host_facts is None and node.process.poll() is None for node in nodes):
@@ -133,10 +136,10 @@ def wait_for_host_facts(nodes: list[Node], pending_signals: list[int]) -> bool:
 
 
 def refuse_unfit_hosts(nodes: list[Node], launcher: LauncherConfig, config_sha256: str) -> None:
-    """Raise NodesUnfit if a host cannot run the run, with a line for everything that is wrong with each host.
+    """Raise NodesUnfit if a host cannot run the run, with a line for everything that is wrong with each; nothing runs yet.
 
-    First come hosts that sent no facts, then hosts whose facts do not fit, then hosts that are listed under two names.
-    `config_sha256`: of the run's configuration, which every host must see alike.
+    First come hosts that sent no facts, then hosts whose facts do not fit, then hosts that are listed under two names. `nodes`:
+    the hosts with what they sent. `config_sha256`: of the run's `config.yaml`, which every host must see alike.
     """
     problems = []
     for node in nodes:
@@ -155,10 +158,14 @@ def refuse_unfit_hosts(nodes: list[Node], launcher: LauncherConfig, config_sha25
 def _reasons_unfit(
     host_facts: dict[str, Any], launcher: LauncherConfig, config_sha256: str, own_versions: dict[str, str]
 ) -> list[str]:
-    """Why a host with these facts (`node.describe_host`) cannot run the run that this host has prepared.
+    """Why a host cannot run the run that this host has prepared; empty if it can.
 
     Other code, another Python or torch, another configuration in the run directory, or GPUs of which this host cannot know how
-    many to use. `own_versions`: this host's: {"code": digest, "python": "3.12.1", "torch": "2.8.0"}.
+    many to use.
+
+    `host_facts`: what the host has sent (`node.describe_host`): {"code": digest, "python": "3.12.1", "gpus": 8, ...}.
+    `config_sha256`: of the run's `config.yaml` as this host sees it. `own_versions`: this host's: {"code": digest, "python":
+    "3.12.1", "torch": "2.8.0"}.
     """
     problems = []
     if host_facts["code"] != own_versions["code"]:
@@ -200,7 +207,9 @@ def _own_versions() -> dict[str, str]:
 
 
 def _why_no_facts(node: Node) -> str:
-    """Why a host has not sent its facts, for a message. The first case that holds:
+    """Why a host of the run has not sent its facts, for a message; by ssh's exit code, which is that of the command there.
+
+    The first case that holds:
 
     - ssh still runs: it is late;
     - ssh failed: it is not reached;
@@ -224,10 +233,10 @@ def _why_no_facts(node: Node) -> str:
 
 
 def rendezvous_address(nodes: list[Node]) -> str:
-    """host:port on the first host at which the ranks meet, under the address by which ssh reached that host.
+    """Choose host:port at which the ranks of all hosts meet: a free port of the first host, by the address that ssh used.
 
-    If ssh reached it by a loopback address, it is this host. Then its address towards the second host is taken.
-    Raises ConfigError if only loopback addresses are known.
+    If ssh reached it by a loopback address, it is this host. Then its address towards the second host is taken. Raises
+    ConfigError if only loopback addresses are known.
     """
     first_facts = nodes[0].host_facts
     assert first_facts is not None

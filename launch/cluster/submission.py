@@ -49,10 +49,11 @@ class Submission:
 
 
 def submit_runs(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list[Submission]:
-    """Write the job scripts of runs and submit them to SLURM; with `print_only`, print the scripts and submit nothing.
+    """Submit runs of one configuration to SLURM, or with `print_only` print their job scripts and submit nothing.
 
-    Several runs of one configuration are one job array, or with `launcher.pipeline` a chain of jobs each. Returns what was
-    submitted. Errors: ConfigError with the message of `sbatch`, StorageError.
+    Several runs are one job array, or with `launcher.pipeline` a chain of jobs each. Writes the scripts into the run directories,
+    and prints what to type next. Returns what was submitted. Raises ConfigError, also with the message of `sbatch`, and
+    StorageError.
     """
     slurm = config.launcher
     if isinstance(slurm, SlurmConfig) and slurm.pipeline and len(run_dirs) > 1:
@@ -104,8 +105,8 @@ def submit_runs(config: RunConfig, run_dirs: list[Path], *, print_only: bool) ->
 def refuse_unshared_model(config: RunConfig) -> None:
     """Raise ConfigError if ranks cannot share rows or experts of the run's models as `parallel` asks for it.
 
-    The models are the trained one, a teacher and reward models. If any of them is not on this host, nothing is checked here: the
-    job itself finds out, before it prepares data.
+    Called before a job waits in the queue for nothing. The models are the trained one, a teacher and reward models. If any of
+    them is not on this host, nothing is checked here: the job itself finds out, before it prepares data.
     """
     if config.parallel == ParallelConfig():
         return
@@ -122,10 +123,10 @@ def refuse_unshared_model(config: RunConfig) -> None:
 
 
 def _print_scripts(slurm: SlurmConfig, script_by_part: dict[str, str]) -> None:
-    """Print the job scripts (text by part, such as "train") instead of submitting them.
+    """Print the job scripts of a run instead of submitting them. `script_by_part`: {"train": "#!/bin/bash ..."} or more.
 
-    Each script of a chain stands below the sbatch command that would submit it, with its dependency on the part before. Notes on
-    the ranks go to stderr, so that stdout is a script alone.
+    Each script of a chain of jobs stands below the sbatch command that would submit it, with its dependency on the part before.
+    Notes on the ranks go to stderr, so that stdout is a script alone.
     """
     for note in advice.rank_layout_notes(slurm):
         print(f"# {note}", file=sys.stderr)
@@ -141,7 +142,10 @@ def _print_scripts(slurm: SlurmConfig, script_by_part: dict[str, str]) -> None:
 
 
 def _prepare_container(config: RunConfig) -> None:
-    """Refuse a container that cannot start, and create the cache directory that is mounted into it. Errors: ConfigError."""
+    """Refuse a container that cannot start before its job is submitted, and create the cache directory that is mounted into it.
+
+    Does nothing for a run without a container. Raises ConfigError.
+    """
     launcher = settings_as_dict(config)["launcher"]
     runtime = containers.container_runtime(launcher)
     if runtime is None:
@@ -152,9 +156,9 @@ def _prepare_container(config: RunConfig) -> None:
 
 
 def _write_scripts(run_dirs: list[Path], script_by_part: dict[str, str]) -> dict[str, Path]:
-    """Write all job scripts (text by part) into each run directory; returns the paths in the first one, by part.
+    """Write all job scripts (text by part) into each run directory; returns the paths in the first one, which are submitted.
 
-    Those in the first directory are submitted. Also creates the directories `logs`. Raises StorageError.
+    Also creates the directories `logs`. Raises StorageError.
     """
     try:
         for run_dir in run_dirs:
@@ -168,7 +172,7 @@ def _write_scripts(run_dirs: list[Path], script_by_part: dict[str, str]) -> dict
 
 
 def script_text_by_part(config: RunConfig, run_dirs: list[Path], code_dir: Path) -> dict[str, str]:
-    """The text of the sbatch script of each job: {"train": "#!/bin/bash ..."}, or one for each part of `launcher.pipeline`.
+    """The text of each job script that a run needs: {"train": "#!/bin/bash ..."}, or one for each part of `launcher.pipeline`.
 
     `code_dir`: the code that the jobs run. Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
     """
@@ -189,7 +193,7 @@ def script_text_by_part(config: RunConfig, run_dirs: list[Path], code_dir: Path)
 
 
 def _print_next_steps(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> None:
-    """Print the commands with which the user follows the submitted job, makes it save, and stops it."""
+    """Print the commands with which the user follows the submitted job, makes it save, and stops it. `job`: its id."""
     print(f"  queue   squeue --job {job}")
     if len(run_dirs) == 1:
         run = shlex.quote(str(run_dirs[0]))
@@ -221,9 +225,10 @@ def code_description(code_dir: Path, *, is_copied: bool) -> str:
 
 
 def submit_script(script: Path, options: list[str]) -> str:
-    """Submit a job script with `options` of sbatch; returns the job id.
+    """Submit a job script by sbatch; returns the job id.
 
-    Raises ConfigError without the command sbatch, with sbatch's message if it refuses the script, or if it prints no job id.
+    `options`: of sbatch, beside those in the script, such as a dependency. Raises ConfigError without the command sbatch, with
+        sbatch's message if it refuses the script, or if it prints no job id.
     """
     env = sbatch_environment(script.read_text(encoding="utf-8"))
     command = ["sbatch", "--parsable", *options, str(script)]
@@ -244,9 +249,10 @@ def submit_script(script: Path, options: list[str]) -> str:
 
 
 def parse_job_id(sbatch_output: str, script: Path) -> str:
-    """The job id in the output of `sbatch --parsable`: "welcome\\n1234;cluster\\n" -> "1234".
+    r"""Find the job id in the output of `sbatch --parsable`: "welcome\n1234;cluster\n" -> "1234".
 
-    A cluster may print lines of its own before or after it. Raises ConfigError if no line, or several, could be the id.
+    A cluster may print lines of its own before or after it. Raises ConfigError if no line, or several, could be the id. `script`:
+    for the message.
     """
     lines = [line.strip() for line in sbatch_output.splitlines()]
     id_lines = [line for line in lines if JOB_ID_REGEX.fullmatch(line)]
@@ -260,11 +266,11 @@ def parse_job_id(sbatch_output: str, script: Path) -> str:
 
 
 def submit_sweep(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> int:
-    """Write the configurations of a sweep's runs and submit those that are neither finished nor in the queue; returns 0.
+    """Submit the runs of a sweep that are neither finished nor in the queue, those with the same request as one job array.
 
-    `run_dirs`: the directory of each of `composed_runs`. Runs with the same launcher settings become one job array. 0 is the exit
-    code of the command. Raises ConfigError, before anything is written, if an array would be too large or ranks cannot share a
-    run's model.
+    `run_dirs`: the directory of each of `composed_runs`, into which its configuration is written. Returns 0, the exit code of the
+        command. Raises ConfigError, before anything is written, if an array would be too large or ranks cannot share a run's
+        model.
     """
     from launch.cluster.array_size import refuse_large_array
     from launch.config.frozen import is_finished
@@ -303,7 +309,7 @@ class _RunToSubmit(NamedTuple):
 
 
 def grouped_by_request(runs: list[_RunToSubmit]) -> list[list[_RunToSubmit]]:
-    """Group runs that request the same of SLURM: all tasks of an array have the same options.
+    """Group the runs of a sweep that request the same of SLURM: each group can be one job array, whose tasks share all options.
 
     For three runs (a, b, c), of which b has another `launcher.time`: [[a, c], [b]].
     """

@@ -54,13 +54,14 @@ def run_supervised(
     *,
     program: RankProgram | None = None,
 ) -> int:
-    """Run the ranks in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
+    """Run a run's ranks in processes of their own to the end, and again as often as `launcher.retry` allows.
 
     The ranks run on this host, or on `launcher.hosts` by ssh. They are started again after a cause in `launcher.retry`: never
     after an error of the user or of shardtune, nor after TERM, HUP or Ctrl-C. After memory ran out, the next start has half of
     `batch.micro`; if that cannot be halved, there is none.
+
     `sha256`: of the configuration; it names the rendezvous. `redirected`: a file for the output instead of the terminal.
-    `program`: what the ranks run; default: training.
+    `program`: what the ranks run; None for training. Returns the exit code.
     """
     from launch.cluster.torchrun import TRAIN
 
@@ -103,7 +104,10 @@ def run_supervised(
 
 
 def state_before_start(run_dir: Path) -> StateBeforeStart:
-    """Delete the failure record of an earlier attempt, and return what the run directory holds before the ranks start."""
+    """Note what a run directory holds before the ranks start, by which their records are told from those of an earlier attempt.
+
+    Deletes the failure record of an earlier attempt.
+    """
     clear_failure(run_dir)
     directory = None
     with contextlib.suppress(OSError):
@@ -114,14 +118,17 @@ def state_before_start(run_dir: Path) -> StateBeforeStart:
 def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: str = "train") -> int:
     """Print how a run ended, and write `status.json` if the ranks could not; returns the exit code of the command.
 
-    The first case that holds:
+    The ranks' own exit codes are lost by torchrun, so what they recorded in the run directory decides. The first case that holds:
+
     - the run directory was deleted: the code of a StorageError;
     - done: 0;
     - saved after a signal (`preempted`), unless a rank was killed before the first step: 75;
     - another process owns the run now: 70, and its records are left alone;
     - Ctrl-C: 130, written as failed;
     - failed: the code of the recorded failure, else 70, written as failed.
+
     After Ctrl-C the code is 130 in every case but `done`.
+
     `code`: torchrun's, which is 0, 130 for Ctrl-C, or a failure about which the run directory says more. `before`: from
     `state_before_start`; a record that has not changed since is of an earlier attempt. `verb`: for messages.
     """
@@ -172,7 +179,7 @@ def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, ve
 
 
 def _stopped_message(directory: Path, former_dir: Path, step: int | None, verb: str) -> str:
-    """The message about a run that was asked to stop: what is saved, and how it continues.
+    """Write the message about a run that was asked to stop: what is saved, and how it continues.
 
     `directory`: where the run directory is now. `former_dir`: where it was when the run started; another one if it was renamed.
     `step`: the step that was saved; None or 0 if training had not begun. `verb`: the command that was stopped, such as train.
@@ -190,7 +197,8 @@ def _stopped_message(directory: Path, former_dir: Path, step: int | None, verb: 
 def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
     """Where the run directory is now, which may have been renamed while the run was under way; None if it was deleted.
 
-    `run_dir`: where it was when the run started. That is returned too if the directory could not be opened then.
+    `run_dir`: where it was when the run started. `before`: has that directory open, so that it is found under another name.
+    `run_dir` is returned too if the directory could not be opened then.
     """
     if before.directory is None:
         return run_dir
@@ -204,7 +212,7 @@ def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
 
 
 def _write_smaller_settings(run_dir: Path) -> str | None:
-    """Write smaller settings for a run that ran out of memory; returns the change, such as "batch.micro: 8 -> 4".
+    """Make a run that ran out of memory smaller before it is started again; returns the change, such as "batch.micro: 8 -> 4".
 
     None, and a message on stderr, if the micro-batch cannot be halved.
     """
@@ -217,13 +225,14 @@ def _write_smaller_settings(run_dir: Path) -> str | None:
 
 
 def _retry_cause_key(run_dir: Path, code: int, signals: set[int]) -> str | None:
-    """The cause for which a run may be started again, a key of `launcher.retry`; None if it may not.
+    """Why a run may be started again, as a key of `launcher.retry` such as "node_fail"; None if it may not.
 
     - Ctrl-C, or a signal that ends the run for good: None, also if a rank was lost meanwhile;
     - the run has saved after a signal: "preempted";
     - done: None;
-    - failed: the cause that the record of the failure names, such as "node_fail", if any.
-    `code`: the exit code of the run. `signals`: those that this process received.
+    - failed: the cause that the record of the failure names, if any: an error of the user names none.
+
+    `code`: the exit code of the run. `signals`: numbers of those that this process received.
     """
     if code == exit_codes.INTERRUPTED or signals & FINAL_SIGNALS:
         return None
@@ -235,9 +244,10 @@ def _retry_cause_key(run_dir: Path, code: int, signals: set[int]) -> str | None:
 
 
 def _failure_message(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
-    """The message about a failed run from its `failure.json`: which rank failed, where and why.
+    """Write the message about a failed run from its `failure.json`: which rank failed, where and why.
 
-    An error of the user has its message below that; any other error has its traceback before it.
+    `failure`: the record. An error of the user has its message below that; any other error has its traceback before it. `verb`:
+    the command, such as train.
     """
     step_text = f", step {failure['step']}" if failure.get("step") is not None else ""
     summary = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step_text})"

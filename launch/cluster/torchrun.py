@@ -52,7 +52,10 @@ class RedirectedOutput:
 
 
 class StartNotice:
-    """Prints that processes are being started, and repeats it until the run writes its status."""
+    """Prints that processes are being started, and repeats it until the run writes its status.
+
+    Loading the libraries may take long, and nothing else is printed meanwhile.
+    """
 
     def __init__(self, run_dir: Path, processes: int, cores: int) -> None:
         self._run_dir = run_dir
@@ -64,7 +67,7 @@ class StartNotice:
         print(f"starting {processes} processes{share}", file=sys.stderr, flush=True)
 
     def print_loading_notice(self) -> None:
-        """Print that the processes are loading, if nothing was printed for `NEXT_NOTICE_AFTER_S` seconds.
+        """Print that the processes are loading, if nothing was printed for `NEXT_NOTICE_AFTER_S` seconds; called often.
 
         Once the run has written another status, nothing is printed any more: rank 0 then says how far it is.
         """
@@ -95,11 +98,12 @@ TRAIN = RankProgram("launch.train", "config.yaml")
 def torchrun_arguments(
     launcher: LauncherConfig, run_id: str, this_host: ThisHost | None = None, module: str = TRAIN.module
 ) -> list[str]:
-    """The command-line arguments of torchrun on this host, up to `module`, which the ranks run.
+    """The command-line arguments with which this host starts torchrun, up to the module that the ranks run.
 
     - One host: a rendezvous of its own.
     - Several hosts that all know their rank: a static rendezvous at `launcher.rdzv`.
     - Several hosts otherwise: a rendezvous there at which they agree on their ranks (c10d).
+
     `run_id`: names the rendezvous of several hosts. `this_host`: this host's address, and its rank among the hosts as far as
     `launcher.rdzv` and `launcher.node_rank` tell it; None if the run has one host.
     """
@@ -137,11 +141,12 @@ def run_ranks_on_this_host(
     *,
     program: RankProgram = TRAIN,
 ) -> RanksEnd:
-    """Run the frozen configuration of `run_dir` to its end, as ranks of `program` on this host.
+    """Run a run's ranks on this host to their end, by torchrun; every process that it started is gone when it returns.
 
-    `run_id`: names the rendezvous of several hosts. `redirected`: where the output goes; None for the terminal.
-    Signals that ask the run to save are passed on to the ranks; Ctrl-C gives them `STOP_GRACE_S` seconds to save, then kills.
-    Raises ConfigError for network settings with which the ranks could not meet.
+    `config`: as it stands in `run_dir`. `run_id`: names the rendezvous of several hosts. `redirected`: where the output goes;
+    None for the terminal. `program`: what the ranks run. Signals that ask the run to save are passed on to the ranks; Ctrl-C
+    gives them `STOP_GRACE_S` seconds to save, then kills. Raises ConfigError for network settings with which the ranks could not
+    meet.
     """
     # torchrun's command line and environment.
     this_host = locate_this_host(config.launcher) if config.launcher.nodes > 1 else None
@@ -178,7 +183,7 @@ def run_ranks_on_this_host(
 
 
 def _agent_environment(config: RunConfig, this_host: ThisHost | None, cores: int) -> dict[str, str]:
-    """The environment of torchrun and its ranks: that of this process, with threads, network and import path set for them.
+    """The environment variables for torchrun and its ranks: those of this process, with threads, network and import path set.
 
     `this_host`: None if the run has one host. `cores`: CPU cores of this host, which the ranks share.
     """
@@ -198,8 +203,10 @@ def _agent_environment(config: RunConfig, this_host: ThisHost | None, cores: int
 def _refuse_unusable_network(launcher: LauncherConfig, this_host: ThisHost | None) -> None:
     """Raise ConfigError for network settings that would keep the ranks from meeting; torchrun would end in a traceback.
 
+    `this_host`: None if the run has one host. Refused is:
+
     - GLOO_SOCKET_IFNAME and the like name an interface that this host does not have;
-    - the run has one host (`this_host` is None) with several ranks, and no loopback interface;
+    - one host with several ranks, and no loopback interface;
     - this is the first of several hosts, and another process listens at the port of `launcher.rdzv`.
     """
     refuse_unknown_interface()
@@ -212,9 +219,10 @@ def _refuse_unusable_network(launcher: LauncherConfig, this_host: ThisHost | Non
 def _multi_host_polls(
     agent_pid: int, launcher: LauncherConfig, this_host: ThisHost, run_dir: Path
 ) -> list[Callable[[], None]]:
-    """Functions to call a few times a second while a run on several hosts goes on. `agent_pid`: torchrun's process.
+    """Functions to call a few times a second while a run on several hosts goes on.
 
-    The first reports hosts that have not joined the rendezvous, the second kills a torchrun whose ranks have ended.
+    The first reports hosts that have not joined the rendezvous, the second kills a torchrun whose ranks have ended. `agent_pid`:
+    torchrun's process on this host.
     """
     import psutil
 
@@ -257,7 +265,7 @@ class CollectedSignals:
 
 @contextlib.contextmanager
 def collected_signals() -> Iterator[CollectedSignals]:
-    """Within the block, collect Ctrl-C and the signals that ask a run to save, instead of acting on them.
+    """Within the block, collect Ctrl-C and the signals that ask a run to save, for passing them on to ranks.
 
     Signals that were held since this process began are delivered when the block begins. After it, the handlers and the held
     signals are as before.
@@ -294,11 +302,11 @@ def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, A
 
 
 def _wait_for_agent(agent: subprocess.Popen[bytes], pending_signals: list[int], polls: list[Callable[[], None]]) -> int:
-    """Wait for torchrun (`agent`) to end, and pass pending signals on to its ranks. `polls` are called a few times a second.
+    """Wait for torchrun to end, and pass signals on to its ranks meanwhile; returns the exit code.
 
-    `pending_signals`: filled by the handler of `collected_signals` while this runs, and emptied here. Ctrl-C reaches the ranks
-    as TERM, at which they save. Returns torchrun's exit code; or 130 after Ctrl-C: when torchrun has ended, at a second Ctrl-C,
-    or after `STOP_GRACE_S`.
+    `agent`: torchrun's process. `pending_signals`: filled by the handler of `collected_signals` while this runs, and emptied
+    here. `polls`: called a few times a second. Ctrl-C reaches the ranks as TERM, at which they save. The code is torchrun's; or
+    130 after Ctrl-C: when torchrun has ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
     """
     interrupted_at: float | None = None
     while True:
@@ -323,9 +331,9 @@ def _wait_for_agent(agent: subprocess.Popen[bytes], pending_signals: list[int], 
 
 
 def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
-    """Send a signal to the ranks of torchrun (`agent_pid`); returns whether there were any.
+    """Send a signal to the ranks that torchrun runs on this host; returns whether there were any.
 
-    Never to torchrun itself: it would end at once, and its ranks with it, unsaved.
+    `agent_pid`: torchrun's process. Never to torchrun itself: it would end at once, and its ranks with it, unsaved.
     """
     import psutil
 
@@ -340,10 +348,10 @@ def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
 
 
 def _kill_remaining_processes(agent: subprocess.Popen[bytes]) -> None:
-    """Kill all processes of the run that still live, and wait for their end: torchrun (`agent`), its descendants, and orphans.
+    """Kill all processes of the run on this host that still live, and wait for their end: torchrun, its descendants, orphans.
 
-    Orphans are processes whose parent has ended. They have become children of this process (`_adopt_orphans`), and are told
-    from its other children by the variable SHARDTUNE_LAUNCHER in their environment.
+    `agent`: torchrun's process. Orphans are processes whose parent has ended. They have become children of this process
+        (`_adopt_orphans`), and are told from its other children by the variable SHARDTUNE_LAUNCHER in their environment.
     """
     import psutil
 

@@ -288,7 +288,7 @@ def _compose_choices_cached(
 
 
 def hydra_arguments(choices: dict[str, str]) -> list[str]:
-    """The arguments that Hydra is called with: the choice of each group, and where to look for the user's files (`--config-dir`)."""
+    """The arguments that Hydra is called with: the choice of each group, and the user's directories (`--config-dir`)."""
     arguments = [f"{group}={choice}" for group, choice in choices.items()]
     if USER_CONFIG_DIRS:
         search_path = ",".join(f"'{directory}'" for directory in USER_CONFIG_DIRS)

@@ -13,7 +13,10 @@ NODE_COLUMNS = tuple(map(TableColumn, NODE_COLUMN_NAMES))
 
 
 def report_text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> str:
-    """The result of a preflight as text for people: a row for each node, the rates between ranks, problems and notes."""
+    """Write the result of a preflight for people: a row for each node, the rates between ranks, problems and notes.
+
+    A preflight asks all nodes of a job, before its ranks start, whether they can run it.
+    """
     nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
     processes = f"{request.processes} process{'es' * (request.processes > 1)}"
     lines = [f"preflight: {nodes} x {processes}"]
@@ -30,7 +33,10 @@ def report_text(request: PreflightRequest, reports: NodeReports, verdict: Prefli
 
 
 def _node_row(node: int, reports: NodeReports) -> TableRow:
-    """The table row of one node; for a node that gave no answer, only its number and name."""
+    """The table row of one node of a preflight; for a node that gave no answer, only its number and name.
+
+    `node`: its number. `reports`: what all nodes have reported.
+    """
     cell_by_column = {"node": str(node), "host": reports.host_name(node), "python": "no answer"}
     facts = reports.facts.get(node)
     if facts is not None:
@@ -52,9 +58,10 @@ def _gib_text(gib: float | None) -> str:
 
 
 def _communication_line(rates: dict[str, Any]) -> str:
-    """The rates of the communication test between ranks (`exchange.measure_communication`), in one line.
+    """The line about the communication test of a preflight: how fast the ranks exchange data, in GB/s.
 
-    `rates`: {"ranks": 16, "backend": "nccl", "all_reduce": 80.0, "all_gather": 75.0, "pairs": [(node, node, GB/s), ...], ...}.
+    `rates`: {"ranks": 16, "backend": "nccl", "all_reduce": 80.0, "all_gather": 75.0, "pairs": [(node, node, GB/s), ...], ...}, by
+        `exchange.measure_communication`.
     """
     line = (
         f"communication of {rates['ranks']} ranks ({rates['backend']}), GB/s: "

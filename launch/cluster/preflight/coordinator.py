@@ -53,10 +53,10 @@ SETUP_AND_EXEC_SCRIPT = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 
 
 def preflight_request(settings: dict[str, Any], num_nodes: int) -> PreflightRequest:
-    """What each node must have for a run: ranks, GPUs, host memory, run directory, model and data.
+    """What each node of a job must have for a run, to be asked of all nodes before ranks start: GPUs, memory, directories, model.
 
-    `settings`: the run's configuration as nested dictionaries. `num_nodes`: how many nodes the job has.
-    A model that the run downloads is not asked for, nor data on the Hub or at a URL.
+    `settings`: the run's configuration as nested dictionaries. `num_nodes`: how many nodes the job has. A model that the run
+    downloads is not asked for, nor data on the hub or at a URL.
     """
     launcher, model, data, run = (settings[section] for section in ("launcher", "model", "data", "run"))
     # GPUs of a node: those that the job requests, else one for each rank.
@@ -112,7 +112,10 @@ class PrintedLine(NamedTuple):
 
 @dataclass(slots=True)
 class _ReportCollector:
-    """Collects the lines that the nodes of a preflight print into `reports`, and decides when nothing more is waited for."""
+    """Collects the lines that the nodes of a preflight print into `reports`, and decides when nothing more is waited for.
+
+    A preflight asks all nodes of a job, before its ranks start, whether they can run it.
+    """
 
     request: PreflightRequest
     reports: NodeReports
@@ -128,16 +131,17 @@ class _ReportCollector:
     """When the last node answered, by the monotonic clock."""
 
     def collect(self, num_pipes: int, *, is_queued: bool) -> float:
-        """Collect reports into `reports` until one of these:
+        """Collect the nodes' reports into `reports` until they suffice, or waiting longer is pointless; returns the seconds
+        waited.
 
-        - all `num_pipes` pipes (stdout and stderr of each ssh or srun), from which threads read `lines`, have ended;
+        `num_pipes`: stdout and stderr of each ssh or srun, from which threads read `lines`. `is_queued`: the seconds begin with
+        the first line of a node, because the wait in SLURM's queue does not count. It ends as soon as one of these holds:
+
+        - all pipes have ended;
         - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
-        - a node ended without an answer, and the others had a few seconds more. Then `reports.not_waited_for` is set to the
-          nodes that have neither answered nor ended;
+        - a node ended without an answer, and the others had a few seconds more. Then `reports.not_waited_for` is set to the nodes
+          that have neither answered nor ended;
         - all nodes have answered, and the communication test has reported too, or is not waited for.
-
-        Returns the seconds since the start. With `is_queued` they begin with the first line of a node, because the wait in
-        SLURM's queue does not count.
         """
         began_at = None if is_queued else time.monotonic()
         num_open_pipes = num_pipes
@@ -180,10 +184,10 @@ class _ReportCollector:
         return set(range(self.request.nodes)) - set(self.reports.facts) - self.ended_nodes
 
     def _is_patience_over(self, now: float) -> bool:
-        """Whether a node ended without an answer, and the other nodes have had their time to report too.
+        """Whether a node of the preflight ended without an answer, and the other nodes have had their time to report too.
 
         Such a node is a problem, whatever the others say. So they get only `PATIENCE_AFTER_ERROR_S` seconds more, or
-        `PATIENCE_WHILE_UNANSWERED_S` while some of them have not answered.
+        `PATIENCE_WHILE_UNANSWERED_S` while some of them have not answered. `now`: of the monotonic clock.
         """
         if self.first_error_at is None:
             return False
@@ -191,13 +195,14 @@ class _ReportCollector:
         return now - self.first_error_at > patience_s
 
     def sort_line(self, node: int | None, line: str) -> None:
-        """Sort one line that a node or srun printed into `reports`.
+        """Sort one line that a node of a preflight or srun printed into `reports`: a report, a message, or other output.
+
+        `node`: the number of the node; None for a line of srun, which may carry it as a label ("3: text"). By the line:
 
         - a piece of a report: kept, and the report added once its last piece is there;
         - srun's message about a task that ended: the node counts as ended, and its host is known; kept as output, too;
         - an empty line, or one in which srun only tells of its progress: dropped;
         - anything else: output of its node, or unlabelled output, cut to 300 characters.
-        `node`: the number of the node; None for a line of srun, which may carry it as a label ("3: text").
         """
         if node is None and (label := LABELLED_LINE_REGEX.fullmatch(line)):
             node = int(label[1])
@@ -219,10 +224,14 @@ class _ReportCollector:
             self.reports.output_lines_by_node.setdefault(node, []).append(line.strip()[:300])
 
     def _add_piece(self, report_piece: re.Match[str]) -> None:
-        """Keep a piece of a report (a match of `REPORT_LINE_REGEX`). The last piece completes the report, which is then added."""
+        """Keep a piece of a node's report, which comes in several lines because srun breaks long ones; the last completes it.
+
+        `report_piece`: a match of `REPORT_LINE_REGEX`.
+        """
         node = int(report_piece["node"])
         rank = int(report_piece["rank"])
         self.pieces.setdefault((node, rank), []).append(report_piece["text"])
+        # The pieces of one report come in order: one process prints them.
         if report_piece["piece"] == report_piece["num_pieces"]:
             json_text = "".join(self.pieces.pop((node, rank)))
             self._add_report(node, rank, json.loads(json_text))
@@ -230,9 +239,9 @@ class _ReportCollector:
     def _add_report(self, node: int, rank: int, report: dict[str, Any]) -> None:
         """Add a complete report of a node or one of its ranks to `reports`, by its one key.
 
-        - {"look": facts of the node}: with `heard_at`, the time of this host's clock;
-        - {"exchange": communication rates}, from rank 0;
-        - {"error": message of a rank}.
+        - {"look": facts of the node}: with `heard_at`, the time of this host's clock, by which clocks are compared;
+        - {"exchange": rates of the communication test}, from rank 0;
+        - {"error": message of a rank}, whose test failed.
         """
         if "look" in report:
             facts: NodeFacts = report["look"]
@@ -254,10 +263,11 @@ class PreflightResult(NamedTuple):
 def run_preflight(
     request: PreflightRequest, commands: list[NodeCommand], hosts: list[str], *, is_queued: bool = False
 ) -> PreflightResult:
-    """Start the commands that check the nodes, collect what they report, and judge it. Sets `request.token`.
+    """Ask all nodes of a job whether they can run it: start the commands that check them, collect the reports, and judge them.
 
-    `hosts`: the nodes' names, by number. `is_queued`: the nodes may first have to be waited for, in SLURM's queue. All processes
-    have ended when it returns. Raises StorageError if the run directory cannot be written here.
+    `request`: what each node must have; its `token` is set, which names this preflight. `commands`: one for each node, or one of
+    srun for all. `hosts`: the nodes' names, by number. `is_queued`: the nodes may first have to be waited for, in SLURM's queue.
+    All processes have ended when it returns. Raises StorageError if the run directory cannot be written here.
     """
     request.token = uuid.uuid4().hex[:12]
     with _shared_directory(request) as shared_directory:
@@ -275,9 +285,10 @@ def run_preflight(
 
 
 def _nodes_sharing_directory(shared_directory: Path | None, nodes: set[int]) -> set[int]:
-    """The nodes whose file in the shared directory becomes visible on this host within `VISIBILITY_TIMEOUT_S` seconds.
+    """Which nodes have the run directory on a disk that this host shares: those whose file in it becomes visible here in time.
 
-    `shared_directory`: None if the run has no directory yet; then all `nodes` count as visible.
+    Each node writes a file called by its number. `shared_directory`: None if the run has no directory yet; then all `nodes` count
+    as visible. In time: within `VISIBILITY_TIMEOUT_S` seconds.
     """
     if shared_directory is None:
         return nodes
@@ -291,10 +302,10 @@ def _nodes_sharing_directory(shared_directory: Path | None, nodes: set[int]) -> 
 
 @contextlib.contextmanager
 def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
-    """Create `<run directory>/preflight/<token>`, where this host and the nodes look for each other's files.
+    """Within the block, a directory `<run directory>/preflight/<token>` exists, where host and nodes look for each other's files.
 
-    The directory is removed after the block. Yields None if the run has no directory. Raises StorageError if it cannot be
-    written.
+    So it shows whether they share the disk. Removed after the block. Yields None if the run has no directory. Raises StorageError
+    if it cannot be written.
     """
     if request.run_dir is None:
         yield None
@@ -318,9 +329,10 @@ def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
 def _start_command(
     command: NodeCommand, request: PreflightRequest, lines: queue.Queue[PrintedLine | None]
 ) -> subprocess.Popen[str]:
-    """Start the process of a command, with two threads that read its stdout and stderr.
+    """Start the process that checks one node (or srun for all), with two threads that read its stdout and stderr.
 
-    The threads put each line into `lines`, and None when their pipe has ended. The process finds `request` in its environment.
+    The threads put each line into `lines`, and None when their pipe has ended. The process finds `request` in its environment, as
+    JSON.
     """
     env = {**command.env, REQUEST_VARIABLE: request.to_json()}
     process = subprocess.Popen(
@@ -345,7 +357,9 @@ def _start_command(
 
 
 def _is_communication_settled(request: PreflightRequest, reports: NodeReports, since_answers_s: float) -> bool:
-    """Whether no more reports of the communication test need to be waited for, in any of these cases:
+    """Whether no more reports of the communication test need to be waited for; all nodes have answered.
+
+    So it is in any of these cases:
 
     - the nodes' answers already show problems, so that the result is known without the test;
     - there is no test, or only one rank;
@@ -388,10 +402,11 @@ def srun_check_command(
     *,
     container_prefix: Sequence[str] = (),
 ) -> NodeCommand:
-    """The srun command that checks all nodes. The function in `SHARDTUNE_SETUP` of its environment prepares each node.
+    """The srun command that runs the check (preflight) on each node of a job, once a node.
 
-    `python`: the interpreter on the nodes. `srun_options`: beside the usual ones. `environment`: default: that of this process.
-    `container_prefix`: what starts the container on each node; it stands after the options of srun, before the command itself.
+    `python`: the interpreter on the nodes. `srun_options`: beside the usual ones. `environment`: of the command, None for that of
+    this process; the shell function in its `SHARDTUNE_SETUP` prepares each node. `container_prefix`: what starts the container on
+    each node; it stands after the options of srun, before the command itself.
     """
     argv = ["srun", "--label", f"--export=ALL,{INSIDE_CONTAINER}=1"]
     argv += [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1"]

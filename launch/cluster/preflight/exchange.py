@@ -33,12 +33,14 @@ class PairRate(NamedTuple):
 
 
 def measure_communication(device: str, timeout_s: float) -> dict[str, Any]:
-    """Time all-reduce, all-gather and transfers between nodes, as one rank of the job that torchrun's variables describe.
+    """Time how fast the ranks of a job exchange data, before the job starts; every rank calls it, as torchrun's variables say.
 
-    All ranks must call. Returns rates in GB/s: `all_reduce` and `all_gather` as a rank's link carries them, `pairs` of
-    (node, node, rate) both ways at once between the first ranks of nodes; and `backend`, `ranks`, `met_s` (seconds until the
-    ranks had met) and `hosts` (by rank). Raises the errors of torch.distributed if the ranks do not meet within `timeout_s`, and
-    RuntimeError for a wrong sum.
+    Times all-reduce, all-gather and transfers between nodes. Returns rates in GB/s: `all_reduce` and `all_gather` as a rank's
+    link carries them, `pairs` of (node, node, rate) both ways at once between the first ranks of nodes; and `backend`, `ranks`,
+    `met_s` (seconds until the ranks had met) and `hosts` (by rank).
+
+    `device`: cpu, cuda or auto. Raises the errors of torch.distributed if the ranks do not meet within `timeout_s`, and
+        RuntimeError for a wrong sum.
     """
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
@@ -78,7 +80,10 @@ def measure_communication(device: str, timeout_s: float) -> dict[str, Any]:
 
 
 def _device_of_rank(requested: str) -> torch.device:
-    """The device of this rank for `cpu`, `cuda` or `auto` (a GPU if there is one). Makes a GPU the current one."""
+    """The device on which this rank tests communication, for `cpu`, `cuda` or `auto` (a GPU if there is one).
+
+    Makes a GPU the current one, since NCCL takes that.
+    """
     uses_gpu = requested == "cuda" or (requested == "auto" and torch.cuda.is_available())
     if not uses_gpu:
         return torch.device("cpu")
@@ -89,7 +94,11 @@ def _device_of_rank(requested: str) -> torch.device:
 
 
 def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Median time of `run` over `NUM_MEASUREMENTS` calls, in seconds. A first call sets connections up and is not counted."""
+    """How long one collective or transfer takes: the median over `NUM_MEASUREMENTS` calls of `run`, in seconds.
+
+    A first call sets connections up and is not counted. `device`: a GPU is waited for, since its calls return before they are
+    done.
+    """
     times_s = []
     for _ in range(NUM_MEASUREMENTS + 1):
         began = time.perf_counter()
@@ -101,10 +110,10 @@ def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _measure_pairs(num_nodes: int, ranks_per_node: int, sent: torch.Tensor) -> list[PairRate]:
-    """The rates of pairs of nodes, measured both ways at once between their first ranks. All ranks must call.
+    """Time transfers between each two nodes, both ways at once between their first ranks. All ranks must call.
 
-    `sent`: what each rank sends. Nodes are paired in rounds, in each of which a node has at most one partner. Only the first
-    `MAX_PAIRING_ROUNDS` rounds are measured. Every rank gets the rates of all pairs.
+    `sent`: what each rank sends. Nodes are paired in rounds, in each of which a node has at most one partner, so that pairs do
+        not slow each other down. Only the first `MAX_PAIRING_ROUNDS` rounds are measured. Every rank gets the rates of all pairs.
     """
     rank = dist.get_rank()
     received = torch.empty_like(sent)
@@ -134,7 +143,7 @@ def _swap(sent: torch.Tensor, received: torch.Tensor, peer: int) -> None:
 
 
 def pairing_rounds(num_nodes: int) -> list[list[tuple[int, int]]]:
-    """All pairs of nodes, in rounds in which each node has at most one partner, by the circle method of tournaments.
+    """All pairs of nodes, in rounds in which each node has at most one partner, as in a tournament (circle method).
 
     The nodes stand in a circle that is folded in the middle: who faces each other is a pair. From round to round the first stays,
     and the others move on by one place. 4 -> [[(0, 3), (1, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3)]]

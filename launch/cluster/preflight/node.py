@@ -23,9 +23,9 @@ PIECE_CHARACTERS = 700
 
 
 def report_lines(node: int, rank: int, report: dict[str, Any]) -> str:
-    """A report as lines that the coordinator puts together again: `preflight <node> <rank> <number>/<pieces> <JSON>`.
+    """Write a report as lines that the coordinator of a preflight puts together again, since srun breaks long lines.
 
-    `rank`: -1 for a report of the node itself.
+    Each line is `preflight <node> <rank> <number>/<pieces> <part of the JSON>`. `rank`: -1 for a report of the node itself.
     """
     json_text = json.dumps(report)
     pieces = [json_text[start : start + PIECE_CHARACTERS] for start in range(0, len(json_text), PIECE_CHARACTERS)]
@@ -36,7 +36,10 @@ def report_lines(node: int, rank: int, report: dict[str, Any]) -> str:
 
 
 def run_node() -> int:
-    """Print the facts of this node, and run its ranks, which measure their communication; returns the exit code.
+    """Check this node for a preflight: print its facts, and run its ranks, which measure their communication.
+
+    A preflight asks all nodes of a job whether they can run it. The request is in the environment. Returns the exit code. By the
+    request:
 
     - No communication test: no rank runs.
     - One rank on each node: this process becomes the rank.
@@ -68,9 +71,10 @@ def run_node() -> int:
 
 
 def measure_as_rank() -> int:
-    """Measure the communication as one rank; returns the exit code. Rank 0 reports the rates, any rank reports its error.
+    """Measure the communication of a preflight as one rank; returns the exit code.
 
-    After an error the process ends here, with code 1: its process group may wait for a peer that is lost.
+    Rank 0 reports the rates, any rank reports its error. After an error the process ends here, with code 1: its process group may
+    wait for a peer that is lost.
     """
     from launch.cluster.preflight.exchange import measure_communication
 

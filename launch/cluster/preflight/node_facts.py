@@ -135,10 +135,11 @@ class NodeFacts(TypedDict):
 
 
 def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
-    """What node number `node` sees of what the request names: `NodeFacts` without `heard_at`.
+    """Describe this node for a preflight, in which all nodes of a job are asked whether they can run it: `NodeFacts`.
 
-    Writes a file into the run directory, by which the coordinator sees this node. Nothing is judged here, and nothing that is
-    missing raises an error.
+    `request`: what the nodes must have. `node`: the number of this one. Writes a file into the run directory, by which the
+    coordinator sees this node. Nothing is judged here, and nothing that is missing raises an error. `heard_at` is left to the
+    coordinator.
     """
     packages = {}
     for name in COMPARED_LIBRARIES:
@@ -206,9 +207,10 @@ def _memory_free_gib() -> float | None:
 
 
 def check_run_dir(run_dir: Path, preflight_id: str, node_number: int) -> dict[str, Any]:
-    """Write a file into the run directory, by which the coordinator sees this node; returns what this node sees there.
+    """Check the run directory from this node, and write a file there, by which the coordinator sees that they share a disk.
 
     `preflight_id`: names this preflight's directory in the run directory. The keys of the result:
+
     - sees: whether the coordinator's file is visible here, at the latest after `VISIBILITY_TIMEOUT_S` seconds. If False, only
       `problem` (None) is there besides;
     - problem: why this node cannot write there; None if it can;
@@ -234,10 +236,10 @@ def check_run_dir(run_dir: Path, preflight_id: str, node_number: int) -> dict[st
 
 
 def model_facts(path_or_hub_id: str, revision: str | None) -> dict[str, Any]:
-    """The files of a model that this node has without the network; {"files": 0, "digest": None} if it has none.
+    """Which files of a model this node has without the network, so that nodes can be compared: {"files": 12, ...}.
 
-    A hub id is looked up in the hub's cache. The result's keys: files (how many), digest (of their
-    names and sizes), lacking (weight files that the model's index names and that are missing).
+    A hub id is looked up in the hub's cache. The keys: files (how many), digest (of their names and sizes), lacking (weight files
+    that the model's index names and that are missing). {"files": 0, "digest": None} if there are none.
     """
     directory = Path(path_or_hub_id).expanduser()
     if not directory.is_dir():
@@ -265,7 +267,7 @@ def model_facts(path_or_hub_id: str, revision: str | None) -> dict[str, Any]:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """The GPUs of this node: NVIDIA's with the processes on them, or else AMD's; none if neither driver lists any.
+    """Describe the GPUs of this node: NVIDIA's with the processes on them, or else AMD's; none if neither driver lists any.
 
     The result's keys: gpus (a dictionary each: {"index": 0, "name": "NVIDIA H100", "memory_mib": 81559, ...}), gpu_count (how
     many of them a process may use), gpu_processes (a text each: "pid name MiB").
@@ -292,7 +294,7 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def _nvidia_smi_rows() -> list[list[str]]:
-    """A row of nvidia-smi for each GPU, with the fields below; empty without NVIDIA's GPUs.
+    """Ask nvidia-smi about each GPU: a row of texts with the fields below; empty without NVIDIA's GPUs.
 
     The last field says whether the GPU is slowed down. Its name depends on the driver, and nvidia-smi refuses all fields if it
     does not know one. So the names are tried in turn (`SLOWDOWN_FIELD_NAMES`), last without the field.
@@ -321,9 +323,10 @@ def _amd_gpus() -> list[dict[str, Any]]:
 
 
 def nvidia_smi(query: str, fields: tuple[str, ...]) -> list[list[str]] | None:
-    """Rows of `nvidia-smi --query-<query>` with these fields: "gpu", ("name", "memory.total") -> [["NVIDIA H100", "81559"]].
+    """Ask nvidia-smi for some fields: "gpu", ("name", "memory.total") -> [["NVIDIA H100", "81559"]], a row for each GPU.
 
-    None if the tool is not there, fails, or does not know one of the fields.
+    `query`: "gpu", or "compute-apps" for a row for each process on them. None if the tool is not there, fails, or does not know
+        one of the fields.
     """
     command = ["nvidia-smi", f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:

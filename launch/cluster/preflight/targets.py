@@ -39,10 +39,11 @@ class PreflightTargets:
 
 
 def preflight_targets(overrides: list[str]) -> PreflightTargets:
-    """Find out which nodes `shardtune doctor` checks, and how, from the overrides on its command line.
+    """Find out which nodes `shardtune doctor` checks, what they must have, and by which commands, from its command line.
 
     - launcher=slurm: nodes of the allocation that this process is in, or of a new one;
     - otherwise: this host, as the only node.
+
     Raises ConfigError for launcher settings that are wrong, or that name other hosts without SLURM.
     """
     from launch.config.compose import compose_config, start_problems
@@ -70,9 +71,10 @@ def preflight_targets(overrides: list[str]) -> PreflightTargets:
 
 
 def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
-    """The nodes of SLURM that a preflight checks, and how: those of the allocation that this process is in, or of a new one.
+    """The nodes of SLURM that `shardtune doctor` checks: of the allocation that this process is in, or of a new one.
 
-    Raises ConfigError if the allocation has fewer nodes than `launcher.nodes`, or if the run's container cannot start here.
+    `overrides`: as typed, which tell whether `launcher.nodes` was set. Raises ConfigError if the allocation has fewer nodes than
+        that, or if the run's container cannot start here.
     """
     from trainer.config.resuming import settings_as_dict
 
@@ -100,7 +102,7 @@ class _SlurmNodes(NamedTuple):
 
 
 def _slurm_nodes(requested_nodes: int | None, *, in_allocation: bool) -> _SlurmNodes:
-    """The nodes that a preflight checks: those of the allocation that this process is in, or of one that SLURM will choose.
+    """How many nodes a preflight checks and what they are called: those of this allocation, or of one that SLURM will choose.
 
     `requested_nodes`: None for all nodes of the allocation. Raises ConfigError if the allocation has fewer.
     """
@@ -117,9 +119,10 @@ def _slurm_nodes(requested_nodes: int | None, *, in_allocation: bool) -> _SlurmN
 
 
 def _slurm_check_command(slurm: SlurmConfig, settings: dict[str, Any], *, in_allocation: bool) -> NodeCommand:
-    """The srun command that checks the nodes, in the run's container if it has one.
+    """The srun command that checks the nodes for `shardtune doctor`, in the run's container if it has one.
 
-    `settings`: the whole configuration as nested dictionaries. Raises ConfigError if the container cannot start here.
+    `settings`: the whole configuration as nested dictionaries. `in_allocation`: the nodes are this process's already. Raises
+    ConfigError if the container cannot start here.
     """
     container = containers.container_command(settings, [CODE_DIRECTORY])
     containers.refuse_unavailable_container(settings["launcher"])
@@ -133,7 +136,7 @@ def _slurm_check_command(slurm: SlurmConfig, settings: dict[str, Any], *, in_all
 
 
 def _srun_environment(slurm: SlurmConfig) -> dict[str, str]:
-    """The environment variables of the srun command that checks nodes: those of this process, the code's path, and `setup`.
+    """The environment variables for the srun command that checks nodes: those of this process, the code's path, and `setup`.
 
     SHARDTUNE_SETUP holds the shell function `setup`, which the command runs on each node first. PYTHONSAFEPATH keeps modules of
     the current directory, such as a `trainer.py`, from hiding those of the code.

@@ -71,10 +71,9 @@ class PreflightVerdict:
 def judge_preflight(request: PreflightRequest, reports: NodeReports, *, is_final: bool = True) -> PreflightVerdict:
     """Judge the nodes of a preflight: what keeps the job from starting (problems), and what is worth knowing (notes).
 
-    `request`: what each node must have. `reports`: what the nodes and their ranks have reported so far.
-
-    `is_final`: no further report will come. Only then are a silent node, a run directory that is not shared, and a communication
-    test without a result problems too.
+    `request`: what each node must have. `reports`: what the nodes and their ranks have reported so far. `is_final`: no further
+    report will come. Only then are a silent node, a run directory that is not shared, and a communication test without a result
+    problems too.
     """
     problems = [*_problems_of_nodes(request, reports), *_problems_of_deviating_nodes(reports)]
     if is_final:
@@ -108,10 +107,10 @@ def _problems_of_silent_nodes(request: PreflightRequest, reports: NodeReports) -
 
 
 def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
-    """What keeps single nodes from running their ranks, one line each, in this order for each node:
+    """What keeps single nodes from running their ranks, a line for each problem of each node.
 
-    no torch, an unusable run directory, data that it does not see, a model that is missing or incomplete, too little memory for
-    offloaded activations (`request.memory_gib`), too few GPUs.
+    In this order: no torch, an unusable run directory, data that it does not see, a model that is missing or incomplete, too
+    little memory for offloaded activations (`request.memory_gib`), too few GPUs. Nodes that have not answered are left out.
     """
     for _, facts in sorted(reports.facts.items()):
         host = facts["host"]
@@ -161,8 +160,7 @@ def _run_dir_problems(host: str, run_dir: str | None, run_dir_facts: dict[str, A
 def _problems_of_deviating_nodes(reports: NodeReports) -> Iterable[str]:
     """A problem for each node that differs from most others in what must be the same on all: Python, code, libraries, model.
 
-    An example: "gpu02: torch is 2.7.0, but 2.8.0 on gpu01; all nodes need the same". Of what any node does not know, nothing is
-    said.
+    "gpu02: torch is 2.7.0, but 2.8.0 on gpu01; all nodes need the same". A fact that some node does not know is not compared.
     """
     for common_fact in _facts_common_to_all_nodes(reports):
         value_by_node = {node: common_fact.read(facts) for node, facts in sorted(reports.facts.items())}
@@ -198,7 +196,8 @@ class _CommonFact(NamedTuple):
 def _facts_common_to_all_nodes(reports: NodeReports) -> list[_CommonFact]:
     """What must be the same on all nodes: Python, the code, every library and model that any node has, and the kind of GPU.
 
-    An example: the fact "Python", whose `read` takes {"python": "3.12.1", ...} -> "3.12.1".
+    Each has a name for messages, and a function that takes its value out of a node's facts: "Python" takes "3.12.1" out of
+    {"python": "3.12.1", ...}.
     """
     packages: set[str] = set()
     models: dict[str, None] = {}  # a set that keeps its order
@@ -229,7 +228,10 @@ def _facts_common_to_all_nodes(reports: NodeReports) -> list[_CommonFact]:
 
 
 def _problems_of_unshared_run_dir(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
-    """A problem for each node whose file in the run directory does not appear on the first node: the disk is not shared."""
+    """A problem for each node whose file in the run directory does not appear on this host: the disk is not shared.
+
+    Nodes that could not write there have a problem of their own already.
+    """
     for node in sorted(set(reports.facts) - reports.visible_nodes):
         run_dir_facts = reports.facts[node].get("run_dir")
         if run_dir_facts is not None and run_dir_facts["sees"] and not run_dir_facts["problem"]:
@@ -242,7 +244,7 @@ def _problems_of_unshared_run_dir(request: PreflightRequest, reports: NodeReport
 def _problems_of_communication(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
     """Why the communication test gave no rates: the error of each rank that failed, else that it did not finish in time.
 
-    Nothing if it gave rates, or if there is no such test.
+    Nothing if it gave rates, or if there is no such test. `request`: whether there is one.
     """
     if not request.tests_communication or reports.communication_rates:
         return
@@ -260,7 +262,7 @@ def _problems_of_communication(request: PreflightRequest, reports: NodeReports) 
 
 
 def _notes_on_single_nodes(reports: NodeReports) -> Iterable[str]:
-    """What is worth knowing about each node by itself.
+    """What is worth knowing about each node by itself, though it does not keep the job from starting.
 
     Little free space or a wrong clock of the run directory's disk; GPUs with memory errors, slowed down or in use.
     """
@@ -287,7 +289,10 @@ def _notes_on_single_nodes(reports: NodeReports) -> Iterable[str]:
 
 
 def _notes_on_clocks(reports: NodeReports) -> Iterable[str]:
-    """A note for each node whose clock differs from that of most nodes by more than `MAX_CLOCK_OFFSET_S`."""
+    """A note for each node whose clock differs from that of most nodes by more than `MAX_CLOCK_OFFSET_S`.
+
+    The coordinator's own clock may be the wrong one, so nodes are compared with each other.
+    """
     # Seconds by which a node's clock was ahead of the coordinator's when its report came in (`heard_at`).
     ahead_s_by_node = {}
     for node, facts in reports.facts.items():
@@ -303,7 +308,7 @@ def _notes_on_clocks(reports: NodeReports) -> Iterable[str]:
 
 
 def _notes_on_gpu_clocks(reports: NodeReports) -> Iterable[str]:
-    """A note for each node whose GPUs have a lower clock limit than those of another node.
+    """A note for each node whose GPUs have a lower clock limit than those of another node, since the slowest sets the pace.
 
     Nodes whose driver does not tell the limit are left out. If the GPUs of a node differ, the last one counts.
     """
