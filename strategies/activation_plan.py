@@ -208,12 +208,13 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     probe = copy.deepcopy(step_module)
     set_parameter_dtypes(probe, trainable=compute_dtype, frozen=compute_dtype)
     probe.to("meta")  # buffers are real until here
-    keep_one_rank_of_experts_on_meta(probe)
+    keep_one_rank_of_experts_on_meta(probe)  # with `parallel.experts`, a rank computes some experts only
     probe.train()
-    blocks = probe.shard_units()  # type: ignore[operator]
+    blocks = probe.shard_units()  # type: ignore[operator]  # the repeated blocks, in forward order
     counter = _ActivationCounter(blocks, [*probe.parameters(), *probe.buffers()])
     for index, block in enumerate(blocks):
         counter.watch_block(index, block)
+    # autograd calls the hook for each tensor that it saves for the backward pass.
     hooks = torch.autograd.graph.saved_tensors_hooks(counter.count_saved_tensor, lambda tensor: tensor)
     meta_batch = _batch_on_meta(batch)
     with torch.enable_grad(), _ShapesOfFlashAttention(), counter, hooks:

@@ -155,7 +155,7 @@ class NewFile:
                     self.path.unlink()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append all of `data` (bytes). Raises OSError, after which the file is to be given up."""
+        """Append all of `data`, and add it to the hash. Raises OSError, after which the file is to be given up."""
         remaining = memoryview(data)
         self._hash.update(remaining)
         self.size += len(remaining)
@@ -468,7 +468,7 @@ def size_text(size: float) -> str:
 
 
 def error_summary(error: BaseException) -> str:
-    """An error in one line: for an OSError the system's message and the file, otherwise the type and the first line."""
+    """Put an error into one line for a message: `No space left on device: /x/y` of an OSError, else its class and first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if "No space left on device" in str(error):  # libraries wrap it in errors of their own

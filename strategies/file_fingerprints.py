@@ -11,9 +11,10 @@ MAX_BLOCKS = 64
 
 
 def sampled_digest(path: Path) -> str:
-    """`<bytes>:<SHA-256 of up to 64 blocks of 64 KiB>`, the first and the last among them. Raises OSError if that fails.
+    """Fingerprint a large file without reading all of it: `<bytes>:<SHA-256 of 64 blocks of 64 KiB>`, spread over the file.
 
-    A file of up to 4 MiB is covered as a whole. In a larger file a change between the blocks is not noticed.
+    A file of up to 4 MiB is covered as a whole. In a larger file a change between the blocks is not noticed. Raises OSError if it
+    cannot be read.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:

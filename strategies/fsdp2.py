@@ -183,9 +183,9 @@ class Fsdp2Engine(NativeEngine):
         return mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
 
     def _full_parameter(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """The full tensor of a parameter, gathered from its shards and, if it holds experts, from the expert ranks.
+        """Gather the full tensor of a parameter from its shards, and from the ranks of an expert group if it holds experts.
 
-        All ranks must call. A parameter that is not sharded is returned as it is.
+        A parameter that is not sharded is returned as it is. All ranks must call.
         """
         tensor: Tensor = parameter
         if not isinstance(tensor, DTensor):
@@ -288,7 +288,7 @@ class Fsdp2Strategy:
         refuse_fewer_experts_than_ranks(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.num_replicas)
         fully_shard_settings = self._fully_shard_policies(compute_dtype)
-        self._shard_experts(step_module, fully_shard_settings)
+        self._shard_experts(step_module, fully_shard_settings)  # over a mesh of their own
         fully_shard_settings["mesh"] = mesh
         for block in units_gathered_one_at_a_time(step_module):
             fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **fully_shard_settings)

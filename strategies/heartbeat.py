@@ -386,7 +386,7 @@ class HeartbeatMonitor:
     def _late_collective(self, position: RunPosition) -> CollectiveCall | None:
         """The collective in which this rank has waited, without progress, for most of the timeout; None if there is none.
 
-        Also notes progress since the last heartbeat.
+        `position`: phase and step of this rank now. A change since the last call is progress, which is noted.
         """
         late_s = LATE_SHARE * self._timeout_s
         self._record_progress(position)

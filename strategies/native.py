@@ -281,9 +281,10 @@ class NativeEngine:
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
     def _adjust_loss_scale(self, is_finite: Tensor) -> None:
-        """Halve the loss scale on overflow, double it after many steps without one (Micikevicius et al. 2017). Does not wait.
+        """Adapt the factor by which the loss is multiplied in fp16, so that small gradients do not become 0.
 
-        `is_finite`: whether the gradients of this step were finite, 0-d bool on the device.
+        Halved on overflow, doubled after many steps without one (Micikevicius et al. 2017), on the device, without waiting.
+        `is_finite`: whether the gradients of this step were finite, a 0-d bool tensor.
         """
         assert self.loss_scale is not None
         self._steps_since_overflow = torch.where(is_finite, self._steps_since_overflow + 1, 0.0)
@@ -386,9 +387,9 @@ class NativeEngine:
                 state["step"] = updates
 
     def state(self, progress: Progress) -> RankState:
-        """This rank's part of the training state of this moment, ready to be written. All ranks must call.
+        """Collect this rank's part of the training state of now, ready to be written as a checkpoint. All ranks must call.
 
-        Its tensors are views of the live ones: write them, or copy them, before the next step.
+        `progress`: how far the run is. The tensors are views of the live ones: write them, or copy them, before the next step.
         """
         self._ensure_moments()  # an optimizer has no moments before its first step, and a checkpoint needs them
         header = StateHeader(
@@ -403,12 +404,12 @@ class NativeEngine:
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
-        """Read the training state in the directory `path`, whatever strategy and world size wrote it. All ranks must call.
+        """Resume: read the training state in the directory `path`, whatever strategy and world size wrote it.
 
         Returns how far the run was. Raises on every rank: StorageError if files cannot be used, ConfigError if the state is of
-        another kind of run.
+        another kind of run. All ranks must call.
         """
-        self._ensure_moments()
+        self._ensure_moments()  # the tensors of the state must exist, since values are read into them
         header = load_state(path, self._flat_ranges(for_writing=False), self.runtime)
         self._num_updates.fill_(header.optimizer_steps)
         self._set_update_count(header.optimizer_steps)

@@ -40,7 +40,10 @@ def refuse_without_loopback(processes: int) -> None:
 
 
 def refuse_taken_port(setting: str, port: int) -> None:
-    """Raise ConfigError if another process of this host listens on the port that `setting` names for the ranks to meet."""
+    """Raise ConfigError if the port on which the ranks are to meet is taken by another process of this host.
+
+    `setting`: the key that has set it, for the message.
+    """
     try:
         socket.create_server(("", port)).close()
     except OSError as error:

@@ -153,9 +153,9 @@ def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], torch.T
 
 
 def set_parameter_dtypes(step_module: nn.Module, *, trainable: torch.dtype, frozen: torch.dtype) -> None:
-    """Give parameters on meta the types in which they will be stored: `trainable` for those that train, `frozen` for others.
+    """Set the dtypes in which a model on meta will store its parameters: `trainable` for those that train, `frozen` for others.
 
-    Packed (quantised) parameters keep theirs.
+    Packed (quantised) parameters, which are bytes, keep theirs.
     """
 
     def with_stored_dtype(parameter: nn.Parameter) -> torch.Tensor:
@@ -168,7 +168,7 @@ def set_parameter_dtypes(step_module: nn.Module, *, trainable: torch.dtype, froz
 
 
 def allocate_on_device(step_module: nn.Module, device: torch.device) -> None:
-    """Allocate meta parameters on `device`, without values, and move buffers there."""
+    """Give the parameters of a model that are on meta memory on `device`, still without values, and move its buffers there."""
 
     def on_device(parameter: nn.Parameter) -> torch.Tensor:
         if not parameter.is_meta:

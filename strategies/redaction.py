@@ -134,7 +134,7 @@ def _holds_secret(name: str, value: str) -> bool:
 
 
 def _looks_like_host_path(value: str) -> bool:
-    """Whether a value names a file or directory of this host, or one that could be created there: then it is no secret."""
+    """Whether the value of an environment variable is a path, and so no secret: of a file here, or one that could be created."""
     try:
         path = Path(value).expanduser()
         if path.exists():

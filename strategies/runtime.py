@@ -234,9 +234,9 @@ def why_cuda_is_missing() -> str | None:
 
 
 def threads_from_environment() -> int | None:
-    """The number of threads in OMP_NUM_THREADS; None if it has no number above 0, or if torchrun has set it.
+    """The number of CPU threads that the user asks for by OMP_NUM_THREADS; None if it has no number above 0.
 
-    torchrun sets 1 by default, which would leave all but one core of a rank idle.
+    Also None if torchrun has set it: it sets 1 by default, which would leave all but one core of a rank idle.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     # Our own launchers set the number before they start torchrun, so under them a 1 is intended.
@@ -328,7 +328,11 @@ def _counter_value(text: str, name: str) -> int | None:
 
 
 def _texts_in_own_cgroups(name: str) -> Iterator[str]:
-    """The text of the file `name` in the cgroup (version 2) of this process, then in each cgroup around it that has the file."""
+    """Read the kernel's file `name`, such as `memory.max`, of the cgroup of this process and of each cgroup around it.
+
+    A cgroup (version 2) is the group of processes by which containers and SLURM limit memory and CPUs. The innermost comes first;
+    those without the file are left out.
+    """
     own_cgroup = "/"
     with suppress(OSError):  # not Linux
         for line in _OWN_CGROUP_FILE.read_text(encoding="utf-8").splitlines():

@@ -239,9 +239,10 @@ class ZeroEngine:
         return scaler if getattr(scaler, "dynamic", False) else None
 
     def state(self, progress: Progress) -> RankState:
-        """The training state of this moment, ready to be written. All ranks must call. See `Engine.state`.
+        """Collect this rank's part of the training state of now, ready to be written as a checkpoint. All ranks must call.
 
-        It has this rank's ranges of the flat masters, with moments and averages, and the header: progress and counts.
+        That is its ranges of the fp32 master weights, with moments and averages, and a header: `progress` of the run, and counts.
+        The tensors are views of the live ones: write them, or copy them, before the next step.
         """
         self._ensure_moments()  # an optimizer has no moments before its first step, and a checkpoint needs them
         scaler = self._loss_scaler()
@@ -256,9 +257,10 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
-        """Read a training state into weights and optimizer, whatever strategy and world size wrote it. All ranks must call.
+        """Resume: read the training state in the directory `path`, whatever strategy and world size wrote it.
 
-        Returns how far the run had come. Raises ConfigError if the state is another run's, StorageError if it cannot be read.
+        Returns how far the run was. Raises on every rank: ConfigError if the state is another run's, StorageError if it cannot be
+        read. All ranks must call.
         """
         # The state is read into the tensors of the flat ranges, in place, so the optimizer's moments must exist before.
         self._ensure_moments()

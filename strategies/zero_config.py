@@ -13,7 +13,10 @@ which it keeps them. Large: gathered parameters are kept until the next pass nee
 
 
 def _offload_sections(config: ZeroConfig, *, on_cpu: bool) -> dict[str, Any]:
-    """The sections `offload_optimizer` and `offload_param` of DeepSpeed's settings; one is left out if it offloads nothing."""
+    """The sections of DeepSpeed's settings that say what lies on the host or a drive; one that offloads nothing is left out.
+
+    {"offload_optimizer": {"device": "cpu", "pin_memory": True}}, say.
+    """
     sections: dict[str, Any] = {}
     targets = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
     for name, target in targets.items():

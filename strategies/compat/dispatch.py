@@ -53,7 +53,7 @@ def onednn_multiplies_in_bf16() -> bool:
 
 @contextmanager
 def resizes_reported(report: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """A context in which `report(storage)` is called after each `storage.resize_(...)`.
+    """Report each change of a storage's size inside the context: `report(storage)` is called after `storage.resize_(...)`.
 
     FSDP2 frees and refills its gathered buffers by resizing them. `torch.UntypedStorage.resize_` is replaced, since it is a
     method and not an operation: neither a dispatch mode nor a function mode sees it.

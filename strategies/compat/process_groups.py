@@ -48,10 +48,11 @@ def make_fake_backend_known() -> None:
 
 
 def recorded_collectives() -> list[dict[str, Any]]:
-    """The entries of this process's flight recorders, the oldest first; empty if nothing is recorded. Any thread may call it.
+    """Read the last collectives of this process from torch's flight recorders, the oldest first, to find where a run hangs.
 
-    They are read as JSON by functions of `torch._C`. The public way writes pickles to files, at a time that NCCL's watchdog
-    chooses.
+    Each is a dict of torch's, such as {"profiling_name": "nccl:all_reduce", "collective_seq_id": 12, ...}. Empty if nothing is
+    recorded. Any thread may call it. They are read as JSON by functions of `torch._C`. The public way writes pickles to files,
+    at a time that NCCL's watchdog chooses.
     """
     from torch._C import _distributed_c10d as c10d
 
@@ -66,8 +67,9 @@ def recorded_collectives() -> list[dict[str, Any]]:
 
 @contextmanager
 def collectives_reported(name_by_operation: Mapping[str, str], report: Callable[[str, int], None]) -> Iterator[None]:
-    """A context in which `report(name, num_bytes)` is called when a collective of this process begins, whatever code calls it.
+    """Report the bytes of each collective of this process inside the context, whatever code calls it.
 
+    `report(name, num_bytes)` is called when a collective begins.
     `name_by_operation`: by operation of `torch.ops.c10d`, the name under which it is reported; operations that this torch does
     not have are ignored. `num_bytes`: the size of the largest argument (of a list, the sum of its tensors), which is the full
     tensor that is gathered or reduced.

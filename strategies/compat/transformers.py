@@ -23,7 +23,7 @@ def checkpoint_block(block: nn.Module, checkpoint: Callable[..., Any], *, recomp
 
 
 def wrap_checkpoints(model: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> int:
-    """Wrap the checkpoint function of each block of `model` that recomputes; returns how many blocks there are.
+    """Wrap the function by which each block of `model` recomputes its activations; returns how many blocks do so.
 
     Replaces `_gradient_checkpointing_func`, which the public `activation_checkpointing_enable` has set. That method itself can
     keep inputs on the host (`offload=True`), but not block by block, and it does not count them.

@@ -69,7 +69,10 @@ def list_directory(directory: Path) -> list[str]:
 
 
 def list_directory_if_present(directory: Path) -> list[str]:
-    """The names in a directory; none if it does not exist. Raises StorageError if it exists and cannot be listed."""
+    """List the names in a directory of checkpoints; none if it does not exist.
+
+    Raises StorageError if it exists and cannot be listed, since nobody would know then which checkpoints there are.
+    """
     try:
         return list_directory(directory)
     except (FileNotFoundError, NotADirectoryError):

@@ -112,7 +112,7 @@ def _read_manifest_file(path: Path, reader: RetryingReader) -> dict[str, Written
 
 
 def manifest_sha256(directory: Path) -> str | None:
-    """The SHA-256 in a checkpoint's manifest, which covers all entries of the manifest and so all files; None if unreadable."""
+    """The fingerprint of a checkpoint: the SHA-256 in its manifest, which covers the hashes of all files; None if unreadable."""
     try:
         manifest = parse_json(read_bytes(directory / MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES))
     except (OSError, MalformedFile):

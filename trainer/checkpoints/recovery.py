@@ -103,13 +103,14 @@ def _publish_if_complete(staging: Path, named_dir: Path) -> bool:
     progress and manifest. Returns whether the checkpoint was complete. Raises OSError or MalformedFile if that fails.
     """
     notes = _read_part_notes(staging)
-    is_complete = bool(notes) and len(notes) == notes[0].world_size
+    is_complete = bool(notes) and len(notes) == notes[0].world_size  # a note of each rank
     if not is_complete:
         return False
     files = [note.file for note in notes if note.file is not None]
     for note in notes:
         files += note.attached
-    # `write_new_file` returns name, size and hash of the file, for the manifest. All ranks have noted the same progress.
+    # `write_new_file` returns name, size and hash of the file, for the manifest. All ranks have noted the same progress; their
+    # notes together say where each tensor lies.
     files.append(write_new_file(staging / INDEX_FILE, index_json(note.parts for note in notes)))
     files.append(write_new_file(staging / PROGRESS_FILE, notes[0].progress.encode()))
     write_manifest(staging, files)

@@ -63,7 +63,7 @@ class Schedule:
 
     @property
     def checkpoint_interval_s(self) -> float | None:
-        """Seconds between checkpoints; None if time does not decide. The first of these cases that applies:
+        """Seconds that should pass between checkpoints; None if time does not decide. The first of these cases that applies:
 
         - `every_steps` is set, or `every_minutes` is 0: None.
         - `every_minutes` is set: these minutes.

@@ -70,9 +70,10 @@ class _RecordedBuckets:
         at this moment, because in the deeper model any gradient of a block may be the one that fills the bucket. `group`: the
         index of the parameter's optimizer group.
         """
-        is_in_block = isinstance(self.recorder.phase.model_part, int)  # outside blocks a text: before, head, after
+        # The recorder's phase says which part of the model computes: the index of a block, or a text such as "head".
+        is_in_block = isinstance(self.recorder.phase.model_part, int)
         if self.full_trained_elements is not None and self._has_several_buckets and is_in_block:
-            # A gradient that is larger than a bucket is reduced alone.
+            # DeepSpeed reduces a gradient that is larger than a bucket alone.
             large_gradients = [gradient.numel() for gradient in self.optimizer.extra_large_param_to_reduce.values()]
             bucket_elements = max(large_gradients, default=self.optimizer.reduce_bucket_size)
             self.recorder.note_peak_with(self._reduction_bytes(bucket_elements, self.full_trained_elements))
@@ -82,9 +83,10 @@ class _RecordedBuckets:
         self._is_in_block = False
 
     def reduce(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed calls this to reduce the gradients in its buckets. In a shallow model they count as full buckets.
+        """DeepSpeed calls this to reduce the gradients in its buckets, in place of its own method, which is called inside.
 
-        Inside blocks, the reduction of a shallow model is not counted: `on_gradient` has counted a full bucket instead.
+        What it allocates is counted as communication. In a model of few blocks, simulated in place of a deep one, the buckets
+        count as if they were full. Inside its blocks nothing is counted: `on_gradient` has counted a full bucket instead.
         """
         is_counted_by_gradient = self._has_several_buckets and self._is_in_block
         with self.recorder.counting_as(

@@ -43,7 +43,7 @@ def expected_bytes_by_collective(
     None if the bytes cannot be computed: for quantised bases, and for ZeRO-3, which decides while it runs how often it gathers.
     """
     is_zero3 = isinstance(strategy, ZeroConfig) and strategy.stage == 3
-    if built.quantised_shapes or is_zero3:
+    if built.quantised_shapes or is_zero3:  # shapes of packed weights; empty without quantisation
         return None
     if runtime.world_size == 1:
         return {}
@@ -52,7 +52,7 @@ def expected_bytes_by_collective(
     token_bytes = 0.0
     if runtime.sequence_size > 1:
         token_bytes += _sequence_parallel_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
-    if built.step_module.plan.expert_ranks > 1:
+    if built.step_module.plan.expert_ranks > 1:  # a layer's experts are distributed over so many ranks
         token_bytes += _expert_parallel_bytes(built, strategy, precision, tokens_of_row / runtime.sequence_size)
     if token_bytes:
         bytes_by_collective[ALL_TO_ALL] = token_bytes * micro_batches
@@ -168,7 +168,7 @@ def _sequence_parallel_bytes(
 
 
 def _expert_parallel_bytes(built: BuiltModel, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
-    """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks that hold its layer's other experts.
+    """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks that hold the other experts of a layer.
 
     For each expert that the router chooses for a token, the token's hidden state (a row) is sent to the rank of the expert and
     back, and so are the gradients. Before that, the ranks exchange how many rows they send to each expert. Routing is assumed to

@@ -314,7 +314,7 @@ def _cost_model_of_depths(
 def _parameter_counts_at_depth(
     shallow: ParameterCounts, deep: ParameterCounts, extrapolation: DepthExtrapolation
 ) -> ParameterCounts:
-    """The numbers of parameters of the whole model, from those of the two simulated depths."""
+    """Extrapolate the numbers of parameters to the whole model, from those of the two models with fewer blocks."""
     return ParameterCounts(
         num_parameters=extrapolation.whole_amount(shallow.num_parameters, deep.num_parameters),
         num_trained=extrapolation.whole_amount(shallow.num_trained, deep.num_trained),
@@ -456,9 +456,10 @@ def _token_all_to_alls_at_depth(
 
 
 def most_hosts_of_a_group(group_size: int, local_world_size: int) -> int:
-    """Hosts of the group that lies on most of them, if each `group_size` neighbouring ranks form a group.
+    """On how many hosts the ranks of a group are, if each `group_size` neighbouring ranks form one; the most of any group.
 
-    Hosts of six ranks have groups of four on one host (ranks 0 to 3) and across two (4 to 7). Every step waits for the latter.
+    Every step waits for the group on most hosts. On hosts of six ranks (`local_world_size`), groups of four are on one host
+    (ranks 0 to 3) or two (4 to 7): 2.
     """
     # The first ranks of groups, counted within their hosts, are all multiples of the greatest common divisor (0, 4 and 2 for
     # groups of four on hosts of six). A group that begins at the largest of them crosses most hosts.

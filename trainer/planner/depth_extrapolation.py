@@ -154,7 +154,7 @@ def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolation: DepthE
 def extrapolate_by_key(
     shallow: dict[MemoryKind, int], deep: dict[MemoryKind, int], extrapolation: DepthExtrapolation
 ) -> dict[MemoryKind, int]:
-    """Extrapolate the bytes of each kind from a shallower and a deeper model to the whole model.
+    """Extrapolate how many bytes of each kind of memory are live, from two models of fewer blocks to the whole model.
 
     A kind that one of the two lacks has 0 bytes there; kinds of 0 bytes are left out of the result.
     """
@@ -177,6 +177,7 @@ def extrapolate_step(
     Each amount grows by the same for each further period of blocks. `num_end_blocks`: blocks at either end of a model that may
     take other memory than those between.
     """
+    # The peak memory of each part of the step, such as the backward pass of the last block; the highest is the step's peak.
     phases = phases_at_depth(shallow, deep, extrapolation, num_end_blocks)
     peak_phase, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total_bytes)
     whole_amount = extrapolation.whole_amount
@@ -191,6 +192,7 @@ def extrapolate_step(
         )
     return ExtrapolatedStep(
         num_blocks=extrapolation.num_blocks,
+        # The last blocks are counted from the end (-1) so far.
         peak_phase=peak_phase.with_block_from_start(extrapolation.num_blocks),
         peak_bytes=phase_peak.total_bytes,
         peak_bytes_by_kind=phase_peak.bytes_by_kind,

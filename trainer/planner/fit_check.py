@@ -106,6 +106,7 @@ def check_run_fits(
     announce("simulating whether the run fits its GPUs (run.must_fit)")
     least_gib = min(gather_objects(device_memory_gib(runtime), runtime))
     peak = _simulate_longest_step(config, prepared, precision, runtime)
+    # With what the process, NCCL and torch's allocator take beside tensors.
     fit = device_memory_fit(peak.live_bytes, peak.num_groups, least_gib)
     if fit.margin_bytes < 0:
         raise DoesNotFit(does_not_fit_message(fit, peak, config))
@@ -127,6 +128,7 @@ def _simulate_longest_step(
         # `activation_checkpointing=auto` recomputes everything if it must: the run fits if it fits so.
         step_config = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
         step_config = replace(step_config, precision=precision)
+        # Tokens of each sequence of the largest micro-batch that the data can give.
         lengths = longest_lengths(data_spec_of(config.objective), largest_workload(config, prepared))
         timeout_s = TIMEOUT_SHARE * config.run.timeout_s
         peak_of_rank_0 = simulate_in_process(step_config, lengths, RankCounts.of_job(runtime), timeout_s)

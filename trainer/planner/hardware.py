@@ -90,7 +90,10 @@ class Card:
 
 
 def find_card(name: str) -> Card | None:
-    """The card in `conf/hardware/` whose driver calls it `name`, such as `NVIDIA A100-SXM4-80GB`; None if there is none."""
+    """Look up the rates and the price of a GPU by its driver's name, such as `NVIDIA A100-SXM4-80GB`; None if not known.
+
+    They are in files of `conf/hardware/`.
+    """
     from omegaconf import OmegaConf
 
     for file in sorted(CARDS_DIR.glob("*.yaml")):

@@ -142,9 +142,10 @@ class LiveBytes(TorchDispatchMode):
     # -- what lives ----------------------------------------------------------------------------------------------
 
     def track(self, tensor: Tensor, kind: MemoryKind | None = None) -> None:
-        """Count a tensor's storage as live until it is freed. `kind`: what it holds; None if nothing special is known.
+        """Count the memory of a tensor as live from now on, until Python frees it.
 
-        Tensors that share a storage count once. Tensors elsewhere than on `device` do not count.
+        Tensors that share a storage count once; those elsewhere than on `device` do not count. `kind`: what it holds; None if
+        nothing special is known: a new storage then gets `kind_of_new_tensors`.
         """
         if device_of(tensor) != self.device:
             return
@@ -240,9 +241,10 @@ class LiveBytes(TorchDispatchMode):
     def counting_as(
         self, kind: MemoryKind, extra_bytes: int = 0, *, ignores_operations: bool = False
     ) -> Iterator[None]:
-        """A context in which new tensors count as `kind`, and `extra_bytes` more are live than there are.
+        """A context for what an engine does beside the model, such as reducing gradients: new tensors in it count as `kind`.
 
-        With `ignores_operations`, what is live after operations within it counts in no phase.
+        `extra_bytes`: counted as live beside what is there. `ignores_operations`: what is live after operations within the
+        context counts in no phase.
         """
         earlier_kind = self.kind_of_new_tensors
         self.kind_of_new_tensors = kind

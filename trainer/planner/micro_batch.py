@@ -112,7 +112,7 @@ def resolve_micro_batch(
 
 
 def with_proposed_micro_batch(config: RunConfig, prepared: PreparedData) -> RunConfig:
-    """The configuration with the micro-batch that `auto` would try first on devices like those of this host.
+    """Give a configuration with `batch.micro=auto` the micro-batch that would be tried first on devices like those of this host.
 
     For commands that show a run before it starts, when there are no ranks yet: a step is simulated, and no real step is taken.
 
@@ -127,7 +127,7 @@ def with_proposed_micro_batch(config: RunConfig, prepared: PreparedData) -> RunC
         # Nothing is chosen, so that the run itself will choose: a text, and no `ResolvedSetting`.
         note = f"{AUTO} -> as memory allows, on the host with the GPUs; the figures here are for 1"
         return _with_micro(config, 1, note)
-    runtime = runtime_of_first_rank(config)
+    runtime = runtime_of_first_rank(config)  # as it would be; no process group is formed
     micro, plan_summary = propose_micro_batch(
         config,
         prepared,
@@ -205,6 +205,7 @@ def propose_micro_batch(
     micro_batches = micro_batch_divisors(samples_per_dp_rank(config, rank_counts.world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
+        # With one document in a micro-batch: the cost model holds for all sizes.
         config_of_mode = single_step_config(
             _with_micro(config, 1, note=None), rank_counts.world_size, mode_if_auto=mode
         )

@@ -106,9 +106,9 @@ def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
     runtime = inputs.runtime
     # Two micro-batches hold as much as any number: the second adds to the gradients that the first left.
     num_micro_batches = min(2, accumulation_steps(config, runtime.world_size))
-    cut = sequence_cut(runtime)
+    cut = sequence_cut(runtime)  # this rank's slice of a row, if ranks share rows
     longest = longest_micro_batch(built, largest_workload(config, inputs.data, cut))
-    trainer = minimal_trainer(engine)
+    trainer = minimal_trainer(engine)  # the run's training loop, which takes steps and nothing else
     try:
         for _ in range(PROBE_STEPS):
             trainer.train_step(build_step_batch([longest] * num_micro_batches, runtime.device))

@@ -110,6 +110,7 @@ def cacheable_operation(func: Any, args: Any, kwargs: Any) -> Operation | None:
     mode: Any = mode_at_work(FAKE_MODE)  # the fake mode that is active
     if mode is None or not _is_cacheable(func):
         return None
+    # The defaults of the moment decide the type and device of new tensors.
     key: list[Any] = [func, torch.get_default_dtype(), default_device_at_work()]
     tensors: list[Any] = []
     slice_start = 0
@@ -126,8 +127,10 @@ def cacheable_operation(func: Any, args: Any, kwargs: Any) -> Operation | None:
     # Indexing with a mask: the output is as long as the mask has true values.
     if torch.Tag.dynamic_output_shape in func.tags and any(tensor.dtype in _MASK_DTYPES for tensor in tensors):
         return None
+    # A tensor of an earlier simulation, which torch refuses to compute with.
     if any(tensor.fake_mode is not mode for tensor in tensors):
         return None
+    # Their result depends on where the operand begins in its storage.
     if operation_name(func) in _OPERATIONS_WITH_ABSOLUTE_OFFSET:
         key += [tensor.storage_offset() for tensor in tensors]
     return Operation(cache_key=tuple(key), tensor_operands=tensors, fake_mode=mode, slice_start=slice_start)
@@ -246,7 +249,7 @@ def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> A
     """
     if isinstance(output, list | tuple):
         return type(output)(_template_of(element, operation, new_storages) for element in output)
-    if output is None or type(output) is int:
+    if output is None or type(output) is int:  # no tensor: it follows from the operands' metadata as it is
         return output
     if not _is_plain_fake(output):
         raise _NotCacheable

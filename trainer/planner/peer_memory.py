@@ -86,7 +86,9 @@ def estimate_peer_memory(
     The peak is the larger of two phases: the loss, with all logits, and the update (of a `pure_bf16` peer; other peers are as our
     own step in all but the loss, so their other phase is our own step's peak).
     """
+    # Of a peer without a loss of its own among `settings`, 0: our loss never holds all logits.
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * num_logits)
+    # What our own step holds there, without logits: the peer holds the same.
     at_the_loss = _own_memory_at_the_loss(cost_model, num_rows_or_tokens)
     if PeerSetting.pure_bf16 in settings:
         update_parts = _bf16_bytes_of_update(cost_model.num_parameters, shard_counts)

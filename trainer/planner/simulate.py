@@ -161,6 +161,7 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
         for kind, tensor in engine_tensors(engine):
             recorder.track(tensor, kind)
         recorded = RecordedEngine(engine, recorder, part_by_block)
+        # Hooks tell the recorder which block computes; of DeepSpeed, buffers of reductions are counted.
         with recorded.block_hooks(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
             yield recorded
 
@@ -174,7 +175,7 @@ def _model_part_by_block(step_module: TrainStep) -> dict[nn.Module, int | str]:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """A context without garbage collection: garbage counts as live until it is collected, at a time that nobody controls."""
+    """A context without Python's garbage collection, since memory counts as live until it is collected, at any time."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -241,12 +242,12 @@ class RecordedEngine:
         else:
             self.recorder.begin_tallied_step(operations_to_tally, lambda: engine_tensors(self.engine))
         self.begin_step()
-        # Inputs of recomputed blocks that wait on the host; None without `strategy.offload_activations`.
+        # The step's plan counts inputs of recomputed blocks that wait on the host; None without `offload_activations`.
         host_inputs = plan_of(self.step_module).host_inputs
         if host_inputs is not None:
             host_inputs.begin_step()
         batch = build_step_batch(batches, self.recorder.device)
-        self._trainer.train_step(batch)
+        self._trainer.train_step(batch)  # which calls `forward`, `backward` and `step` of this object
         if host_inputs is not None:
             self.recorder.record.host_inputs = host_inputs.peak
         del batch  # its tensors do not count between steps
@@ -374,10 +375,11 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def _squared_lengths(batch: dict[str, Any]) -> int:
-    """The sum of the squared lengths of a micro-batch's documents, to which attention's arithmetic is proportional.
+    """Sum the squared lengths of a micro-batch's documents, to which the FLOPs of attention are proportional.
 
     Rows with padding count with their whole width: attention computes it.
     """
+    # Borders of the documents in a row without padding, such as [0, 120, 300].
     bounds = batch.get("document_bounds")
     if bounds is None:
         rows, width = batch["input_ids"].shape

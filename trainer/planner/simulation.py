@@ -81,7 +81,7 @@ class _RankOfJob:
 
     @contextmanager
     def simulated(self, config: RunConfig) -> Iterator[Runtime]:
-        """A context in which this process is that rank; yields its runtime, with the ranks that share a row if `config` asks."""
+        """Let this process be that rank inside the context, as if the job existed; yields its runtime, also for shared rows."""
         with simulated_rank(
             self.rank,
             self.world_size,
@@ -251,6 +251,7 @@ class _SizesSimulator:
             self.rank.simulated(self.config) as runtime,
             _truncated_run(self.config, depth, self.pattern.num_blocks) as truncated,
         ):
+            # One document in a micro-batch for now: the real micro-batches depend on the layout of the built model.
             parts = build_step_parts(truncated, [self.length] * sequences_per_document, runtime)
             parts = _with_full_trained_elements(parts, self.pattern)
             parameter_counts = _count_parameters(parts.built)  # before the engine shards them
@@ -279,7 +280,7 @@ class _SizesSimulator:
             )
 
     def _micro_batches_to_simulate(self, parts: StepParts, runtime: Runtime) -> SizesToSimulate:
-        """The two micro-batches to simulate, as the lengths of their sequences."""
+        """Choose the two sizes of micro-batch to simulate for the built model, each as the lengths of its sequences."""
         return micro_batches_to_simulate(
             parts.built,
             vocabulary_rows_of(self.config.model),
@@ -446,12 +447,14 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
         built=built,
         strategy=config.strategy,
         precision=precision,
+        # An engine builds the optimizer when it has sharded the parameters.
         make_optimizer=partial(build_optimizer, config.optim, model_names=names, lr_factor=built.tuning.lr_factor),
         max_grad_norm=config.optim.max_grad_norm,
         micro_batches=[],  # filled below: a micro-batch is made by the built model's rules
         weight_source=weight_source,
     )
     accumulation = accumulation_steps(config, runtime.world_size)
+    # `dp_size`: ranks that read different documents, each with `accumulation` micro-batches.
     micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.dp_size, runtime)
     return replace(parts, micro_batches=[micro_batch] * max(1, accumulation))
 

@@ -82,6 +82,7 @@ def estimate_step_time(
     `cost_model`: FLOPs and bytes of the step. `load`: the size of its average micro-batch, and their number. `card`: the GPU.
     `ranks_per_node`: they share the host's memory bandwidth where optimizer state lies on the host.
     """
+    # FLOPs of products and attention, bytes that all other operations move, and bytes between host and device.
     work = cost_model.micro_batch_work(load.num_rows_or_tokens, load.sum_of_squared_lengths)
     # Forward and backward passes. An operation is bound by FLOPs or by memory, one after the other: their seconds add up.
     flops_per_s = card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY
@@ -89,7 +90,7 @@ def estimate_step_time(
     matmul_s = load.num_micro_batches * work.flops / flops_per_s
     memory_bound_s = load.num_micro_batches * work.moved_bytes / memory_bytes_per_s
     # Communication.
-    collectives = collective_seconds(cost_model, load.num_micro_batches, card)
+    collectives = collective_seconds(cost_model, load.num_micro_batches, card)  # on weights and gradients
     exposed_s = _exposed_collective_s(cost_model, load.num_micro_batches, collectives, matmul_s + memory_bound_s)
     # All-to-alls of tokens are all exposed: attention and experts wait for tokens of other ranks, and the next layer for its own.
     all_to_all_s = load.num_micro_batches * token_all_to_all_s(cost_model, load.num_rows_or_tokens, card)

@@ -89,13 +89,13 @@ class StepRecorder(LiveBytes):
             self._record_collective(func, args)
         if properties.is_reduce_scatter:
             self._count_copy_of_reduce_scatter(func, args)
-        if properties.reads_on_host:
-            if device_of(args[0]) == self.device:
+        if properties.reads_on_host:  # `Tensor.item`
+            if device_of(args[0]) == self.device:  # the host has to wait for it
                 self.record.host_reads[_calling_line()] += 1
             if hasattr(args[0], "fake_device"):  # a fake tensor, which has no value
                 return _placeholder_value(args[0].dtype)
+        # A collective of a simulated rank: as torch's kernel for fake tensors would return it, but faster.
         if properties.returns_input_and_work and op_cache.is_simulating_step():
-            # As torch's kernel for fake tensors would return it, but faster.
             return args[0], Work.boxed(FakeWork())
         output, flops, moved_bytes = self._run_or_rebuild(func, args, kwargs, properties)
         if properties.is_copy:
@@ -107,10 +107,11 @@ class StepRecorder(LiveBytes):
     def _run_or_rebuild(
         self, func: Any, args: Any, kwargs: Any, properties: _OperationProperties
     ) -> tuple[Any, float, int]:
-        """Run an operation, or build its output from the cache: a step repeats the same operations in block after block.
+        """Run a torch operation, or build its output from the cache, since a step repeats operations in block after block.
 
         Returns (output, FLOPs, bytes read and written on the device). A plain tuple, because this runs for each operation.
         """
+        # None if the output may depend on more than shapes and types.
         operation = op_cache.cacheable_operation(func, args, kwargs)
         if operation is not None:
             cached = op_cache.cached_result(operation)
@@ -207,9 +208,10 @@ class StepRecorder(LiveBytes):
 
 
 def _attention_flops(query: Tensor, sum_of_squared_lengths: int, *, is_backward: bool) -> float:
-    """FLOPs of causal attention over documents whose squared lengths add up to `sum_of_squared_lengths`.
+    """Count the FLOPs of causal attention over documents, each of which attends within itself alone.
 
     `query`: `[B, heads, T, head_dim]` of flex attention, `[T, heads, head_dim]` of variable-length attention.
+    `sum_of_squared_lengths`: of the documents, in tokens.
     """
     # For each pair of positions, the forward pass has 2 products (scores, and scores times values), the backward pass 5. Each is
     # a multiplication and an addition for each element of a head.

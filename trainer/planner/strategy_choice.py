@@ -150,7 +150,7 @@ def resolve_strategy(
 
 
 def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
-    """The configuration with the strategy that `auto` would try first on devices like those of this host.
+    """Give a configuration with `strategy=auto` the strategy that would be tried first on devices like those of this host.
 
     For commands that show a run before it starts, when there are no ranks yet: steps are simulated, and no real step is taken.
 
@@ -162,7 +162,7 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
     if not isinstance(config.strategy, AutoConfig):
         return config
     device_kind = str(config.run.device)
-    runtime = runtime_of_first_rank(config)
+    runtime = runtime_of_first_rank(config)  # as it would be; no process group is formed
     world_size = runtime.world_size
     if device_kind == "cuda" and not torch.cuda.is_available() and world_size > 1:
         return _with_placeholder_strategy(config, world_size)
@@ -174,6 +174,7 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
         card=_known_card(gpu_name(runtime)),
     )
     timeout_s = TIMEOUT_SHARE * config.run.timeout_s
+    # A run would go on to the next proposal if two real steps ran out of memory.
     first = next(propose_strategies(config, prepared, config.precision, devices, timeout_s))
     reason = first.reason
     if world_size > 1:  # a single rank needs no trial
@@ -426,6 +427,7 @@ class Planner:
         step's memory and work at any micro-batch.
         """
         assert self.devices.card is not None
+        # What the planner of `shardtune plan` needs to know of the run.
         job = PlannedJob(
             card=replace(self.devices.card, memory_gib=self.devices.memory_gib),
             precision=self.precision,

@@ -70,10 +70,11 @@ def plan_variants(
     refused = list(variants.refused)
     planned: list[_PlannedVariant] = []
     micro_batches_by_variant = []
-    accumulations = []
+    accumulations = []  # micro-batches of a step to simulate, by variant
     for variant in variants.possible:
         micro_batches = candidate_micro_batches(job, requested_micro_batch, variant.config.parallel.sequence)
         micro_batches_by_variant.append(micro_batches)
+        # Of the smallest micro-batch, which has most of them in a step. `dp_size_of`: ranks that read different samples.
         num_micro_batches = job.global_batch // (dp_size_of(variant.config, job.world_size) * micro_batches[0])
         accumulations.append(min(2, num_micro_batches))  # two tell the last micro-batch from the others
     cost_models = simulate_variants(variants.possible, job, accumulations, settings, on_progress)
@@ -83,6 +84,7 @@ def plan_variants(
         if isinstance(cost_model, NotSimulated):
             refused.append(RefusedVariant(variant, cost_model.reason))
         else:
+            # `theirs`: what another trainer does differently, to compare its memory.
             choices = plan_choices(variant, cost_model, job, micro_batches, settings.theirs)
             planned.append(_PlannedVariant(cost_model, choices))
     if not planned:
