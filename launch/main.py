@@ -76,9 +76,10 @@ MODULE_BY_VERB = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `shardtune <verb> ...` with `argv`, by default the process's own arguments; returns the exit code.
+    """Run the command `shardtune <verb> ...`, such as `shardtune train`; returns the exit code of the process.
 
-    Options without a verb (`--help`, `--version`, `--shell-completion`) are answered here.
+    `argv`: the arguments; None for the process's own. Options without a verb (`--help`, `--version`, `--shell-completion`) are
+        answered here.
     """
     if argv is None:
         streams.restart_in_utf8()
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _unknown_verb_message(verb: str) -> str:
-    """The message about a verb that does not exist, with the one that was probably meant."""
+    """Write the message about a verb that does not exist, with the one that was probably meant: `trian` is `train`."""
     from launch.config import misspelled
 
     if verb in misspelled.COMMAND_BY_WRONG_VERB:
@@ -131,10 +132,10 @@ def version_text() -> str:
 
 
 def print_completion(arguments: list[str]) -> int:
-    """Print the completion script for a shell; returns the exit code.
+    """Print the script that completes shardtune's command line in a shell; returns the exit code.
 
-    `arguments` are like `--shell-completion bash` or `--shell-completion=bash`. Without a known shell, the message names those
-    that there are, and the exit code is that of a wrong setting.
+    `arguments`: like `--shell-completion bash` or `--shell-completion=bash`. Without a known shell, the message names those that
+        there are, and the exit code is that of a wrong setting.
     """
     from launch.config.completion import completion_script
     from strategies.errors import ConfigError
@@ -151,7 +152,10 @@ def print_completion(arguments: list[str]) -> int:
 
 
 def declared_arguments() -> dict[str, list[type[VerbArguments]]]:
-    """{verb: classes that declare its arguments}, for the completion in a shell."""
+    """The classes in which each verb declares its arguments, for the completion in a shell: {"stop": [StopArguments], ...}.
+
+    Imports the module of every verb.
+    """
     from importlib import import_module
 
     from launch.config.verb_arguments import verb_arguments_in
@@ -175,10 +179,11 @@ def run_guarded(verb: str, argv: list[str]) -> int:
 
 
 def _output_context(verb: str) -> AbstractContextManager[None]:
-    """The context in which a verb writes to stdout and stderr.
+    """The context in which a verb writes to stdout and stderr, by what it must survive.
 
-    A verb that saves, such as train, goes on if its output is closed. A verb that draws on the terminal, such as chat, writes
-    as it likes. All others write control characters spelled out.
+    - A verb that saves, such as train, goes on if nobody reads its output any more.
+    - A verb that draws on the terminal, such as chat, writes as it likes.
+    - All others spell control characters out, since texts of others could move or rename the terminal.
     """
     from launch.output import tolerate_closed_streams
 
@@ -193,7 +198,8 @@ def _output_context(verb: str) -> AbstractContextManager[None]:
 def _record_interrupts() -> Iterator[list[int]]:
     """Within the block, note each Ctrl-C in the list that is yielded; the usual KeyboardInterrupt is raised, too.
 
-    The list tells Ctrl-C from other errors: a library that is being imported may turn KeyboardInterrupt into an error of its own.
+    A library that is being imported may turn KeyboardInterrupt into an error of its own. By the list, that error is still known
+    for a Ctrl-C.
     """
     interrupts: list[int] = []
 
@@ -214,13 +220,14 @@ def _record_interrupts() -> Iterator[list[int]]:
 
 
 def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int:
-    """Run a verb (a subcommand of shardtune), print a message for its error, and return the exit code.
+    """Run a verb, and turn whatever it raises into a message for the user and the exit code, which is returned.
 
-    - an error that the user can mend (ShardtuneError): its message, and its own exit code;
+    `verb`: such as `train`. `interrupts`: has an entry for each Ctrl-C so far. By the error:
+
+    - one that the user can mend (ShardtuneError): its message, and its own exit code;
     - Ctrl-C: "interrupted", 130;
     - a closed output pipe: no message, 0;
     - any other error: its traceback without secrets, 70.
-    `interrupts` has an entry for each Ctrl-C so far.
     """
     from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
     from strategies.redaction import redact
@@ -258,7 +265,9 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
-    """Check the environment and the arguments, and run one verb; returns the exit code. Raises ConfigError for:
+    """Check the environment and the arguments, and run one verb; returns the exit code.
+
+    Raises what the verb raises, and ConfigError for:
 
     - Python without docstrings (`python -OO`), under which no model can be loaded;
     - arguments with bytes that are no text, which could not be written into files;
@@ -279,9 +288,10 @@ def _run_verb(verb: str, argv: list[str]) -> int:
 
 
 def _report_failure(arguments: list[str], problems: list[str], code: int) -> int:
-    """If `--json` is among the arguments, print the error as JSON, as the last thing on stdout; returns `code`.
+    """Answer a failed command that was called with `--json` by a JSON object, as the last thing on stdout; returns `code`.
 
-    The ranks of a job print nothing: their launcher says how the run ended.
+    {"error": ..., "problems": [...], "exit_code": 64}. Nothing without `--json` among the arguments. The ranks of a job print
+    nothing: their launcher says how the run ended.
     """
     from launch.output import JSON_FLAG, print_json
 
@@ -305,7 +315,7 @@ def _is_started_as_rank() -> bool:
 
 
 def _refuse_remote_output_directory(arguments: list[str]) -> None:
-    """Refuse an address behind `to=`, which would become a local directory called `s3:`. Errors: ConfigError."""
+    """Raise ConfigError for an address behind `to=`, such as s3://bucket, which would become a local directory called `s3:`."""
     from strategies.errors import ConfigError
 
     for argument in arguments:

@@ -54,7 +54,7 @@ class TableRow:
 
 
 def format_table(columns: Sequence[TableColumn], rows: Sequence[TableRow], *, indent: int = 0) -> list[str]:
-    """Lay out a table as lines of text, at most as wide as the terminal; titles are drawn if any column has one.
+    """Lay out a table as lines of text for a terminal, at most as wide as it; titles are drawn if any column has one.
 
     No cell is cut: text is folded. The table gets wider than the terminal only if its numbers, and `MIN_TEXT_COLUMN_WIDTH`
     characters of each text column, do not fit. `indent`: blanks before each line. Notes of a row stand below it.
@@ -65,8 +65,7 @@ def format_table(columns: Sequence[TableColumn], rows: Sequence[TableRow], *, in
     from rich.text import Text
 
     class FoldedText(Text):
-        """Text whose long words are folded after `BREAK_AFTER_CHARACTERS` where that is possible. Rich alone folds them
-        anywhere."""
+        """Text whose long words are folded after `BREAK_AFTER_CHARACTERS` where possible. Rich alone folds them anywhere."""
 
         def wrap(self, console: Console, width: int, **options: Any) -> Any:
             words = [break_word(word, width) for word in self.plain.split(" ")]
@@ -107,9 +106,10 @@ def _row_number(line: Sequence[Any]) -> int | None:
 
 
 def break_word(word: str, max_columns: int) -> str:
-    """A word with line breaks where it is longer than `max_columns` characters, so that each line fits if possible.
+    r"""Put line breaks into a word that is longer than its column, such as a path, where it can be broken well.
 
-    It is broken after `BREAK_AFTER_CHARACTERS` only. In 9 columns: "runs/first/export" -> "runs/\\nfirst/\\nexport".
+    It is broken after `BREAK_AFTER_CHARACTERS` only, so a line may still be too long. In 9 columns: "runs/first/export" ->
+    "runs/\nfirst/\nexport".
     """
     from rich.cells import cell_len
 
@@ -124,8 +124,7 @@ def break_word(word: str, max_columns: int) -> str:
 
 
 def _min_table_width(columns: Sequence[TableColumn], rows: Sequence[TableRow]) -> int:
-    """The least width of a table: its numbers in full, `MIN_TEXT_COLUMN_WIDTH` characters of longer text columns, and the
-    gaps."""
+    """The least width of a table in characters: its numbers in full, some of each text, and the gaps between columns."""
     from rich.cells import cell_len
 
     least = COLUMN_GAP * (len(columns) - 1)
@@ -161,7 +160,7 @@ def wrap_sentences(sentences: Sequence[str], *, indent: int = 2) -> list[str]:
 
 
 def truncate_to_width(text: str) -> str:
-    """The text on one line, cut with `...` at the width of the terminal: for messages that stand in full elsewhere."""
+    """A message on one line, cut with `...` at the width of the terminal; for messages that stand in full elsewhere."""
     from rich.cells import cell_len, set_cell_size
 
     line = displayable(text)

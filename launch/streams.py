@@ -23,7 +23,10 @@ UTF8_MODE_VARIABLE = "PYTHONUTF8"
 
 
 def prepare_streams() -> None:
-    """Open the standard streams that are closed, and make stdout and stderr take characters that their encoding lacks."""
+    """Repair the standard streams before a verb starts, so that none of its prints can end it.
+
+    Streams that are closed, as in a cron job, are opened. stdout and stderr spell out characters that their encoding lacks.
+    """
     for descriptor, name in enumerate(STREAM_NAMES):
         _open_if_closed(descriptor, name)
     for stream in (sys.stdout, sys.stderr):
@@ -35,9 +38,10 @@ def prepare_streams() -> None:
 
 
 def _open_if_closed(descriptor: int, name: str) -> None:
-    """Open the null device in place of a standard stream (`name`, such as `stdout`) that the process was started without.
+    """Open the null device in place of a standard stream that the process was started without.
 
     The next file that is opened would otherwise get the stream's descriptor, and libraries would print into that file.
+    `descriptor`: 0 to 2, and `name`: its stream, such as `stdout`.
     """
     try:
         os.fstat(descriptor)
@@ -58,7 +62,8 @@ def _open_if_closed(descriptor: int, name: str) -> None:
 def restart_in_utf8() -> None:
     """Restart this process in Python's UTF-8 mode if its encoding of file names is ASCII alone; then it does not return.
 
-    Python does so by itself in the locale C, unless PYTHONUTF8=0 says otherwise. Libraries and the ranks inherit the mode.
+    Otherwise a path with any other character could not be opened. Python does so by itself in the locale C, unless PYTHONUTF8=0
+    says otherwise. Libraries and the ranks inherit the mode.
     """
     if sys.getfilesystemencoding().lower() not in ("ascii", "us-ascii", "ansi_x3.4-1968"):
         return
@@ -69,11 +74,12 @@ def restart_in_utf8() -> None:
 
 
 def refuse_undecodable_arguments(arguments: list[str]) -> None:
-    """Refuse a command-line argument with bytes that are no text in the environment's encoding. Errors: ConfigError.
+    """Raise ConfigError for a command-line argument with bytes that are no text in the environment's encoding.
 
     Such an argument cannot be written into the files of a run, which are UTF-8.
     """
     for argument in arguments:
+        # Python stands for such bytes with surrogates, which UTF-8 does not encode.
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:
@@ -85,10 +91,7 @@ def refuse_undecodable_arguments(arguments: list[str]) -> None:
 
 
 def refuse_stripped_docstrings() -> None:
-    """Refuse to run under `python -OO`, which removes docstrings: transformers reads them when it is imported.
-
-    Errors: ConfigError.
-    """
+    """Raise ConfigError under `python -OO`, which removes docstrings: transformers reads them when it is imported."""
     if sys.flags.optimize >= 2:
         raise ConfigError(
             "PYTHONOPTIMIZE=2 (python -OO) removes docstrings, and transformers cannot load a model without them; "
@@ -104,7 +107,7 @@ _CONTROL_EXCEPT_CARRIAGE_RETURN_REGEX = re.compile(_CONTROL_REGEX.pattern.replac
 
 
 def printable_text(text: str, pattern: re.Pattern[str] = _CONTROL_REGEX) -> str:
-    """The text without control characters that a terminal would obey: each is spelled out, as `\\u001b`; colours are removed.
+    r"""Spell out the control characters in a text of others, which a terminal would obey: each as `\u001b`; colours are removed.
 
     `pattern`: the characters that are spelled out.
     """

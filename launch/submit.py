@@ -59,9 +59,9 @@ docs/slurm.md leads you from login to a requeued run on two nodes."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune submit` with the arguments `argv`: hand a run or a sweep to SLURM; returns 0 (the exit code).
+    """Run `shardtune submit`: hand a run or a sweep to SLURM, or print what would be handed over; returns the exit code, 0.
 
-    `launcher=slurm` is added if no launcher is given. Errors: ConfigError, StorageError.
+    `launcher=slurm` is added if no launcher is given. Raises ConfigError, also for what SLURM refuses, and StorageError.
     """
     if asks_for_help(argv):
         show_help(USAGE)
@@ -85,9 +85,10 @@ def main(argv: list[str]) -> int:
 
 
 def _submit_one(arguments: SubmitArguments) -> int:
-    """Freeze and submit the run that the command line describes, or print its configuration or script; returns 0.
+    """Freeze and submit the run that the command line describes, or print its configuration or job script; returns 0.
 
-    A run that is finished is not submitted again, unless it has a pipeline, whose later jobs may be missing.
+    To freeze is to write the run's settings into the `config.yaml` of its directory. A run that is finished is not submitted
+    again, unless it has a pipeline (a chain of jobs), whose later jobs may be missing.
     """
     from launch.cluster.submission import Submission, refuse_unshared_model, submit_runs
     from launch.config.compose import compose_config, default_run_dir, is_finished

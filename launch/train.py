@@ -91,7 +91,9 @@ DESCRIPTION_BY_COMMON_SETTING = {
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune train` with the arguments `argv`; returns the exit code. The first of these that applies:
+    """Run `shardtune train`: start the run that the arguments describe, take part in one as a rank, or print what it would be.
+
+    Returns the exit code. The first of these that applies:
 
     - `--help` prints the usage;
     - arguments that cannot be used raise ConfigError;
@@ -131,7 +133,7 @@ def _train_or_show(arguments: TrainArguments) -> int:
 
     - -m: a sweep or a search of several runs;
     - --cfg: the configuration is printed;
-    - --dry-run: what the run would be is printed;
+    - --dry-run: what the run would do is printed;
     - none of them: the run is trained; with --json, its result is printed.
     """
     # Without looking for garbage, which would take a fifth of the time to start.
@@ -161,7 +163,10 @@ def _train_or_show(arguments: TrainArguments) -> int:
 
 
 def _run_or_show_points(arguments: TrainArguments) -> int:
-    """Train the runs of a sweep or a search, or print them; returns the exit code."""
+    """Train the runs of a sweep or a search (-m), or with --cfg or --dry-run print them; returns the exit code.
+
+    A point of a sweep is one run: a combination of the values that were given.
+    """
     from launch.sweep.multirun import run_all_points
     from launch.sweep.sweeper import is_search_requested
 
@@ -170,13 +175,17 @@ def _run_or_show_points(arguments: TrainArguments) -> int:
         print_point = partial(show_point, shown_config=arguments.shown_config)
     if is_search_requested(arguments.settings):
         return _run_or_show_search(arguments.settings, print_point)
+    # Unchecked with --cfg, as for a single run: a configuration with a mistake can be looked at.
     return run_all_points(
         arguments.settings, run_point=launch_run, show_point=print_point, check=arguments.shown_config is None
     )
 
 
 def _print_dry_run(overrides: list[str], *, as_json: bool) -> int:
-    """Print what a run would do (`--dry-run`); returns the exit code, 70 if a defect of ours prevents simulating its step."""
+    """Print what a run would do, for `--dry-run`; returns the exit code, 70 if a defect of ours prevents simulating its step.
+
+    `as_json`: print the facts as one JSON object; messages meanwhile go to stderr.
+    """
     with stdout_to_stderr(as_json):
         from launch.config.compose import compose_config
         from launch.plan.dry_run import describe_run
@@ -190,9 +199,9 @@ def _print_dry_run(overrides: list[str], *, as_json: bool) -> int:
 
 
 def run_result_json(run_dir: Path, code: int) -> dict[str, Any]:
-    """The answer of `train --json`: how a run ended, and where its record and export are. Its metrics are in its files.
+    """The answer of `train --json`: how a run ended, and where its record and export are; {"exit_code": 0, "record": ..., ...}.
 
-    `code`: the exit code of the command.
+    `code`: the exit code of the command. Metrics are in the run's files. A path that does not exist is None.
     """
     from launch.runs.stop_command import stopped_run_summary
 
@@ -206,7 +215,8 @@ def run_result_json(run_dir: Path, code: int) -> dict[str, Any]:
 def _run_or_show_search(arguments: list[str], print_point: Callable[[ComposedConfig], None] | None) -> int:
     """Search hyperparameters by Optuna, or write the file with which W&B's agents search; returns the exit code.
 
-    With `print_point`, print the plan of the search, and its first run by that function, instead.
+    `arguments`: as typed, with the ranges to search in. `print_point`: if it is not None, only the plan of the search is printed,
+    and its first run by that function.
     """
     from launch.sweep.search import run_search, run_trial_to_end
     from launch.sweep.sweeper import plan_search, requested_sweeper_name, search_summary_text
@@ -244,8 +254,9 @@ def run_dir_of_config(composed: ComposedConfig) -> Path:
 def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False) -> int:
     """Freeze a configuration into its run directory, and train it to the end or submit it to SLURM; returns the exit code.
 
-    `isolate`: train in processes of its own, so that a failure leaves this one intact (for the runs of a sweep). Such a run keeps
-    its strategy, which is what a sweep may compare; any other may go on under another one.
+    To freeze is to write it into `config.yaml`, by which ranks and later commands know the run. `isolate`: train in processes of
+    its own, so that a failure leaves this one intact (for the runs of a sweep). Such a run keeps its strategy, which is what a
+    sweep may compare; any other may go on under another one.
     """
     from launch.config.compose import is_finished
     from launch.runs.freeze import write_run_config
@@ -278,10 +289,10 @@ def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False
 
 
 def train_as_rank(arguments: list[str]) -> int:
-    """Train as one rank, started by our launcher, torchrun or srun; returns the exit code.
+    """Train as one rank of a run, in a process that our launcher, torchrun or srun has started; returns the exit code.
 
     `arguments`: the settings on the command line, for a rank without our launcher. Returns 0 also if preempted: another code
-    would make torchrun or srun end the other ranks. Returns 70 after an error that our launcher shows.
+        would make torchrun or srun end the other ranks. Returns 70 after an error that our launcher shows.
     """
     block_signals()
     from launch.config.process_role import export_torchrun_variables
@@ -323,10 +334,10 @@ class RankRun:
 
 
 def _read_run_of_rank(arguments: list[str], rank: int) -> RankRun:
-    """The run that this rank trains.
+    """Find out which run this rank trains, and read its configuration.
 
-    Our launcher has frozen it (`SHARDTUNE_CONFIG` names the file); else, as under torchrun, it is composed from the settings on
-    the command line (`arguments`), and rank 0 freezes it into its directory. Errors: ConfigError, StorageError.
+    Our launcher has frozen it (`SHARDTUNE_CONFIG` names the `config.yaml`). Otherwise, as under torchrun, it is composed from the
+    settings on the command line (`arguments`), and rank 0 freezes it into its directory. Raises ConfigError, StorageError.
     """
     with importing_without_gc("torch"):
         from launch.config.compose import compose_config, is_finished, load_frozen_config
@@ -353,7 +364,7 @@ def _read_run_of_rank(arguments: list[str], rank: int) -> RankRun:
 
 
 def _refuse_restarts(env: Mapping[str, str]) -> None:
-    """Refuse `torchrun --max-restarts`: ranks that it starts again may wait for each other for ever. Errors: ConfigError."""
+    """Raise ConfigError for `torchrun --max-restarts`: ranks that it starts again may wait for each other for ever."""
     if int(env.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise ConfigError(
             f"torchrun --max-restarts={env['TORCHELASTIC_MAX_RESTARTS']}: ranks that torchrun starts again may wait for each "
@@ -362,10 +373,10 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 
 
 def _train_in_this_process(config: RunConfig, run_dir: Path, sha256: str) -> int:
-    """Train in this process, which is the run's only rank; returns the exit code. Errors: those of training.
+    """Train in the process of the command, which is the run's only rank; returns the exit code. Raises the errors of training.
 
-    Afterwards writes the report of the run, unless it was interrupted, or another attempt has taken its directory over.
-    `sha256`: the identity of the run.
+    Afterwards writes the report of the run, unless it was interrupted, or another attempt has taken its directory over. `sha256`:
+    the identity of the run.
     """
     from launch.cluster.supervisor import find_run_directory, record_run_outcome, state_before_start
     from launch.compare import run_report
@@ -391,9 +402,10 @@ def _train_in_this_process(config: RunConfig, run_dir: Path, sha256: str) -> int
 
 
 def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
-    """Train as rank `rank`; an error is recorded in the run directory, unless another rank was first, and raised again.
+    """Train as rank `rank`, and record an error in the run directory before it is raised again.
 
-    Preempted is only raised if this is the only rank, whose command then ends with a code of its own.
+    Only the first failing rank is recorded. `run_dir`: None for a rank that learns it from rank 0. `sha256`: the identity of the
+    run. Preempted (saved after a signal) is only raised if this is the only rank, whose command then ends with a code of its own.
     """
     from launch.config.frozen import rewrite_config_with_own_choices
     from launch.config.trusted_values import remember_config
@@ -453,7 +465,7 @@ The same settings work with torchrun and sbatch:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Exit this process with a code. One of several ranks, and a rank that failed, skips the interpreter's shutdown.
+    """End this process with an exit code; one of several ranks, and a rank that failed, skips the interpreter's shutdown.
 
     The threads of process groups, destroyed or broken, can abort an interpreter that shuts down in order. After a success, the
     registered exit functions run before.

@@ -131,8 +131,7 @@ class _ReportCollector:
     """When the last node answered, by the monotonic clock."""
 
     def collect(self, num_pipes: int, *, is_queued: bool) -> float:
-        """Collect the nodes' reports into `reports` until they suffice, or waiting longer is pointless; returns the seconds
-        waited.
+        """Collect the nodes' reports into `reports` until they suffice, or waiting is pointless; returns the seconds waited.
 
         `num_pipes`: stdout and stderr of each ssh or srun, from which threads read `lines`. `is_queued`: the seconds begin with
         the first line of a node, because the wait in SLURM's queue does not count. It ends as soon as one of these holds:
