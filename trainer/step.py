@@ -17,7 +17,7 @@ from trainer.model.architecture import KEY_SELECTOR_CLASSES
 from trainer.model.encoder_decoder import EncoderDecoder
 from trainer.model.layout import AttentionLayout
 from trainer.model.noise import add_embedding_noise
-from trainer.model.quantisation import Scheme
+from trainer.model.quantisation import QuantisationScheme
 from trainer.model.weights import BaseWeights, tied_names
 from trainer.objectives.base import Objective
 from trainer.objectives.routed import AddedLosses
@@ -153,7 +153,7 @@ class BuiltModel:
     """The transformers config of the base with the run's positions, which an adapter needs; None if no setting changes them."""
     encoder_decoder: EncoderDecoder | None = None
     """Set for encoder-decoder models trained as such."""
-    scheme: Scheme | None = None
+    scheme: QuantisationScheme | None = None
     """How the weights in `quantised_shapes` are stored."""
     quantised_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the weights that are stored packed, by base name."""

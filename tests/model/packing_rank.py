@@ -13,14 +13,14 @@ def main(directory: str, index: str, count: str, pause: str) -> None:
     """Say which weight it packs as it begins with it, then whether all are right."""
     packed_cache.MIN_CACHED_BYTES, log = 0, []
 
-    def pack(name):
+    def quantise(name):
         log.append(name)
         print("packs", name, flush=True)
         time.sleep(float(pause))
         return made(name)
 
-    weights = packed_cache.PackedWeights(
-        Path(directory), SIZES, pack, host_rank=packed_cache.HostRank(int(index), int(count))
+    weights = packed_cache.QuantisedWeightsCache(
+        Path(directory), SIZES, quantise, host_rank=packed_cache.HostRank(int(index), int(count))
     )
     same = all(weights.read_slice(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
     print(json.dumps({"packed": log, "same": same, "reason": weights.reason_not_cached}))

@@ -16,11 +16,11 @@ from tests.helpers.uncompiled import bitsandbytes
 from tests.helpers.warm import heard
 from trainer.model import packed_cache
 from trainer.model.config import Quantisation
-from trainer.model.packed_cache import PackedWeights, weights_fingerprint
-from trainer.model.quantisation import Scheme
+from trainer.model.packed_cache import QuantisedWeightsCache, weights_fingerprint
+from trainer.model.quantisation import QuantisationScheme
 
 bitsandbytes()
-SCHEME = Scheme(Quantisation.nf4)
+SCHEME = QuantisationScheme(Quantisation.nf4)
 SHAPES = {f"layers.{index}.weight": (64, 128) for index in range(6)}
 SIZES = {name: SCHEME.num_bytes(shape) for name, shape in SHAPES.items()}
 
@@ -28,7 +28,7 @@ SIZES = {name: SCHEME.num_bytes(shape) for name, shape in SHAPES.items()}
 def made(name):
     """The bytes of a weight, as a rank without a cache packs them."""
     generator = torch.Generator().manual_seed(list(SHAPES).index(name))
-    return SCHEME.pack(torch.randn(SHAPES[name], generator=generator))
+    return SCHEME.quantise(torch.randn(SHAPES[name], generator=generator))
 
 
 @pytest.fixture(autouse=True)
@@ -66,17 +66,17 @@ def test_packed_cache_of_two_ranks_packs_each_weight_once_and_replaces_a_dead_ra
     assert later == {"packed": [], "same": True, "reason": ""}
 
 
-def weights(directory, pack=made):
-    return PackedWeights(directory, SIZES, pack)
+def weights(directory, quantise=made):
+    return QuantisedWeightsCache(directory, SIZES, quantise)
 
 
 def test_ranks_begin_with_different_weights(tmp_path):
     order = []
-    second = PackedWeights(
+    second = QuantisedWeightsCache(
         tmp_path, SIZES, lambda name: (order.append(name), made(name))[1], host_rank=packed_cache.HostRank(1, 2)
     )
     second.read_slice("layers.0.weight", 0, 9)
-    assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.num_packed == 6
+    assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.num_quantised == 6
 
 
 def test_packed_cache_file_that_was_cut_off_is_packed_again(tmp_path):
@@ -88,7 +88,7 @@ def test_packed_cache_file_that_was_cut_off_is_packed_again(tmp_path):
         file.write_bytes(broken)
         again = weights(tmp_path)
         assert again.read_slice(name, 5, 90).equal(made(name)[5:90])
-        assert (again.num_packed, again.reason_not_cached) == (1, "") and file.read_bytes() == whole
+        assert (again.num_quantised, again.reason_not_cached) == (1, "") and file.read_bytes() == whole
 
 
 def test_packed_cache_without_room_or_permission_is_reported_and_every_rank_packs(tmp_path, monkeypatch):
@@ -106,16 +106,16 @@ def test_packed_cache_without_room_or_permission_is_reported_and_every_rank_pack
 
 
 def test_scheme_of_quantisation_in_words():
-    assert str(Scheme(Quantisation.nf4)) == "nf4 with double quantisation"
-    assert str(Scheme(Quantisation.nf4, is_double_quantised=False)) == "nf4"
-    assert str(Scheme(Quantisation.int8)) == "int8"
+    assert str(QuantisationScheme(Quantisation.nf4)) == "nf4 with double quantisation"
+    assert str(QuantisationScheme(Quantisation.nf4, is_double_quantised=False)) == "nf4"
+    assert str(QuantisationScheme(Quantisation.int8)) == "int8"
 
 
 def test_packed_cache_fingerprint_depends_on_weights_and_settings(tmp_path):
     tiny_model_dir(tmp_path, "llama")
     first = weights_fingerprint([tmp_path], SCHEME)
     assert weights_fingerprint([tmp_path], SCHEME) == first
-    assert weights_fingerprint([tmp_path], Scheme(Quantisation.nf4, is_double_quantised=False)) != first
+    assert weights_fingerprint([tmp_path], QuantisationScheme(Quantisation.nf4, is_double_quantised=False)) != first
     file = Path(tmp_path) / "model.safetensors"
     before = file.stat()
     content = bytearray(file.read_bytes())

@@ -15,7 +15,7 @@ from tests.simulated.cases import LENGTHS, NATIVE, Case, chosen_cases, comparabl
 from tests.simulated.goldens import golden, has_versions_of_table, name_of, summary
 from trainer.model.config import ModelConfig, Quantisation
 from trainer.model.loading import load_model_config
-from trainer.model.quantisation import Scheme
+from trainer.model.quantisation import QuantisationScheme
 from trainer.planner import minimal_step
 
 CASES = chosen_cases()
@@ -121,8 +121,8 @@ def test_simulation_leaves_nothing_to_the_next_one_or_to_real_tensors(place):
     case = Case("single", "nf4", "bf16")
     first, second = (comparable(simulated(case, case.model_in(place), 1, device=torch.device("cpu"))) for _ in range(2))
     assert first == second
-    weight, scheme = torch.randn(8, 64), Scheme(Quantisation.nf4)
-    assert (scheme.unpack(scheme.pack(weight), (8, 64), torch.float32) - weight).abs().max() < 0.5
+    weight, scheme = torch.randn(8, 64), QuantisationScheme(Quantisation.nf4)
+    assert (scheme.dequantise(scheme.quantise(weight), (8, 64), torch.float32) - weight).abs().max() < 0.5
 
 
 def calls(found):

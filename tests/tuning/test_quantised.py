@@ -18,17 +18,17 @@ from tests.helpers.tokenizers import tiny_tokenizer
 from tests.helpers.uncompiled import bitsandbytes
 from trainer.export.verify import DriftError, probe_ids, reference_logits, shift_right, verify_export
 from trainer.model.config import Quantisation
-from trainer.model.quantisation import QuantisedLinear, Scheme
+from trainer.model.quantisation import QuantisationScheme, QuantisedLinear
 from trainer.objectives.seq2seq import Seq2seqConfig
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import method_of
 
 bnb = bitsandbytes()
 SCHEMES = {
-    "nf4": Scheme(Quantisation.nf4, is_double_quantised=True),
-    "nf4 single": Scheme(Quantisation.nf4, is_double_quantised=False),
-    "fp4": Scheme(Quantisation.fp4, is_double_quantised=True),
-    "int8": Scheme(Quantisation.int8),
+    "nf4": QuantisationScheme(Quantisation.nf4, is_double_quantised=True),
+    "nf4 single": QuantisationScheme(Quantisation.nf4, is_double_quantised=False),
+    "fp4": QuantisationScheme(Quantisation.fp4, is_double_quantised=True),
+    "int8": QuantisationScheme(Quantisation.int8),
 }
 WORKING = [name for name in ADAPTERS if "quantised" not in method_of(ADAPTERS[name][0]).refusal_by_property]
 WORKING = [name for name in WORKING if "pissa" not in name and "olora" not in name]
@@ -65,7 +65,7 @@ def rounded_base(base, scheme, device="cpu"):
 def test_quantised_numbers_are_those_of_bitsandbytes(name, shape):
     scheme = SCHEMES[name]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    packed = scheme.pack(weight)
+    packed = scheme.quantise(weight)
     assert packed.dtype is torch.uint8
     assert len(packed) == scheme.num_bytes(shape)
     if scheme.kind is Quantisation.int8:
@@ -79,12 +79,12 @@ def test_quantised_numbers_are_those_of_bitsandbytes(name, shape):
             requires_grad=False,
         ).to("cpu")
         expected = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
-    found = scheme.unpack(packed, shape, torch.float32)
+    found = scheme.dequantise(packed, shape, torch.float32)
     assert torch.equal(found, expected)
     assert 0 < (found - weight).abs().max() < weight.abs().max()
     shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), packed])[3:]  # as a part of a gathered buffer may lie
-    assert torch.equal(scheme.unpack(shifted, shape, torch.float32), expected)
-    assert torch.equal(scheme.unpack(packed, shape, torch.bfloat16), expected.bfloat16())
+    assert torch.equal(scheme.dequantise(shifted, shape, torch.float32), expected)
+    assert torch.equal(scheme.dequantise(packed, shape, torch.bfloat16), expected.bfloat16())
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -93,7 +93,7 @@ def test_quantised_layer_has_values_and_gradients_of_a_plain_one_with_rounded_we
     torch.manual_seed(0)
     plain = torch.nn.Linear(48, 40)
     layer = QuantisedLinear.of_linear(plain, scheme)
-    layer.weight = torch.nn.Parameter(scheme.pack(plain.weight.detach()), requires_grad=False)
+    layer.weight = torch.nn.Parameter(scheme.quantise(plain.weight.detach()), requires_grad=False)
     before = layer.weight.detach().clone()
     plain.weight.data = scheme.round_trip(plain.weight.detach())
     x, y = torch.randn(5, 48, requires_grad=True), torch.randn(5, 40)
@@ -111,7 +111,7 @@ def test_quantised_layer_compiles_to_one_graph():
     """Parted where the codes' values are looked up, a block would be compiled anew for each length, and then no more."""
     plain = torch.nn.Linear(64, 32, bias=False)
     layer = QuantisedLinear.of_linear(plain, SCHEMES["nf4"])
-    layer.weight = torch.nn.Parameter(SCHEMES["nf4"].pack(plain.weight.detach()), requires_grad=False)
+    layer.weight = torch.nn.Parameter(SCHEMES["nf4"].quantise(plain.weight.detach()), requires_grad=False)
     x = torch.randn(3, 64, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     outs = [compute(x) for compute in (compiled, layer)]

@@ -14,7 +14,7 @@ from tests.tuning.test_quantised import SCHEMES, rounded_base, settings_of
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.model import quantised_experts
 from trainer.model.config import Quantisation
-from trainer.model.quantised_experts import num_bytes, pack_slice, round_trip_stack, unpack_stack
+from trainer.model.quantised_experts import dequantise_experts, num_bytes, quantise_experts_slice, round_trip_experts
 from trainer.tuning.base import LoraConfig
 
 bnb = bitsandbytes()
@@ -51,12 +51,12 @@ def test_quantised_experts_are_those_of_bitsandbytes_in_any_part(name, shape):
         asked.append(number)
         return weight[number]
 
-    packed = pack_slice(scheme, shape, 0, size, expert)
+    packed = quantise_experts_slice(scheme, shape, 0, size, expert)
     assert len(packed) == size and asked == list(range(shape[0]))
     expected = as_bitsandbytes(scheme, weight)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(unpack_stack(scheme, packed, shape, dtype), expected.to(dtype))
-    assert torch.equal(round_trip_stack(scheme, weight), expected)
+        assert torch.equal(dequantise_experts(scheme, packed, shape, dtype), expected.to(dtype))
+    assert torch.equal(round_trip_experts(scheme, weight), expected)
     assert 0 < (expected - weight).abs().max() < weight.abs().max()
     each = size // shape[0]
     for start, stop, needed in (
@@ -66,7 +66,7 @@ def test_quantised_experts_are_those_of_bitsandbytes_in_any_part(name, shape):
         (each, size, [*range(1, shape[0])]),
     ):
         asked.clear()
-        assert torch.equal(pack_slice(scheme, shape, start, stop, expert), packed[start:stop])
+        assert torch.equal(quantise_experts_slice(scheme, shape, start, stop, expert), packed[start:stop])
         assert asked == needed
 
 
@@ -75,8 +75,8 @@ def test_quantised_experts_beyond_the_counter_of_a_kernel_are_made_in_parts(monk
     """bitsandbytes' kernels for GPUs count in 32 bits, and a layer of DeepSeek-V3 has seven times as many."""
     scheme, shape, sizes = SCHEMES[name], (5, 64, 128), []
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    packed = pack_slice(scheme, shape, 0, num_bytes(scheme, shape), lambda number: weight[number])
-    whole, made = unpack_stack(scheme, packed, shape, torch.float32), bnb.functional.dequantize_4bit
+    packed = quantise_experts_slice(scheme, shape, 0, num_bytes(scheme, shape), lambda number: weight[number])
+    whole, made = dequantise_experts(scheme, packed, shape, torch.float32), bnb.functional.dequantize_4bit
 
     def counted(codes, state):
         sizes.append(state.shape.numel())
@@ -84,7 +84,7 @@ def test_quantised_experts_beyond_the_counter_of_a_kernel_are_made_in_parts(monk
 
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", counted)
     monkeypatch.setattr(quantised_experts, "MAX_ELEMENTS_PER_CALL", 3 * 64 * 128 - 1)
-    assert torch.equal(unpack_stack(scheme, packed, shape, torch.float32), whole)
+    assert torch.equal(dequantise_experts(scheme, packed, shape, torch.float32), whole)
     assert sizes == ([] if scheme.kind is Quantisation.int8 else [2 * 64 * 128, 2 * 64 * 128, 64 * 128])
 
 
@@ -94,7 +94,7 @@ def test_quantised_experts_of_single_scales_are_those_of_the_weight_at_once():
     holder = torch.nn.Module()
     holder.weight = torch.nn.Parameter(weight.clone())
     parametrize.replace_parameter_4bit(holder, "weight", quant_type="nf4", blocksize=64)
-    assert torch.equal(round_trip_stack(SCHEMES["nf4 single"], weight), holder.weight.detach())
+    assert torch.equal(round_trip_experts(SCHEMES["nf4 single"], weight), holder.weight.detach())
 
 
 def plain_rounded(base, scheme):

@@ -25,7 +25,7 @@ from trainer.model.frozen_rows import always_zero_rows
 from trainer.model.known_shapes import shape_instead_of_files
 from trainer.model.layout import AttentionLayout
 from trainer.model.loading import find_weights_directory, load_model_config
-from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
+from trainer.model.quantisation import QuantisationScheme, quantise_layers, unquantised_note
 from trainer.model.quantised_experts import quantise_experts
 from trainer.model.rope import check_adapter_positions, positions_are_set
 from trainer.model.rules import check_kind
@@ -200,7 +200,7 @@ def _quantise_frozen_weights(built: BuiltModel, config: ModelConfig, head: Any) 
 
     Called after tuning, since peft sizes its adapters by plain layers.
     """
-    scheme = Scheme.from_settings(config.quantisation, config.double_quantisation)
+    scheme = QuantisationScheme.from_settings(config.quantisation, config.double_quantisation)
     built.scheme = scheme
     if scheme is None:
         return

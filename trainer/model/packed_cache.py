@@ -1,7 +1,7 @@
-"""Packed weights of a quantised base, cached on the host. Each is packed once, by the first rank that needs it.
+"""Quantised weights of a quantised base, cached on the host. Each is quantised once, by the first rank that needs it.
 
-The other ranks, and later runs on the same weights, read their part of it. A rank holds a lock while it packs a
-weight. If it dies, the lock is released and another rank packs. Nothing here communicates: files are written under
+The other ranks, and later runs on the same weights, read their part of it. A rank holds a lock while it quantises a
+weight. If it dies, the lock is released and another rank quantises. Nothing here communicates: files are written under
 another name and renamed.
 """
 
@@ -21,12 +21,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from strategies.cache_dir import cache_directory
-from trainer.model.quantisation import Scheme
+from trainer.model.quantisation import QuantisationScheme
 
 FORMAT_VERSION = 1
-"""Version of the files' content; files of another version are not read, and their weights packed anew."""
+"""Version of the files' content; files of another version are not read, and their weights quantised anew."""
 MIN_CACHED_BYTES = 64 * 2**20
-"""Packed weights of fewer bytes in all are not cached: packing them takes a second."""
+"""Quantised weights of fewer bytes in all are not cached: quantising them takes a second."""
 SAMPLES_PER_FILE = 16
 """Samples that a fingerprint reads of each file."""
 SAMPLE_BYTES = 2**16
@@ -45,7 +45,7 @@ class HostRank(NamedTuple):
 ONLY_RANK = HostRank(rank=0, num_ranks=1)
 
 
-def weights_fingerprint(directories: list[Path], scheme: Scheme) -> str:
+def weights_fingerprint(directories: list[Path], scheme: QuantisationScheme) -> str:
     """32 hex digits that identify the quantised form of the weights in `directories`: they name its directory in the cache.
 
     The digest covers the scheme of quantisation, and each file's name, size, time of change and `SAMPLES_PER_FILE` samples of
@@ -65,60 +65,55 @@ def weights_fingerprint(directories: list[Path], scheme: Scheme) -> str:
     return digest.hexdigest()[:32]
 
 
-def packed_weights_directory(key: str) -> Path:
-    """The directory of the cached weights with this fingerprint."""
-    return cache_directory() / "packed" / key
-
-
 def cached_weights(
     source_directories: list[Path],
-    scheme: Scheme,
+    scheme: QuantisationScheme,
     shapes: Mapping[str, tuple[int, ...]],
-    pack: Callable[[str], Tensor],
+    quantise: Callable[[str], Tensor],
     host_rank: HostRank,
-) -> PackedWeights:
+) -> QuantisedWeightsCache:
     """The host's cache of a base's quantised matrices; nothing is read or quantised yet.
 
     `source_directories`: those of the base and of adapters that are merged into it. `shapes`: of its quantised weights, by base
-    name. Stacks of experts (3-d) are not cached: the ranks that hold them quantise them. `pack(name)` quantises a matrix into
-    bytes.
+    name. Stacks of experts (3-d) are not cached: the ranks that hold them quantise them. `quantise(name)` quantises a matrix
+    into bytes.
     """
     num_bytes_by_name = {}
     for name, shape in shapes.items():
         if len(shape) == 2:
             num_bytes_by_name[name] = scheme.num_bytes((shape[0], shape[1]))
-    directory = packed_weights_directory(weights_fingerprint(source_directories, scheme))
-    return PackedWeights(directory, num_bytes_by_name, pack, host_rank=host_rank)
+    directory = cache_directory() / "packed" / weights_fingerprint(source_directories, scheme)
+    return QuantisedWeightsCache(directory, num_bytes_by_name, quantise, host_rank=host_rank)
 
 
-class PackedWeights:
-    """The packed weights of one base, kept on this host: each is packed by the first rank that needs it.
+class QuantisedWeightsCache:
+    """The quantised weights of one base, kept on this host: each is quantised by the first rank that needs it.
 
-    `directory`: where the files are. `num_bytes_by_name`: of each packed weight. `pack(name)` quantises one into bytes, uint8
-    `[num_bytes]`, on the CPU. `host_rank`: this rank, which begins with another weight than the others of its host.
+    `directory`: where the files are. `num_bytes_by_name`: of each quantised weight. `quantise(name)` quantises one into bytes,
+    uint8 `[num_bytes]`, on the CPU. `host_rank`: this rank, which begins with another weight than the others of its host.
     """
 
     def __init__(
         self,
         directory: Path,
         num_bytes_by_name: dict[str, int],
-        pack: Callable[[str], Tensor],
+        quantise: Callable[[str], Tensor],
         *,
         host_rank: HostRank = ONLY_RANK,
     ) -> None:
         self.directory = directory
         self.num_bytes_by_name = num_bytes_by_name
-        self.pack = pack
+        self.quantise = quantise
         self.host_rank = host_rank
-        self.num_packed = 0
-        """Weights that this process has packed."""
+        self.num_quantised = 0
+        """Weights that this process has quantised."""
         self.reason_not_cached = ""
         """Why nothing is cached; empty if it is."""
-        self._has_packed_missing = False
+        self._has_filled_cache = False
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all packed weights."""
+        """Bytes of all quantised weights."""
         return sum(self.num_bytes_by_name.values())
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
@@ -128,27 +123,27 @@ class PackedWeights:
         why), the weight is quantised in memory instead.
         """
         try:
-            if not self._has_packed_missing:
-                self._has_packed_missing = True
-                self._pack_missing_into_cache()
+            if not self._has_filled_cache:
+                self._has_filled_cache = True
+                self._fill_cache()
             if not self.reason_not_cached:
                 packed_bytes = self._read_cached(name, start, stop)
                 if packed_bytes is None:  # no file yet, or a broken one
-                    self._pack_into_cache(name, wait=True)
+                    self._quantise_into_cache(name, wait=True)
                     packed_bytes = self._read_cached(name, start, stop)
                 if packed_bytes is not None:
                     return packed_bytes
-                # From here on this process packs for itself: a slow start is better than none.
+                # From here on this process quantises for itself: a slow start is better than none.
                 self.reason_not_cached = f"what was written to {self._cache_file(name)} cannot be read"
         except OSError as error:
             self.reason_not_cached = f"{error.strerror or error} ({error.filename or self.directory})"
-        self.num_packed += 1
-        return self.pack(name)[start:stop]
+        self.num_quantised += 1
+        return self.quantise(name)[start:stop]
 
-    def _pack_missing_into_cache(self) -> None:
-        """Quantise the weights that no other rank has packed or is packing, so that the ranks of a host pack each one once.
+    def _fill_cache(self) -> None:
+        """Quantise the weights that no other rank of the host has quantised or is quantising, so that each is done once.
 
-        Without a lock on a weight, which another rank has while it packs, this one goes on to the next. Sets
+        Without a lock on a weight, which another rank has while it quantises, this one goes on to the next. Sets
         `reason_not_cached` instead if the weights are too small to be worth it, or if the disk has too little space.
         """
         if self.total_bytes < MIN_CACHED_BYTES:
@@ -167,21 +162,21 @@ class PackedWeights:
         # Each rank begins at another weight, so that ranks seldom meet at the same one.
         first = len(missing) * self.host_rank.rank // self.host_rank.num_ranks
         for name in missing[first:] + missing[:first]:
-            self._pack_into_cache(name, wait=False)
+            self._quantise_into_cache(name, wait=False)
 
     def _cache_file(self, name: str) -> Path:
-        """The file of a packed weight in the cache."""
+        """The file of a quantised weight in the cache."""
         return self.directory / f"{name}.safetensors"
 
     def _is_cached(self, name: str) -> bool:
-        """Whether the file of a packed weight is there, and large enough to be complete: larger than its bytes, since it has a
-        header.
+        """Whether the file of a quantised weight is there, and large enough to be complete: larger than its bytes, since it has
+        a header.
         """
         file = self._cache_file(name)
         return file.exists() and file.stat().st_size > self.num_bytes_by_name[name]
 
     def _read_cached(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Bytes `[start, stop)` of a packed weight from its file, uint8; None if there is no file, or it is broken."""
+        """Bytes `[start, stop)` of a quantised weight from its file, uint8; None if there is no file, or it is broken."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -192,11 +187,11 @@ class PackedWeights:
         except (FileNotFoundError, SafetensorError):
             return None
 
-    def _pack_into_cache(self, name: str, *, wait: bool) -> None:
+    def _quantise_into_cache(self, name: str, *, wait: bool) -> None:
         """Quantise a weight into its file in the cache, unless the file is there. Raises OSError.
 
-        Another process may be doing that. With `wait` this call waits for it, and packs the weight again if the file cannot be
-        read. Without `wait` it returns at once.
+        Another process may be doing that. With `wait` this call waits for it, and quantises the weight again if the file cannot
+        be read. Without `wait` it returns at once.
         """
         from safetensors.torch import save
 
@@ -209,12 +204,12 @@ class PackedWeights:
                 return
             if self._is_cached(name) and (not wait or self._read_cached(name, 0, 1) is not None):
                 return
-            self.num_packed += 1
+            self.num_quantised += 1
             # Written under another name and renamed, so that no process reads half a file.
             temporary = self._cache_file(name).with_suffix(f".{socket.gethostname()}.{os.getpid()}")
             try:
                 with temporary.open("wb") as file:
-                    file.write(save({TENSOR_KEY: self.pack(name)}))
+                    file.write(save({TENSOR_KEY: self.quantise(name)}))
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self._cache_file(name))

@@ -36,11 +36,11 @@ INT8_STEP = 1.0 / 127.0
 ALIGNMENT_BYTES = 16
 """Bytes to which the whole is padded, so that any shard of it starts at a whole element."""
 NOTABLE_SHARE = 0.05
-"""Share of a model's parameters that are not stored packed, from which on it is said."""
+"""Share of a model's parameters that are not stored quantised, from which on it is said."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
+class QuantisationScheme:
     """How a weight `[out, in]` becomes bytes and back; what it makes depends on the values alone, not on the device."""
 
     kind: Quantisation
@@ -48,7 +48,7 @@ class Scheme:
     """Whether the scales of 4-bit blocks are quantised too (to 8 bits)."""
 
     @classmethod
-    def from_settings(cls, kind: Quantisation, is_double_quantised: bool) -> Scheme | None:
+    def from_settings(cls, kind: Quantisation, is_double_quantised: bool) -> QuantisationScheme | None:
         """The scheme of these settings, None where nothing is quantised."""
         return None if kind is Quantisation.none else cls(kind, is_double_quantised)
 
@@ -56,8 +56,8 @@ class Scheme:
         nested = self.kind is not Quantisation.int8 and self.is_double_quantised
         return f"{self.kind}{' with double quantisation' if nested else ''}"
 
-    def part_bytes(self, shape: tuple[int, int]) -> list[int]:
-        """Bytes of each part of a packed weight of this shape, in the order in which they lie:
+    def num_bytes_of_parts(self, shape: tuple[int, int]) -> list[int]:
+        """Bytes of each part of a quantised weight of this shape, in the order in which they lie:
 
         - int8: codes (a byte an element), scales (float32, one a row).
         - 4 bits: codes (two elements a byte), scales (float32, one a block).
@@ -76,10 +76,10 @@ class Scheme:
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of the whole, padding included."""
-        return math.ceil(sum(self.part_bytes(shape)) / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return math.ceil(sum(self.num_bytes_of_parts(shape)) / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
     @torch.no_grad()
-    def pack(self, weight: Tensor) -> Tensor:
+    def quantise(self, weight: Tensor) -> Tensor:
         """Quantise a weight `[out, in]`: its codes, then its scales, then zeros up to `num_bytes`, as uint8 `[num_bytes]`.
 
         Done on the CPU, where the same values always give the same bytes.
@@ -105,25 +105,25 @@ class Scheme:
         flat = [piece.reshape(-1).contiguous().view(torch.uint8) for piece in pieces]
         sizes = [len(piece) for piece in flat]
         shape = (weight.shape[0], weight.shape[1])
-        assert sizes == self.part_bytes(shape)
+        assert sizes == self.num_bytes_of_parts(shape)
         # Zeros up to a multiple of `ALIGNMENT_BYTES`.
         padding = torch.zeros(self.num_bytes(shape) - sum(sizes), dtype=torch.uint8)
         return torch.cat([*flat, padding])
 
     @torch.no_grad()
-    def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantise(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Dequantise: the weight `[out, in]` of `shape` that the bytes `packed` stand for, in `dtype`, on their device; on meta
         an empty one.
 
-        It is rounded: `pack` has made the bytes of a weight that had more bits.
+        It is rounded: `quantise` has made the bytes of a weight that had more bits.
         """
         from bitsandbytes import functional as bnb
 
         if packed.is_meta:
             return torch.empty(shape, dtype=dtype, device=packed.device)
-        part_sizes = self.part_bytes(shape)
+        part_sizes = self.num_bytes_of_parts(shape)
         without_padding = packed.detach()[: sum(part_sizes)]
-        parts = without_padding.split(part_sizes)  # `part_bytes` says which they are
+        parts = without_padding.split(part_sizes)  # `num_bytes_of_parts` says which they are
         codes = parts[0]
         if self.kind is Quantisation.int8:
             row_scales = as_float32(parts[1])[:, None] * INT8_STEP
@@ -157,7 +157,7 @@ class Scheme:
     def round_trip(self, weight: Tensor) -> Tensor:
         """The rounded values that the model computes with in the place of `weight [out, in]`, float32."""
         shape = (weight.shape[0], weight.shape[1])
-        return self.unpack(self.pack(weight), shape, torch.float32)
+        return self.dequantise(self.quantise(weight), shape, torch.float32)
 
 
 def as_float32(raw_bytes: Tensor) -> Tensor:
@@ -189,29 +189,29 @@ class _QuantisedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scheme: QuantisationScheme, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.settings = scheme, shape
-        return F.linear(x, scheme.unpack(packed, shape, x.dtype))
+        return F.linear(x, scheme.dequantise(packed, shape, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (packed,) = ctx.saved_tensors
         scheme, shape = ctx.settings
-        return grad @ scheme.unpack(packed, shape, grad.dtype), None, None, None
+        return grad @ scheme.dequantise(packed, shape, grad.dtype), None, None, None
 
 
 class QuantisedLinear(nn.Linear):
-    """A frozen linear layer whose `weight` is the bytes of `Scheme.pack`, `[num_bytes]` uint8."""
+    """A frozen linear layer whose `weight` is the bytes of `QuantisationScheme.quantise`, `[num_bytes]` uint8."""
 
-    scheme: Scheme
+    scheme: QuantisationScheme
     packed_elements: dict[str, int]
     """How many elements of the model a parameter of this layer stands for."""
 
     @classmethod
-    def of_linear(cls, layer: nn.Linear, scheme: Scheme) -> QuantisedLinear:
-        """Replace a linear layer: the same layer with a weight of packed bytes on meta, to be filled later; it keeps its bias
-        and hooks.
+    def of_linear(cls, layer: nn.Linear, scheme: QuantisationScheme) -> QuantisedLinear:
+        """Replace a linear layer: the same layer with a weight of quantised bytes on meta, to be filled later; it keeps its
+        bias and hooks.
         """
         # Without `__init__`, which would make new parameters and forget what others have set on the layer.
         quantised = cls.__new__(cls)
@@ -239,7 +239,7 @@ class QuantisedLinear(nn.Linear):
 
 def quantise_layers(
     model: nn.Module,
-    scheme: Scheme,
+    scheme: QuantisationScheme,
     *,
     output_head: nn.Module | None,
     kept_prefixes: tuple[str, ...],
@@ -277,15 +277,15 @@ def quantise_layers(
     return shapes
 
 
-def unquantised_note(meta_model: nn.Module, packed_names: set[str]) -> str | None:
+def unquantised_note(meta_model: nn.Module, uncounted_names: set[str]) -> str | None:
     """A note for the user on the matrices that stay unquantised, with their size and the largest of them; None if they are few.
 
-    `meta_model`: the model before it is quantised. `packed_names`: of its parameters that do not count: quantised ones,
+    `meta_model`: the model before it is quantised. `uncounted_names`: of its parameters that do not count: quantised ones,
     and those that are meant to stay as they are. "Few": less than `NOTABLE_SHARE` of all parameters.
     """
     sizes = {}
     for name, parameter in meta_model.named_parameters():
-        if parameter.dim() > 1 and name not in packed_names and not name.endswith("bias"):
+        if parameter.dim() > 1 and name not in uncounted_names and not name.endswith("bias"):
             sizes[name] = parameter.numel()
     num_unquantised = sum(sizes.values())
     share = num_unquantised / sum(parameter.numel() for parameter in meta_model.parameters())

@@ -20,9 +20,9 @@ from strategies.parameters import FROZEN_MODEL_PREFIXES
 from strategies.runtime import derived_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import SafetensorsFiles
-from trainer.model.packed_cache import HostRank, PackedWeights, cached_weights
-from trainer.model.quantisation import Scheme
-from trainer.model.quantised_experts import pack_slice, round_trip_stack
+from trainer.model.packed_cache import HostRank, QuantisedWeightsCache, cached_weights
+from trainer.model.quantisation import QuantisationScheme
+from trainer.model.quantised_experts import quantise_experts_slice, round_trip_experts
 from trainer.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class BaseWeights(Checkpoint):
         tied: dict[str, list[str]] | None = None,
         *,
         merged_adapters: MergedAdapters | None = None,
-        scheme: Scheme | None = None,
+        scheme: QuantisationScheme | None = None,
         quantised: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(directory, meta_model, tied)
@@ -133,9 +133,10 @@ class BaseWeights(Checkpoint):
                 "merged model as model.path"
             )
         self._adapted = {self._stored_name(name): name for name in changed}
-        self._last: tuple[str, Tensor] | None = None
-        self.packed_cache: PackedWeights | None = None
-        """Where packed weights are kept on this host, if they are."""
+        self._last_quantised: tuple[str, Tensor] | None = None
+        """(name, bytes) of the matrix that was quantised last: its slices are asked for one by one."""
+        self.packed_cache: QuantisedWeightsCache | None = None
+        """Where quantised weights are kept on this host, if they are."""
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened parameter, adapters merged in, but not rounded."""
@@ -156,13 +157,13 @@ class BaseWeights(Checkpoint):
         if name not in self.quantised_shapes or self.scheme is None:
             return parameter
         # A matrix, or a stack of one matrix for each expert.
-        return self.scheme.round_trip(parameter) if parameter.dim() == 2 else round_trip_stack(self.scheme, parameter)
+        return self.scheme.round_trip(parameter) if parameter.dim() == 2 else round_trip_experts(self.scheme, parameter)
 
     def close(self) -> None:
         super().close()
-        self._last = None
+        self._last_quantised = None
 
-    def pack_now(self, name: str, start: int, stop: int) -> Tensor:
+    def quantise_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Quantise a weight, and return the bytes `[start, stop)` of its codes and scales, uint8.
 
         A weight is a matrix, or `[experts, ., .]` with a matrix for each expert, of which only those in the bytes are read.
@@ -170,21 +171,21 @@ class BaseWeights(Checkpoint):
         assert self.scheme is not None
         shape = self.quantised_shapes[name]
         if len(shape) != 3:
-            return self.pack_matrix(name)[start:stop]
+            return self.quantise_matrix(name)[start:stop]
         expert_elements = shape[1] * shape[2]
 
         def read_expert(expert: int) -> Tensor:
             values = self.read_slice(name, expert * expert_elements, (expert + 1) * expert_elements)
             return values.view(shape[1:])
 
-        return pack_slice(self.scheme, shape, start, stop, read_expert)
+        return quantise_experts_slice(self.scheme, shape, start, stop, read_expert)
 
-    def pack_matrix(self, name: str) -> Tensor:
+    def quantise_matrix(self, name: str) -> Tensor:
         """Quantise a matrix: the bytes of its codes and scales, `[num_bytes]` uint8. The last one is kept for the next call."""
         assert self.scheme is not None
-        if self._last is None or self._last[0] != name:
-            self._last = name, self.scheme.pack(super().full_tensor(name))
-        return self._last[1]
+        if self._last_quantised is None or self._last_quantised[0] != name:
+            self._last_quantised = name, self.scheme.quantise(super().full_tensor(name))
+        return self._last_quantised[1]
 
     def use_packed_cache(self, adapters: list[str], host_rank: HostRank) -> None:
         """Let the ranks of this host quantise each matrix once between them, and keep the bytes in a cache that later runs read
@@ -194,16 +195,18 @@ class BaseWeights(Checkpoint):
         """
         assert self.scheme is not None
         directories = [self.directory, *(Path(adapter).expanduser() for adapter in adapters)]
-        self.packed_cache = cached_weights(directories, self.scheme, self.quantised_shapes, self.pack_matrix, host_rank)
+        self.packed_cache = cached_weights(
+            directories, self.scheme, self.quantised_shapes, self.quantise_matrix, host_rank
+        )
 
-    def read_packed(self, name: str, start: int, stop: int) -> Tensor:
+    def read_quantised(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes `[start, stop)` of a weight that is stored quantised, uint8: from this host's cache if it has the weight, else
         quantised now.
 
         The cache has matrices only. Experts are quantised anew by the ranks that hold them.
         """
         if self.packed_cache is None or name not in self.packed_cache.num_bytes_by_name:
-            return self.pack_now(name, start, stop)
+            return self.quantise_slice(name, start, stop)
         return self.packed_cache.read_slice(name, start, stop)
 
 
@@ -294,7 +297,7 @@ class WeightSource:
           is of a new head (a name under `head_prefixes`), which is then drawn.
         - else its shape must be the checkpoint's, unless it grows with added tokens.
 
-        `shape_by_name`: of the model's parameters; a weight that is stored packed has another shape there than in the
+        `shape_by_name`: of the model's parameters; a weight that is stored quantised has another shape there than in the
         checkpoint. Raises ConfigError with the first five differences.
         """
         problems = []
@@ -338,7 +341,7 @@ class WeightSource:
         The first case that holds:
         - of a frozen model beside the tuned one (a teacher, a reward model): from its own source.
         - the tuning method owns or rewrites it: the method's initial value.
-        - quantised: the packed bytes.
+        - quantised: the quantised bytes.
         - not in the checkpoint: a fixed value, or drawn from the seed.
         - the vocabulary grows: the stored rows, then new ones.
         - else: as stored.
@@ -354,7 +357,7 @@ class WeightSource:
         base_name = self.tuning.base_name(name)
         stored_name = self.checkpoint.name_in_checkpoint(base_name)
         if base_name in self.checkpoint.quantised_shapes:
-            return self.checkpoint.read_packed(base_name, start, stop)
+            return self.checkpoint.read_quantised(base_name, start, stop)
         if stored_name is None:
             if base_name in self.computed_values:
                 initial = self.computed_values[base_name]

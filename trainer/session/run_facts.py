@@ -209,7 +209,7 @@ def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, An
     cache = source.checkpoint.packed_cache
     if cache is None:
         return None
-    packed_and_reason_by_rank = gather_objects((cache.num_packed, cache.reason_not_cached), runtime)
+    packed_and_reason_by_rank = gather_objects((cache.num_quantised, cache.reason_not_cached), runtime)
     packed_now = [packed for packed, _ in packed_and_reason_by_rank]
     reasons = [reason for _, reason in packed_and_reason_by_rank if reason]
     return {

@@ -20,11 +20,11 @@ ALIGNMENT_BYTES = 16
 """Rows of the matrices in a grouped product must be a multiple of this long."""
 
 
-class UnpacksExperts(Protocol):
+class DequantisesExperts(Protocol):
     """Expert weights that are stored in few bits (`trainer/model/quantised_experts.py`)."""
 
-    def unpack(self, name: str, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight `name` of the layer in `dtype`, from its packed bytes."""
+    def dequantise(self, name: str, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight `name` of the layer in `dtype`, from its quantised bytes."""
 
 
 @dataclass(slots=True)
@@ -57,8 +57,8 @@ def frozen_experts(
     """The output of a layer's experts with frozen weights, plus `low_rank` (LoRA) updates of these weights, by parameter name.
 
     `module`: transformers' experts. `hidden` is `[T, H]`; `expert_ids` and their `weights` are `[T, k]`: the experts that each
-    token chose. Returns `[T, H]` in the type of `hidden`. Weights may be stored packed (`module.packed_experts`): they are then
-    unpacked to the type of `hidden` for each product.
+    token chose. Returns `[T, H]` in the type of `hidden`. Weights may be stored quantised (`module.packed_experts`): they are
+    then dequantised to the type of `hidden` for each product.
     """
     assert not is_expert_parallel(module), "experts are not split over ranks here"
     experts_per_token = expert_ids.shape[-1]
@@ -99,15 +99,15 @@ def _expert_product(
     """One product of a layer's experts: `rows @ W.T`, each row with its expert's weight `name`, its update and its bias.
 
     `rows [S, in]` are sorted by expert. `row_experts [S]`: the expert of each row. `offsets [E]`: where each expert's rows end.
-    `low_rank`: updates by name of the weight. `dtype`: in which packed weights are unpacked; others are computed with in their
-    own type.
+    `low_rank`: updates by name of the weight. `dtype`: in which quantised weights are dequantised; others are computed with in
+    their own type.
     """
     weight = getattr(module, name)
-    packed: UnpacksExperts | None = getattr(module, "packed_experts", None)
-    if packed is None:
+    quantised: DequantisesExperts | None = getattr(module, "packed_experts", None)
+    if quantised is None:
         dtype = weight.dtype
-    # Packed weights are unpacked inside the product, and again in its backward pass: they are never kept.
-    read_weights = _unpacked if packed is None else partial(packed.unpack, name, dtype=dtype)
+    # Quantised weights are dequantised inside the product, and again in its backward pass: they are never kept.
+    read_weights = _as_stored if quantised is None else partial(quantised.dequantise, name, dtype=dtype)
     frozen = FrozenWeights(read_weights, offsets, module.is_transposed)
     if low_rank is None:
         output = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
@@ -120,7 +120,7 @@ def _expert_product(
     return output
 
 
-def _unpacked(weight: Tensor) -> Tensor:
+def _as_stored(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -129,7 +129,7 @@ class FrozenWeights:
     """How to read frozen weights, and which rows belong to which expert."""
 
     read_weights: Callable[[Tensor], Tensor]
-    """Gives the weights `[E, ., .]` from the parameter that holds them, which may be packed."""
+    """Gives the weights `[E, ., .]` from the parameter that holds them, which may be quantised."""
     offsets: Tensor
     """`[E]` int32: where each expert's rows end."""
     is_transposed: bool
@@ -147,7 +147,7 @@ class FrozenWeights:
 
 
 class _GroupedFrozen(torch.autograd.Function):
-    """The product without an update. Saves the parameter, which may be packed: the backward pass unpacks it again."""
+    """The product without an update. Saves the parameter, which may be quantised: the backward pass dequantises it again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen_weight: Tensor, frozen: FrozenWeights) -> Tensor:
