@@ -261,8 +261,10 @@ class Kto(Objective):
         its mean over the step in `batch["step_means"]`, and the step's counts of answers in `batch["totals"]`: all under `loss`,
         and by verdict.
         """
+        # How likely each answer was before training.
         reference = reference_logps(model, batch, self.reference)
         logps, num_tokens = sequence_logps(model, batch)
+        # Ranks that share a row all compute its answers; one of them counts them.
         is_counted = (num_tokens > 0).float() * counted_here(batch)
         log_ratios = (logps - reference) * is_counted
         if "is_look_ahead" in batch:

@@ -90,19 +90,21 @@ class Policy(Objective):
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute GRPO's loss and its metrics, by the names that the class lists; each a sum over the learned tokens, 0-d.
 
-        Ratios compare the policy now with the one before the round's first update; differences of "sampling" are between the
-        log-probabilities at generation and here. All ranks that share rows must call. A micro-batch may hold no learned token.
+        All ranks that share rows must call. A micro-batch may hold no learned token.
         """
         config = self.config
         entries = _TokenEntries.of_batch(batch)
+        # Runs the model up to its output head; N learned tokens are left of all positions.
         head, hidden, targets = supervised_rows(model, batch)
+        # By token: its log-probability, and the entropy of its distribution, at the temperature of generation.
         logps, entropy = row_logps(head, hidden, targets, config.rollout.temperature)
-        # None in a round of one step, which no update precedes.
+        # Those before the round's first update. In a round of one step no update precedes, so that they are those of now.
         old_logps = logps.detach() if entries.old_logps is None else entries.old_logps
         ratio = self._importance_ratio(logps - old_logps, batch)
 
         # The loss of each token, and numbers of each token whose mean is logged.
         losses = self._policy_losses(ratio, logps, entries.advantages)
+        # The second is how far the log-probabilities at generation are from those of training, which should be the same.
         logged = {ENTROPY_METRIC: entropy, SAMPLING_DIFFERENCE_METRIC: (old_logps - entries.sampling_logps).abs()}
         if self.uses_kl:
             assert entries.reference_logps is not None

@@ -170,11 +170,13 @@ class ReplayCollator(Collator):
     def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
         """Cut this rank's slice of a row that ranks share, and note how rows of replayed documents get from one cut to the other.
 
-        See the class.
+        See the class. `cut`: which slice this rank has.
         """
         slices = super().cut(batch, cut)
         if "replay" in batch:
             replay_positions = batch["target_rows"][batch["replay_rows"]]
+            # How many rows of replayed documents lie before each rank's slice: of the row of replayed documents, and of the whole
+            # row.
             in_replay = num_rows_before(batch["replay"]["target_rows"], slices["replay"]["row_slices"])
             in_row = num_rows_before(replay_positions, slices["row_slices"])
             slices["replay_moves"] = all_to_all_row_counts(in_replay, in_row, cut.sequence_rank)

@@ -75,7 +75,7 @@ class ReferenceLogps(PolicyLogps):
 def answer_logps(
     engine: Engine,
     batches: Sequence[dict[str, Any]],
-    answers: Sequence[Sequence[int | None]],
+    answer_numbers: Sequence[Sequence[int | None]],
     scorer: RowScorer,
     runtime: Runtime,
     check_stop: Callable[[], None] = lambda: None,
@@ -85,7 +85,7 @@ def answer_logps(
     Returns {answer number: float32 [tokens]}. All ranks must call, with as many micro-batches each.
 
     `batches`: this rank's micro-batches, on the device.
-    `answers`: for each micro-batch the number of the answer in each of its sequences, or None for a filler: [[0, 4], [9, None]].
+    `answer_numbers`: by micro-batch, the number of the answer in each of its sequences, None for a filler: [[0, 4], [9, None]].
     Ranks that split rows have the same answers.
     `scorer`: by which weights.
     `check_stop`: called after each micro-batch; it may raise, on all ranks alike.
@@ -99,7 +99,7 @@ def answer_logps(
         training_objective = step_module.objective
         step_module.objective = scorer
         try:
-            for batch, numbers in zip(batches, answers, strict=True):
+            for batch, numbers in zip(batches, answer_numbers, strict=True):
                 logps = step_module(batch)[LOGPS].float().cpu().numpy()
                 sequence_of_target = batch["row_sequence"].cpu().numpy()  # index of its sequence in the batch
                 for sequence, number in enumerate(numbers):

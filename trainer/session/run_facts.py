@@ -458,7 +458,7 @@ def model_facts(
 ) -> ModelFacts:
     """Collect the facts from which the documents of the exported model, such as its model card, are written.
 
-    `step`, `tokens`: of the checkpoint whose weights are exported; tokens that it was trained on.
+    `step`: of the checkpoint whose weights are exported; `tokens`: what it was trained on.
     `record`: stands for `run.json`, which gets the outcome later than these documents are written.
 
     Everything else is read from the run directory.
