@@ -360,8 +360,10 @@ def build_batch_loader(
     - One with rollouts (`grpo`): rounds, in which the model writes answers that rewards score, and steps learn from them. They go
       on from where `progress` and the checkpoint `resumed_from` stand.
 
-    `inputs`: data, tokenizer and precision of the run. `built`, `engine`: the model with its objective, on meta; and the
-    distributed model. Raises StorageError, or an error of a reward that cannot be opened.
+    `inputs`: data, tokenizer and precision of the run.
+    `built`, `engine`: the model with its objective; and the engine in which it is distributed over the ranks.
+
+    Raises StorageError, or an error of a reward that cannot be opened.
     """
     learns_from_documents = objective_family(config.objective).rollout is None
     if learns_from_documents:
@@ -464,8 +466,7 @@ def join_process_group(config: RunConfig, store: Any = None) -> processes.Runtim
 def record_reference_logps_of_data(
     config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, context: RunContext
 ) -> None:
-    """Record how likely the model finds each answer of the data before training, for objectives that compare with it (`dpo`,
-    `kto`).
+    """Record how likely the model finds each answer before training, for objectives that compare with it (`dpo`, `kto`).
 
     Done once, since the untrained model is gone after the first step. All ranks must call. Nothing is recorded if the objective
     needs none (`sft`), or if the base stays in the model under its adapter: each step then computes them anew. Raises Preempted

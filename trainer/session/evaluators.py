@@ -42,7 +42,7 @@ def build_run_evaluators(
 
     `inputs`: data and tokenizer of the run.
     `tasks`: the evaluation tasks, with their rows.
-    `built`, `engine`: the model with its objective, on meta; and the distributed model that is evaluated.
+    `built`: the model with its objective. `engine`: that model distributed over the ranks, which is evaluated.
     `detectors`: of overfitting and forgetting; they get what tasks measure.
     `context`: what the run shares, such as its ranks and their agreement on stopping.
 
@@ -86,7 +86,7 @@ def model_interface_for_run(
 ) -> ModelInterface:
     """Build the interface through which tasks use the run's model: it writes answers and measures likelihoods, labels and losses.
 
-    `built`, `engine`: the model with its objective, on meta; and the distributed model that answers.
+    `built`: the model with its objective. `engine`: that model distributed over the ranks, which answers.
     `stop_now`: asked on all ranks alike during long evaluations.
     """
     # How rows become conversations: the settings of data and objective, and the date that chat templates write.
@@ -116,7 +116,7 @@ def build_test_evaluators(
 ) -> list[Evaluator]:
     """Build the evaluators of the test documents, which use all of them; empty without test documents.
 
-    `built`, `engine`: the model with its objective, on meta; and the distributed model that is evaluated.
+    `built`: the model with its objective. `engine`: that model distributed over the ranks, which is evaluated.
     `scorer`: computes the rewards, if the run learns from rewards; else None.
     `new_stop_check`: makes, for each evaluator, a function that says on all ranks alike whether to stop.
 

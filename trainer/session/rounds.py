@@ -39,7 +39,8 @@ def open_rounds(
     Called in place of opening a data set. All ranks must call.
 
     `inputs`: data, tokenizer and precision of the run.
-    `built`, `engine`: the model with its objective, on meta; and the distributed model, which also holds reward models.
+    `built`: the model with its objective.
+    `engine`: that model distributed over the ranks; it also holds reward models.
     `progress`: steps taken so far.
     `resumed_from`: the checkpoint that was loaded, from which the loader continues; None for a new run.
     `context`: what the run shares: ranks, run directory, agreement on stopping.
