@@ -16,7 +16,7 @@ from trainer.model import attention, experts, flex, rotary, sequence_proof
 from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.objectives import forward_path
-from trainer.objectives.causal import FORWARD_PATHS, FUSED_PATH, supervised_rows
+from trainer.objectives.causal import FORWARD_PATHS, FUSED_PATH, states_at_targets
 from trainer.objectives.layout_choice import build_causal_model
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -148,7 +148,7 @@ def slices_of(config):
 
     def forward(inputs):
         rows = torch.arange(inputs["input_ids"].numel())
-        return supervised_rows(model, inputs | {"target_rows": rows, "targets": torch.zeros_like(rows)})[1]
+        return states_at_targets(model, inputs | {"target_rows": rows, "targets": torch.zeros_like(rows)})[1]
 
     return sequence_proof.sequence_problem(forward, documents(), found)
 
@@ -213,7 +213,7 @@ def masks_of(config, inputs, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=flex.FLEX_ATTENTION)
     rows = torch.arange(inputs["input_ids"].numel())
     with torch.no_grad():
-        supervised_rows(model, inputs | {"target_rows": rows, "targets": torch.zeros_like(rows)})
+        states_at_targets(model, inputs | {"target_rows": rows, "targets": torch.zeros_like(rows)})
     return squares
 
 

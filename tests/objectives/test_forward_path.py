@@ -104,7 +104,7 @@ def test_forward_path_of_a_model_that_padding_changes_takes_one_document_at_a_ti
 @pytest.mark.parametrize(("off", "own", "right"), [(4e-5, 5e-5, True), (6e-5, 5e-5, False), (2e-4, 1e-3, False)])
 def test_a_difference_is_rounding_only_where_the_stock_model_rounds_as_much(off, own, right, monkeypatch):
     monkeypatch.setattr(forward_path._Proof, "_gradient_distance", lambda *_: off)
-    monkeypatch.setattr(forward_path._Proof, "_stock_rounding", lambda _: own)
+    monkeypatch.setattr(forward_path._Proof, "_hf_rounding", lambda _: own)
     if right:
         assert arranged("mistral")[1].layout is Layout.padding_free
     else:
@@ -221,7 +221,7 @@ def test_forward_path_proof_on_a_full_card_is_not_kept(monkeypatch):
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
     with monkeypatch.context() as busy:
-        busy.setattr(forward_path._Proof, "_difference_from_stock", full)
+        busy.setattr(forward_path._Proof, "_difference_from_hf", full)
         found = forward_path.proven_paths(config, lambda: plain, attention.VARLEN_ATTENTION, on_gpu=False)
     assert not found.tried and "CUDA out of memory" in found.reason
     assert (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer.data.batches.cutting import IGNORED_TARGET
 from trainer.evaluation.decoding import stock_attention
 from trainer.losses.row_scores import target_scores
-from trainer.objectives.causal import supervised_rows, unwrap_adapter
+from trainer.objectives.causal import states_at_targets, unwrap_adapter
 from trainer.objectives.seq2seq import supervised_answer_rows
 
 
@@ -49,7 +49,7 @@ class ScoreContinuations:
             if causal_model.config.is_encoder_decoder:
                 head, hidden, targets, bias = supervised_answer_rows(model, batch)
             else:
-                head, hidden, targets = supervised_rows(model, batch)
+                head, hidden, targets = states_at_targets(model, batch)
             token_logprobs, is_argmax = target_scores(head, hidden, targets, bias)
         # There is one score for each target token. Add them up by the sequence that the token belongs to.
         sequence_of_target = batch["row_sequence"]  # int64 [T]: the index of the pair

@@ -81,7 +81,7 @@ class AnswerCollator(Collator):
 
         So a prompt is computed once for all of its answers in the micro-batch. Samples of one prompt must be neighbours. Beside
         what a batch without padding has: `branches`, where the answers of each document begin, and `row_targets` (int64), the
-        target of each supervised row, since the last position of a prompt has one for each answer.
+        target of each supervised position, since the last position of a prompt has one for each answer.
         """
         row = _SharedPromptRow()
         for sample in samples:

@@ -1,4 +1,4 @@
-"""What objectives over next tokens share: the decoder runs on all tokens, the head on supervised rows only."""
+"""What objectives over next tokens share: the decoder runs on all tokens, the head on supervised positions only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ForwardPath:
 
     fused: bool
     """The decoder gives hidden states, of which the head itself makes the loss; else the model's own forward pass gives
-    logits, at supervised rows only."""
+    logits, at supervised positions only."""
     positions: bool
     """The model is told each token's position; else it counts them itself."""
     alone: bool = False
@@ -60,8 +60,8 @@ def unwrap_adapter(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-class SupervisedRows(NamedTuple):
-    """What the loss is made of, at the N positions of a batch that have a target (its "rows")."""
+class TargetStates(NamedTuple):
+    """What the loss is made of, at the N positions of a batch that have a target (the "rows" of losses)."""
 
     head: nn.Module
     """The output head, still to be called; an identity if the model's own forward pass gave logits."""
@@ -71,7 +71,7 @@ class SupervisedRows(NamedTuple):
     """int64 `[N]`: ids of the tokens to predict."""
 
 
-def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> SupervisedRows:
+def states_at_targets(model: nn.Module, batch: dict[str, Any]) -> TargetStates:
     """Run the model up to its output head; returns what the loss is made of, at the positions of the batch that have a target.
 
     The head itself is left to the caller, so that it can compute the loss without keeping the logits.
@@ -86,10 +86,10 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> SupervisedRows:
     # Where answers share their prompt, its last position has a target for each of them.
     targets = batch["row_targets"] if "row_targets" in batch else batch["targets"].view(-1)[supervised_positions]
     if not path.fused:
-        return SupervisedRows(nn.Identity(), _logits_at(supervised_positions, causal_lm, inputs), targets)
+        return TargetStates(nn.Identity(), _logits_at(supervised_positions, causal_lm, inputs), targets)
     hidden = token_states(causal_lm.get_decoder(), inputs)  # type: ignore[operator]
     head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
-    return SupervisedRows(head, hidden.reshape(-1, hidden.shape[-1])[supervised_positions], targets)
+    return TargetStates(head, hidden.reshape(-1, hidden.shape[-1])[supervised_positions], targets)
 
 
 def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -107,7 +107,7 @@ def run_for_hooks(model: nn.Module, batch: dict[str, Any]) -> None:
     is_causal = hasattr(unwrap_adapter(model), "forward_path")
     if is_causal:
         # Without target rows the head has nothing to do.
-        supervised_rows(model, {**batch, "target_rows": batch["target_rows"][:0]})
+        states_at_targets(model, {**batch, "target_rows": batch["target_rows"][:0]})
     elif "attention_mask" not in batch:  # a classifier on rows without padding: its head would need padded rows
         classifier: Any = unwrap_adapter(model)
         token_states(classifier.base_model, {key: batch[key] for key in MODEL_INPUTS if key in batch})
@@ -145,7 +145,7 @@ def _logits_at(supervised_positions: Tensor, causal_lm: Any, inputs: dict[str, A
 
 
 def row_weighting_of(batch: dict[str, Any], smoothing: float = 0.0) -> RowWeighting:
-    """How rows (supervised positions) count in the loss: their weights and sources, if the batch has them, and label smoothing.
+    """How supervised positions count in the loss: their weights and sources, if the batch has them, and label smoothing.
 
     A source is one of the data sets that are mixed, whose losses are reported apart. Evaluations measure the loss without
     smoothing, so `smoothing` applies only while gradients are made.
@@ -159,7 +159,7 @@ def row_weighting_of(batch: dict[str, Any], smoothing: float = 0.0) -> RowWeight
 
 
 class NextTokenLosses(NamedTuple):
-    """Sums over the supervised rows of a micro-batch."""
+    """Sums over the supervised positions of a micro-batch."""
 
     loss: Tensor
     """Cross-entropy, 0-d. Only this one has a gradient."""
@@ -200,11 +200,12 @@ def next_token_terms(batch: dict[str, Any], losses: NextTokenLosses) -> dict[str
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0) -> NextTokenLosses:
-    """Run the model: cross-entropy summed over supervised rows, and the number of right argmaxes (counted in evaluations only).
+    """Run the model: cross-entropy summed over supervised positions, and the number of right argmaxes (in evaluations only).
 
-    `target_weights` in the batch weigh each row in both. `smoothing`: share of each target that is spread over the vocabulary.
+    `target_weights` in the batch weigh each position in both. `smoothing`: share of each target that is spread over the
+    vocabulary.
     """
-    head, hidden, targets = supervised_rows(model, batch)
+    head, hidden, targets = states_at_targets(model, batch)
     weighting = row_weighting_of(batch, smoothing)
     if computes_loss(head):
         results = head(hidden, targets=targets, weighting=weighting)
@@ -221,7 +222,7 @@ def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Ten
     belongs. Under sequence parallelism a sequence may lie on several ranks: each has the sum over all, so all ranks of the group
     must call, and only the first rank of the group may count it (`counted_here`).
     """
-    head, hidden, targets = supervised_rows(model, batch)
+    head, hidden, targets = states_at_targets(model, batch)
     if computes_loss(head):  # it makes each token's loss without keeping logits
         nll = head(hidden, targets=targets, by_row=True)
     else:

@@ -25,7 +25,7 @@ from trainer.objectives.base import (
     TeacherConfig,
     UnlabelledDataSpec,
 )
-from trainer.objectives.causal import supervised_rows
+from trainer.objectives.causal import states_at_targets
 from trainer.objectives.teacher import Teacher, teacher_of
 
 
@@ -86,10 +86,10 @@ class Distillation(Objective):
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute how far the student's distribution is from the teacher's, and the loss on the data's own tokens.
 
-        Both decoders run on all tokens, both heads on supervised rows only: those that predict a target.
+        Both decoders run on all tokens, both heads on supervised positions only: those that predict a target.
         """
         teacher_head, teacher_hidden = self.teacher(model, batch)
-        head, student_hidden, targets = supervised_rows(model, batch)
+        head, student_hidden, targets = states_at_targets(model, batch)
         config = self.config
         # Given a comparison, the head returns its losses in place of the plain one. It compares both distributions a chunk of
         # rows at a time: neither model's logits exist as a whole.

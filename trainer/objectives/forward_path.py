@@ -4,7 +4,7 @@ Fast paths exist that not every architecture allows: documents one after another
 that the head itself computes, a chunk of rows at a time. Whether a model allows them is proven, not looked up in a
 table. The proof takes a small random copy of the model's own configuration, with every kind of layer and documents
 longer than its windows. On it, a path over several documents together must give the loss and the gradients that the
-stock model gives, in eager attention, for each document alone.
+model gives as transformers has it, in eager attention, for each document alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
 from trainer.model.kernels import kernel_versions
 from trainer.model.shrink import SMALL_VOCABULARY_SIZE, NotShrinkable, num_lost_layer_kinds, small_copies
-from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, summed_loss, supervised_rows, unwrap_adapter
+from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, states_at_targets, summed_loss, unwrap_adapter
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
 Result = TypeVar("Result")
@@ -42,7 +42,7 @@ MAX_RELATIVE_DIFFERENCE = 1e-5
 MAX_ROUNDING = 1e-4
 """Largest difference of gradients that is still accepted as rounding.
 
-It is accepted only if the stock model's gradients in float32 are as far from its own in float64. Some models (xLSTM)
+It is accepted only if transformers' own gradients in float32 are as far from its own in float64. Some models (xLSTM)
 compute parts in float32 whatever they are told, and magnify what is rounded there."""
 MAX_DIFFERENCE_IN_HALF = 0.1
 """The same for kernels that exist in half precision only. A mask that is ignored changes gradients by half and more."""
@@ -205,7 +205,7 @@ def disturb_parameters(model: nn.Module) -> None:
 
 
 class _Proof:
-    """A small random copy of transformers' own ("stock") model, on which forward paths are compared with it."""
+    """A small random copy of transformers' own model, on which forward paths are compared with it."""
 
     def __init__(self, hf_config: Any, meta_model: Any, small_config: Any, dtype: torch.dtype) -> None:
         """Make the small copy, and compute on it what paths are compared with.
@@ -221,9 +221,9 @@ class _Proof:
         with torch.device("meta"):
             copy_on_meta = self._build("eager", torch.float32)
         refuse_unfit_copy(hf_config, meta_model, small_config, copy_on_meta)
-        # The stock model, on which other paths are measured.
-        stock = self._build("eager", dtype)
-        disturb_parameters(stock)
+        # transformers' own model, on which other paths are measured.
+        hf_model = self._build("eager", dtype)
+        disturb_parameters(hf_model)
         # Three documents of 5, 23 and 14 random tokens, of which 70 % are learned.
         generator = np.random.default_rng(0)
         self.documents = [
@@ -233,10 +233,10 @@ class _Proof:
             )
             for length in (5, 23, 14)
         ]
-        self.weights = {name: value.clone() for name, value in stock.state_dict().items()}
-        self.is_causal = self._is_causal(stock.eval())
-        self.is_random = self._differs_in_training_mode(stock)
-        self.stock_loss, self.stock_gradients = self._loss_and_gradients(stock.eval())
+        self.weights = {name: value.clone() for name, value in hf_model.state_dict().items()}
+        self.is_causal = self._is_causal(hf_model.eval())
+        self.is_random = self._differs_in_training_mode(hf_model)
+        self.expected_loss, self.expected_gradients = self._loss_and_gradients(hf_model.eval())
         self._rounding: float | None = None
 
     def _build(self, attention: str, dtype: torch.dtype) -> Any:
@@ -248,12 +248,12 @@ class _Proof:
         longest = max(self.documents, key=lambda document: len(document.input_ids))
         return torch.from_numpy(longest.input_ids.astype(np.int64))[None]
 
-    def _is_causal(self, stock: Any) -> bool:
+    def _is_causal(self, hf_model: Any) -> bool:
         """Whether no token of the small copy sees what follows it, so that predicting the next token can teach something.
 
         Tested by changing the last token: the logits before it must stay the same.
 
-        `stock`: transformers' own model in evaluation mode. Raises NotShrinkable if the logits are not finite.
+        `hf_model`: transformers' own model in evaluation mode. Raises NotShrinkable if the logits are not finite.
         """
         ids = self._longest_document_ids()
         # Change the last token alone, to the next id: in a causal model the logits before it stay as they were. Ids below
@@ -262,44 +262,44 @@ class _Proof:
         next_offset = (changed_ids[0, -1] - FIRST_ORDINARY_ID + 1) % (self.vocabulary - FIRST_ORDINARY_ID)
         changed_ids[0, -1] = next_offset + FIRST_ORDINARY_ID
         with torch.no_grad():
-            logits = stock(input_ids=ids, use_cache=False).logits[0, :-1]
-            changed_logits = stock(input_ids=changed_ids, use_cache=False).logits[0, :-1]
+            logits = hf_model(input_ids=ids, use_cache=False).logits[0, :-1]
+            changed_logits = hf_model(input_ids=changed_ids, use_cache=False).logits[0, :-1]
         if not logits.isfinite().all():
             raise NotShrinkable("a small copy with random weights computes what is no number")
         return bool(torch.allclose(logits, changed_logits, rtol=MAX_RELATIVE_DIFFERENCE, atol=MAX_RELATIVE_DIFFERENCE))
 
-    def _differs_in_training_mode(self, stock: Any) -> bool:
+    def _differs_in_training_mode(self, hf_model: Any) -> bool:
         """Whether the model draws at random in training although dropout is 0, as some routers do.
 
-        Two passes in training mode are compared with one in evaluation. Takes `stock` in evaluation mode, and leaves it in
-        training mode.
+        Two passes in training mode are compared with one in evaluation. Takes `hf_model`, transformers' own, in evaluation mode,
+        and leaves it in training mode.
         """
         ids = self._longest_document_ids()
         with torch.no_grad():
-            eval_logits = stock(input_ids=ids, use_cache=False).logits
-            stock.train()
-            training_logits = [stock(input_ids=ids, use_cache=False).logits for _ in range(2)]
+            eval_logits = hf_model(input_ids=ids, use_cache=False).logits
+            hf_model.train()
+            training_logits = [hf_model(input_ids=ids, use_cache=False).logits for _ in range(2)]
         tolerance = MAX_RELATIVE_DIFFERENCE
         return any(
             not torch.allclose(logits, eval_logits, rtol=tolerance, atol=tolerance) for logits in training_logits
         )
 
-    def _loss_and_gradients(self, stock: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss_and_gradients(self, hf_model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the tested paths must give: (the summed loss of the documents, its gradients by parameter).
 
         Each document has a pass of its own.
 
-        `stock`: transformers' own model.
+        `hf_model`: transformers' own model.
         """
         loss = torch.zeros((), dtype=torch.float64)
         for document in self.documents:
             ids = torch.from_numpy(document.input_ids.astype(np.int64))
             # -100: no target, which cross-entropy leaves out.
             targets = torch.where(torch.from_numpy(document.supervised[1:]), ids[1:], -100)
-            logits = stock(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            logits = hf_model(input_ids=ids[None], use_cache=False).logits[0, :-1]
             loss = loss + F.cross_entropy(logits.double(), targets, reduction="sum")
         loss.backward()
-        return loss.detach(), _gradients_by_name(stock)
+        return loss.detach(), _gradients_by_name(hf_model)
 
     def find_paths(self, attention: str, *, on_gpu: bool) -> ProvenPaths:
         """Find for both layouts of rows the fastest forward path that computes what transformers' own does.
@@ -366,12 +366,12 @@ class _Proof:
             num_tokens = inputs["input_ids"].numel()
             targets = torch.zeros(num_tokens, dtype=torch.int64)
             every_row = {"target_rows": torch.arange(num_tokens), "targets": targets}
-            return supervised_rows(model, inputs | every_row).hidden
+            return states_at_targets(model, inputs | every_row).hidden
 
         return sequence_proof.sequence_problem(hidden_states, row, attention)
 
     def _fastest_correct_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
-        """Find the fastest forward path with the stock model's loss and gradients: (path, ""), or (None, why there is none).
+        """Find the fastest forward path with transformers' own loss and gradients: (path, ""), or (None, why there is none).
 
         It need agree in one type only, since the code of some models runs in one alone. Running out of GPU memory is raised: it
         proves nothing.
@@ -386,7 +386,7 @@ class _Proof:
         for path in paths:
             for dtype in dtypes:
                 try:
-                    reason = self._difference_from_stock(layout, path, attention, dtype)
+                    reason = self._difference_from_hf(layout, path, attention, dtype)
                 except torch.OutOfMemoryError:  # others fill the GPU: that may pass and proves nothing
                     raise
                 except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then the path is not right
@@ -396,41 +396,41 @@ class _Proof:
                 reasons.append(reason)
         return None, reasons[0]
 
-    def _difference_from_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
-        """How a path's loss or gradients differ from the stock model's, as a sentence; empty if they do not.
+    def _difference_from_hf(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
+        """How a path's loss or gradients differ from transformers' own, as a sentence; empty if they do not.
 
         `layout`: of the documents in rows. In bfloat16 (on a GPU) packages with kernels are used as in a run; in other types,
         torch's own code.
         """
         if dtype is not torch.bfloat16:
             with without_kernel_packages():
-                return self._compare_with_stock(layout, path, attention, dtype)
-        return self._compare_with_stock(layout, path, attention, dtype)
+                return self._compare_with_hf(layout, path, attention, dtype)
+        return self._compare_with_hf(layout, path, attention, dtype)
 
-    def _compare_with_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
+    def _compare_with_hf(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
         """Compare a path's loss and gradients with those of transformers' own model; returns a sentence on the difference, or "".
 
-        Whatever kernels can be imported now are used. Gradients may differ more than the tolerance if the stock model's own
-        rounding is as large.
+        Whatever kernels can be imported now are used. Gradients may differ more than the tolerance if transformers' own model
+        rounds as much.
         """
         tolerance = MAX_DIFFERENCE_IN_HALF if dtype is torch.bfloat16 else MAX_RELATIVE_DIFFERENCE
         loss, gradients = self._loss_and_gradients_on_path(layout, path, attention, dtype)
-        difference = abs(loss - float(self.stock_loss)) / float(self.stock_loss)
+        difference = abs(loss - float(self.expected_loss)) / float(self.expected_loss)
         if not difference <= tolerance:  # a NaN is no agreement
             return f"the loss differs by {difference:.1e} from that of the documents in separate rows"
         difference = self._gradient_distance(gradients)
-        if difference <= tolerance or (difference <= MAX_ROUNDING and difference <= self._stock_rounding()):
+        if difference <= tolerance or (difference <= MAX_ROUNDING and difference <= self._hf_rounding()):
             return ""
         return f"gradients differ by {difference:.1e} from those of the documents in separate rows"
 
     def _loss_and_gradients_on_path(
         self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype
     ) -> tuple[float, dict[str, Tensor]]:
-        """Compute (the summed loss of all documents on a path, its gradients by parameter), to compare with the stock model's.
+        """Compute (the summed loss of all documents on a path, its gradients by parameter), to compare with transformers' own.
 
         In bfloat16 on the GPU, in other types on the CPU.
         """
-        # Build the model on this path, with the stock model's weights.
+        # Build the model on this path, with transformers' own weights.
         in_half = dtype is torch.bfloat16
         model = self._build(attention, dtype)
         model.load_state_dict(self.weights)
@@ -455,13 +455,13 @@ class _Proof:
         return float(loss), _gradients_by_name(unwrap_adapter(model))
 
     def _gradient_distance(self, gradients: dict[str, Tensor]) -> float:
-        """How far gradients are from the stock model's: the norm of the difference, over the norm of the stock model's.
+        """How far gradients are from those of transformers' own model: the norm of the difference, over the norm of the latter.
 
         A missing gradient counts as zero.
         """
         norms = []
         distances = []
-        for name, expected in self.stock_gradients.items():
+        for name, expected in self.expected_gradients.items():
             norms.append(expected.norm())
             if name in gradients:
                 distances.append((gradients[name].double().cpu() - expected).norm())
@@ -469,14 +469,14 @@ class _Proof:
                 distances.append(expected.norm())
         return float(torch.stack(distances).norm() / torch.stack(norms).norm())
 
-    def _stock_rounding(self) -> float:
-        """How far the stock model's own gradients in float32 are from those in float64; 0 if it cannot compute in float64."""
+    def _hf_rounding(self) -> float:
+        """How far gradients of transformers' own model in float32 are from those in float64; 0 if it has no float64."""
         if self._rounding is None:
             self._rounding = 0.0
             if self.dtype is torch.float64:
-                stock = self._build("eager", torch.float32)
-                stock.load_state_dict(self.weights)
-                self._rounding = self._gradient_distance(self._loss_and_gradients(stock.eval())[1])
+                hf_model = self._build("eager", torch.float32)
+                hf_model.load_state_dict(self.weights)
+                self._rounding = self._gradient_distance(self._loss_and_gradients(hf_model.eval())[1])
         return self._rounding
 
 

@@ -203,7 +203,7 @@ def build_causal_model(
         missing = missing_kernels(model)
         if missing:
             attention_layout.notes["model.kernels"] = missing
-    # Read by `supervised_rows` and by the choice of adapter targets.
+    # Read by `states_at_targets` and by the choice of adapter targets.
     model.forward_path = path
     model.modules_beside_text = modules_beside_text(model)
     if model.modules_beside_text:

@@ -12,7 +12,7 @@ loss of a token is, by `clip_form`:
 It is weighed by `normalise` and summed. The divergence from the reference is added to each token's loss before that. Where a
 round is one step, old is now without its gradient: r is 1 in value and no pass is needed for old.
 
-In this file N is the number of supervised rows of a micro-batch, and S the number of its sequences.
+In this file N is the number of supervised positions of a micro-batch, and S the number of its sequences.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.objectives.answers import (
     SAMPLING_LOGPS,
 )
 from trainer.objectives.base import Objective, ReferenceModels
-from trainer.objectives.causal import supervised_rows
+from trainer.objectives.causal import states_at_targets
 from trainer.objectives.grpo_config import ClipForm, GrpoConfig, ImportanceLevel, KlEstimator, KlPlace
 
 ENTROPY_METRIC = "entropy"
@@ -95,7 +95,7 @@ class Policy(Objective):
         config = self.config
         entries = _TokenEntries.of_batch(batch)
         # Runs the model up to its output head; N learned tokens are left of all positions.
-        head, hidden, targets = supervised_rows(model, batch)
+        head, hidden, targets = states_at_targets(model, batch)
         # By token: its log-probability, and the entropy of its distribution, at the temperature of generation.
         logps, entropy = row_logps(head, hidden, targets, config.rollout.temperature)
         # Those before the round's first update. In a round of one step no update precedes, so that they are those of now.

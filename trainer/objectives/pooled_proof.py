@@ -113,31 +113,31 @@ class _PackingProof:
     def packing_problem(self, attention: str) -> str | None:
         """Why several documents may not share a row of this classifier, nor ranks a row; None if they may.
 
-        - Logits and gradients of several documents in one row must be those of `stock`, transformers' own classifier in eager
+        - Logits and gradients of several documents in one row must be those of `hf_model`, transformers' own classifier in eager
           attention, on each document alone.
         - Slices of the row must give the states that the whole row gives. Each logit is made of one state, so states are enough.
         """
-        stock = self._build("eager").eval()
-        disturb_parameters(stock)
+        hf_model = self._build("eager").eval()
+        disturb_parameters(hf_model)
         model = self._build(attention).eval()
-        model.load_state_dict(stock.state_dict())
+        model.load_state_dict(hf_model.state_dict())
         row = PooledCollator(Layout.padding_free, pad_token_id=PADDING_ID)(self.samples)
-        return self._difference_from_stock(stock, model, row) or self._row_slicing_problem(stock.state_dict(), row)
+        return self._difference_from_hf(hf_model, model, row) or self._row_slicing_problem(hf_model.state_dict(), row)
 
-    def _difference_from_stock(self, stock: nn.Module, model: nn.Module, row: dict[str, Any]) -> str | None:
-        """How logits or gradients of `model` on a row of all documents differ from those of `stock` on single ones; None if not.
+    def _difference_from_hf(self, hf_model: nn.Module, model: nn.Module, row: dict[str, Any]) -> str | None:
+        """How logits or gradients of `model` on a row of all documents differ from `hf_model`'s on each alone; None if not.
 
-        `stock`: transformers' own classifier with the same weights. `row`: the batch with all documents. Leaves gradients in both
-        models.
+        `hf_model`: transformers' own classifier with the same weights. `row`: the batch with all documents. Leaves gradients in
+        both models.
         """
-        expected = torch.cat([self._stock_logits(stock, sample) for sample in self.samples])
+        expected = torch.cat([self._expected_logits(hf_model, sample) for sample in self.samples])
         logits = classifier_logits(model, row).to(expected.dtype)
         difference = float((logits - expected).detach().abs().max() / expected.detach().abs().max())
         if not difference <= MAX_RELATIVE_DIFFERENCE:  # a NaN is no agreement
             return f"its logits differ by {difference:.1e} between a row of several documents and each document alone"
         (expected.double() * self.random_logit_weights).sum().backward()
         (logits.double() * self.random_logit_weights).sum().backward()
-        difference = _gradient_distance(stock, model)
+        difference = _gradient_distance(hf_model, model)
         if not difference <= MAX_RELATIVE_DIFFERENCE:
             return (
                 f"its gradients differ by {difference:.1e} between a row of several documents and each document alone"
@@ -145,16 +145,16 @@ class _PackingProof:
         return None
 
     @staticmethod
-    def _stock_logits(stock: Any, sample: Sample) -> Tensor:
+    def _expected_logits(hf_model: Any, sample: Sample) -> Tensor:
         """Logits `[1, NUM_LABELS]` of a document alone."""
         ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
-        logits: Tensor = stock(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+        logits: Tensor = hf_model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
         return logits
 
     def _row_slicing_problem(self, weights: dict[str, Tensor], row: dict[str, Any]) -> str | None:
         """Why several ranks may not share a row: slices of it give other states than the whole row; None if they give the same.
 
-        Attention is replaced by a stand-in in which each token sees itself alone. `weights`: of the stock model.
+        Attention is replaced by a stand-in in which each token sees itself alone. `weights`: of transformers' own model.
         """
         attention = sequence_proof.register_token_local_attention()
         model = self._build(sequence_proof.TOKEN_LOCAL_ATTENTION).eval()
@@ -165,15 +165,15 @@ class _PackingProof:
         return sequence_proof.sequence_problem(lambda part: token_states(model.base_model, part)[0], inputs, attention)
 
 
-def _gradient_distance(stock: nn.Module, model: nn.Module) -> float:
-    """How far the gradients of `model` are from those of `stock`, transformers' own: a norm relative to the latter's.
+def _gradient_distance(hf_model: nn.Module, model: nn.Module) -> float:
+    """How far the gradients of `model` are from those of `hf_model`, transformers' own: a norm relative to the latter's.
 
     A missing gradient counts as zero.
     """
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     norms = []
     distances = []
-    for name, parameter in stock.named_parameters():
+    for name, parameter in hf_model.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         found = gradients[name]
         norms.append(expected.norm())

@@ -26,7 +26,7 @@ from trainer.objectives.base import (
     ReferenceModels,
     UnlabelledDataSpec,
 )
-from trainer.objectives.causal import next_token_terms, summed_loss, supervised_rows
+from trainer.objectives.causal import next_token_terms, states_at_targets, summed_loss
 from trainer.objectives.teacher import Teacher, teacher_of
 
 
@@ -133,7 +133,7 @@ class SftDataSpec(UnlabelledDataSpec):
 
 
 class ReplayCollator(Collator):
-    """Adds `replay`, a batch of the replayed documents alone, and the indices of supervised rows by kind of document:
+    """Adds `replay`, a batch of the replayed documents alone, and the indices of supervised positions by kind of document:
     `replay_rows` and `other_rows` (int64).
 
     A cut micro-batch also has `replay_moves`: numbers of rows that this rank sends to each rank of its group, and receives from
@@ -150,12 +150,12 @@ class ReplayCollator(Collator):
         """Add to `batch` its replayed documents as a batch of their own, under `replay`, which the initial model reads.
 
         Replayed documents are general text, learned against forgetting. `replay_rows` and `other_rows`: indices into the
-        supervised rows (tokens with a target) of `batch`, of replayed documents and of all others.
+        supervised positions (tokens with a target) of `batch`, of replayed documents and of all others.
         """
         if REPLAY not in samples[0].marks:  # as in the replayed documents themselves, for which this is called below
             return
         is_replayed = torch.tensor([bool(sample.marks[REPLAY]) for sample in samples])
-        # For each supervised row, the number of its document in the batch.
+        # For each supervised position, the number of its document in the batch.
         document_of_row = batch["row_sequence"]
         is_replayed_row = is_replayed[document_of_row]
         batch["replay_rows"] = is_replayed_row.nonzero()[:, 0]
@@ -196,12 +196,12 @@ class Sft(Objective):
             self.comparable_term = "nll"
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run the decoder on all tokens and the head on supervised rows only."""
+        """Run the decoder on all tokens and the head on supervised positions only."""
         return next_token_terms(batch, summed_loss(model, batch, self.smoothing))
 
 
 class SftWithReplayKl(Sft):
-    """Beside the loss, KL(before, now) on the supervised rows of replayed documents: a mean over their tokens.
+    """Beside the loss, KL(before, now) on the supervised positions of replayed documents: a mean over their tokens.
 
     Terms in training, all to be divided by the count of `loss`: `loss`, the sum of both with the gradient, and its parts
     `sft_loss` and `replay_kl`. Evaluation has the plain loss.
@@ -224,7 +224,7 @@ class SftWithReplayKl(Sft):
         if not torch.is_grad_enabled():
             return super().terms(model, batch)
         initial_head, initial_hidden = self._initial_states(model, batch)
-        head, hidden, targets = supervised_rows(model, batch)
+        head, hidden, targets = states_at_targets(model, batch)
         num_learned = batch["totals"]["loss"]
         num_replayed = batch["totals"][REPLAY]
         # The loop divides by all learned tokens of the step; these factors make it a mean over the tokens that have the term.

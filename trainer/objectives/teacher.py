@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from trainer.losses.next_token import LossHead
 from trainer.objectives.base import Reference, ReferenceModels
-from trainer.objectives.causal import supervised_rows, unwrap_adapter
+from trainer.objectives.causal import states_at_targets, unwrap_adapter
 
 
 class Teacher(Protocol):
@@ -22,7 +22,7 @@ class Teacher(Protocol):
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
         """(the teacher's head, its hidden states), without gradients. `model` is the student.
 
-        The head is None if the teacher has the student's own. The states are `[M, H]`: M supervised rows of `batch`, which
+        The head is None if the teacher has the student's own. The states are `[M, H]`: M supervised positions of `batch`, which
         predict a target, and H the width of the model.
         """
 
@@ -42,7 +42,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        head, hidden, _targets = supervised_rows(self.model, batch)
+        head, hidden, _targets = states_at_targets(self.model, batch)
         return head, hidden
 
 
@@ -62,7 +62,7 @@ class AdapterOff:
         model.eval()
         try:
             with self.reference(model):  # in this context the adapters of `model` are off
-                head, hidden, _targets = supervised_rows(model, batch)
+                head, hidden, _targets = states_at_targets(model, batch)
         finally:
             model.train(was_training)
         # peft wraps a head that trains in full (`modules_to_save`), and keeps the original beside the trained copy.

@@ -17,7 +17,7 @@ from strategies.base import Engine, InferenceWeights
 from strategies.runtime import Runtime, gather_objects
 from trainer.losses.row_logps import row_logps
 from trainer.objectives.base import ReferenceModels
-from trainer.objectives.causal import supervised_rows
+from trainer.objectives.causal import states_at_targets
 
 LOGPS = "logps"
 """The term that these passes return in place of a loss."""
@@ -43,7 +43,7 @@ class PolicyLogps:
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See `RowScorer`."""
-        head, hidden, targets = supervised_rows(model, batch)
+        head, hidden, targets = states_at_targets(model, batch)
         return {LOGPS: row_logps(head, hidden, targets, self.temperature)[0]}
 
 
