@@ -244,11 +244,18 @@ def test_identity_setting_unknown_to_an_earlier_version_counts_as_its_default(mo
     earlier = {kind: dict(values) for kind, values in today.items()}
     del earlier["data"]["data.max_length"]
     del earlier["optimizer"]["optim.weight_decay"]
-    assert identity_differences(identity._with_defaults_of_new_settings(earlier, config), today, accept=[]) == []
+    assert (
+        identity_differences(
+            identity._with_defaults_of_new_settings(earlier, identity.default_settings(config)), today, accept=[]
+        )
+        == []
+    )
 
     config.optim.weight_decay = 0.5
     today = identity.run_identity(config, data)
-    changed = identity_differences(identity._with_defaults_of_new_settings(earlier, config), today, accept=[])
+    changed = identity_differences(
+        identity._with_defaults_of_new_settings(earlier, identity.default_settings(config)), today, accept=[]
+    )
     assert [str(difference) for difference in changed] == ["optimizer: optim.weight_decay: 0.0 there, 0.5 here"]
 
 

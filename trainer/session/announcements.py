@@ -219,7 +219,7 @@ def recording_end_of_training(
     finally:
         context.console.end_progress_bar()
         if may_have_diverged:
-            ending = _with_divergence(ending, outcome)
+            ending = _with_divergence(ending, outcome.findings_by_detector)
         _summarise_and_close_trackers(trackers, ending, outcome, meter, config, context)
         record.challenges = outcome.findings_by_detector
         record_measured_cost(record, meter, checkpoints, context)
@@ -248,12 +248,12 @@ def _summarise_and_close_trackers(
             context.console.print_line(f"{name + ':':<11} {link}")
 
 
-def _with_divergence(ending: RunEnding, outcome: TrainingOutcome) -> RunEnding:
+def _with_divergence(ending: RunEnding, findings_by_detector: dict[str, Any]) -> RunEnding:
     """Mark the ending as diverged if the detectors found that the losses at the end are worse than at the beginning.
 
     Their sentence becomes the reason if the ending has none.
     """
-    for finding in findings_in(outcome.findings_by_detector):
+    for finding in findings_in(findings_by_detector):
         if finding.name == Verdict.diverged:
             return replace(ending, diverged=True, reason=ending.reason or finding.sentence)
     return ending

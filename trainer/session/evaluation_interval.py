@@ -14,6 +14,7 @@ from trainer.data.batches.cutting import sequence_cut
 from trainer.data.batches.loader import EvalShare, StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
+from trainer.evaluation.base import EvaluationConfig
 from trainer.evaluation.build import source_metric_names
 from trainer.evaluation.interval import AUTO, EVERY_STEPS, RunSize, auto_interval_reason, automatic_evaluation_interval
 from trainer.reporting.resolution import ResolvedSetting
@@ -61,7 +62,9 @@ def resolve_evaluation_interval(
         total_steps=total_steps,
         # A unit is what a batch counts: a document, a pack, or a pair of answers.
         tokens_per_step=float(loader.unit_tokens.mean()) * config.batch["global"],
-        held_out_tokens=_num_evaluated_tokens(config, held_out, built, runtime),
+        held_out_tokens=_num_evaluated_tokens(
+            config.evaluation, held_out, built.data_spec.sequences_per_document, runtime
+        ),
     )
     # A run that was too short for any evaluation on the way may have been extended. Every other number stays.
     if not progress.evaluate_every:
@@ -72,17 +75,19 @@ def resolve_evaluation_interval(
     return EvaluationInterval(interval, intermediate_loss_only=True)
 
 
-def _num_evaluated_tokens(config: RunConfig, held_out: TokenDataset, built: BuiltModel, runtime: Runtime) -> int:
+def _num_evaluated_tokens(
+    settings: EvaluationConfig, held_out: TokenDataset, sequences_per_document: int, runtime: Runtime
+) -> int:
     """Count the tokens that one evaluation of the held-out loss reads, all ranks together.
 
     It reads `evaluation.max_documents` documents.
     """
     eval_share = EvalShare(
-        config.evaluation.batch,
+        settings.batch,
         runtime.dp_rank,
         runtime.dp_size,
-        config.evaluation.max_documents,
-        built.data_spec.sequences_per_document,
+        settings.max_documents,
+        sequences_per_document,
         by_source=bool(source_metric_names(held_out)),  # `max_documents` bounds each source by itself
         cut=sequence_cut(runtime),
     )

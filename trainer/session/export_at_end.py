@@ -92,7 +92,8 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> ExportOutcom
     changed_base_lines = _compare_base_and_print_changes(config, model_facts.run.identity, context)
     if changed_base_lines:
         return ExportOutcome(changed_base_lines=changed_base_lines)
-    checkpoint, problem = _find_readable_checkpoint(config, model_facts.step, context)
+    checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
+    checkpoint, problem = _find_readable_checkpoint(checkpoint_dirs, model_facts.step, context)
     if checkpoint is None:
         context.console.print_line(f"not exported: {problem}")
         return ExportOutcome(problem=problem)
@@ -156,13 +157,12 @@ def _compare_base_and_print_changes(
     return changed_lines
 
 
-def _find_readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> tuple[Path | None, str]:
+def _find_readable_checkpoint(checkpoint_dirs: list[Path], step: int, context: RunContext) -> tuple[Path | None, str]:
     """Find the checkpoint of a step that every rank can read whole: (the checkpoint, ""), or (None, why there is none).
 
     All ranks must call. The reasons: there is none; some ranks cannot see it, on the disk of another host; its files do not match
     their checksums, of which each rank compares a share. Errors: StorageError if the directory of checkpoints cannot be listed.
     """
-    checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
 
     def find_on_rank_0() -> Path | None:
         return dict(checkpoints_in(checkpoint_dirs)).get(step)

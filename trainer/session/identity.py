@@ -244,7 +244,7 @@ def _compare_with_earlier_start(config: RunConfig, current: RunIdentity, run_dir
             "beside it were trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
         ) from error
     # An earlier version did not record the settings that were added since.
-    recorded = _with_defaults_of_new_settings(recorded, config)
+    recorded = _with_defaults_of_new_settings(recorded, default_settings(config))
     differences = identity_differences(recorded, current, accept=[])
     not_accepted = [difference for difference in differences if difference.kind not in config.run.accept]
     if not_accepted:
@@ -258,15 +258,16 @@ def _compare_with_earlier_start(config: RunConfig, current: RunIdentity, run_dir
     return list(dict.fromkeys([*accepted_earlier, *accepted_now]))
 
 
-def _with_defaults_of_new_settings(recorded: RunIdentity, config: RunConfig) -> RunIdentity:
+def _with_defaults_of_new_settings(recorded: RunIdentity, defaults: dict[str, Any]) -> RunIdentity:
     """Complete the settings of an earlier version's record: each setting that it did not have yet gets its default.
 
     An earlier version behaved as a new setting's default does. So a run of that version is refused only if the setting has
     another value now. For example {"data": {"data.seed": 0}} becomes {"data": {"data.seed": 0, "data.new": false}, ...}.
+    `defaults`: of today's settings, by key.
     """
     completed = {change_kind: dict(settings) for change_kind, settings in recorded.items()}
     recorded_keys = set[str]().union(*recorded.values())
-    for key, default in default_settings(config).items():
+    for key, default in defaults.items():
         change_kind = change_kind_of_setting(key)  # None: the setting does not decide the result
         if change_kind is not None and key not in recorded_keys:
             default_as_json = json.loads(json.dumps(default, default=str))  # as it would be read from the file

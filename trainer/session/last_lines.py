@@ -114,7 +114,7 @@ def _better_weights_lines(record: RunRecord, run_dir: Path, outcome: TrainingOut
     if not _has_improved(outcome):
         before = format_metric(outcome.metrics_before_training[outcome.watched_metric])
         return [f"best:       no checkpoint has a better {outcome.watched_metric} than before training ({before})"]
-    if _has_better_step(record, outcome):
+    if _has_better_step(record.exported_checkpoint, outcome):
         step = outcome.progress.best_step
         return [
             f"best:       step {step} had {outcome.watched_metric} {format_metric(best)}: {_export_of_best(run_dir)}"
@@ -151,14 +151,13 @@ def _has_improved(outcome: TrainingOutcome) -> bool:
     return best > before if outcome.greater_is_better else best < before
 
 
-def _has_better_step(record: RunRecord, outcome: TrainingOutcome) -> bool:
+def _has_better_step(exported_checkpoint: Mapping[str, Any] | None, outcome: TrainingOutcome) -> bool:
     """Whether an earlier step was better than the exported checkpoint, the last one, by the metric that `evaluation.watch` names.
 
-    True also if the last step was not evaluated by it, since the earlier one was the best so far.
+    `exported_checkpoint`: such as {"which": "best", "step": 40, "reason": "..."}; None if none was chosen. True also if the last
+    step was not evaluated by the metric, since the earlier one was the best so far.
     """
-    # Such as {"which": "best", "step": 40, "reason": "..."}; None if none was chosen.
-    exported = record.exported_checkpoint or {}
-    is_best_exported = exported.get("which") == "best"
+    is_best_exported = exported_checkpoint is not None and exported_checkpoint.get("which") == "best"
     is_last_step_best = outcome.progress.best_step in (None, outcome.progress.step)
     if is_best_exported or is_last_step_best:
         return False
@@ -184,7 +183,7 @@ def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, exp
     if not _has_improved(outcome):
         remedy = findings[0].remedies[0] if findings and findings[0].remedies else "a lower optim.lr"
         return f"train again in another run.dir, with {remedy}"
-    if _has_better_step(record, outcome):
+    if _has_better_step(record.exported_checkpoint, outcome):
         return _export_of_best(run_dir)
     if outcome.export_follows:  # a later job of the pipeline writes it
         return f"shardtune status {shlex.quote(str(run_dir))}"

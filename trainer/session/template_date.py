@@ -36,19 +36,18 @@ def choose_template_date(
     """
 
     def choose_on_rank_0() -> str:
-        return _date_by_history(config, run_dir, read_cache_date)
+        return _date_by_history(settled_template_date(config), run_dir, read_cache_date)
 
     return TemplateDate.parse(rendezvous.chosen_by_rank_0(TEMPLATE_DATE_KEY, choose_on_rank_0, stop))
 
 
-def _date_by_history(config: RunConfig, run_dir: Path | None, read_cache_date: ReadCacheDate) -> str:
+def _date_by_history(recorded_date: TemplateDate | None, run_dir: Path | None, read_cache_date: ReadCacheDate) -> str:
     """Choose the date as text, such as `2026-03-01`, from the first of these that has one:
 
-    - what an earlier start of this run recorded in its configuration;
+    - `recorded_date`: what an earlier start of this run recorded in its configuration;
     - the comparison to which the run directory belongs; its first run that gets here decides, by its cache;
     - the data cache of this host.
     """
-    recorded_date = settled_template_date(config)
     if recorded_date is not None:
         return str(recorded_date)
     cache_date = str(read_cache_date())
