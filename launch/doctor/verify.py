@@ -75,7 +75,7 @@ def _run_verification(arguments: list[str], directory: Path) -> dict[str, Any] |
     from trainer.verification.run import write_small_models_and_documents
     from trainer.verification.small_run import num_ranks_for_verification
 
-    # As many as the settings ask for; None if that is open, as with launcher=slurm.
+    # As many as the settings ask for; None if they leave it open.
     user_ranks = num_launched_ranks(config)
     changes += move_to_cpus_without_gpus(config, num_ranks_for_verification(config))
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.

@@ -45,8 +45,7 @@ class PairDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Turn documents into pairs: two sequences each, the chosen answer, then the rejected one, marked 0 and 1 under
-        `REJECTED`.
+        """Turn documents into pairs: the chosen answer, then the rejected one, marked 0 and 1 under `REJECTED`.
 
         A document has none if an answer is dropped, such as for its length; `tally` counts it.
         """
