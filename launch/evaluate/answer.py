@@ -112,13 +112,14 @@ def _comparison_cells(difference: DifferenceRecord | None) -> list[str]:
 
 
 def _comparison_notes(name: str, comparison: TaskComparison) -> list[str]:
-    """A note on the comparison of task `name`: how many rows changed, or that rows could not be paired."""
+    """Notes on the comparison of task `name`: how many rows changed, that few differ, or that rows could not be paired."""
+    notes = list(comparison.get("notes", ()))
     if "changed" in comparison:
         changed = comparison["changed"]
-        return [f"{name}: {changed['num_won']} rows right that were wrong, {changed['num_lost']} the other way"]
-    if comparison["paired"]:
-        return []
-    return [f"{name}: other rows than then, or rows that are not known: compared as numbers, not row by row"]
+        notes.append(f"{changed['num_won']} rows right that were wrong, {changed['num_lost']} the other way")
+    elif not comparison["paired"]:
+        notes.append("other rows than then, or rows that are not known: compared as numbers, not row by row")
+    return [f"{name}: {note}" for note in notes]
 
 
 def _format_interval(estimate: MetricRecord | DifferenceRecord) -> str:

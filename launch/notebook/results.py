@@ -239,6 +239,8 @@ class EvaluationResult:
             callouts += [Callout("note", name, note) for note in task["notes"]]
         heading = str(report["model"]["run"] or report["model"]["path"])
         if report.get("against"):
+            for name, comparison in report["against"]["tasks"].items():
+                callouts += [Callout("note", name, note) for note in comparison.get("notes", ())]
             heading += f", against {report['against']['what']}"
         return notebook_html(
             heading,

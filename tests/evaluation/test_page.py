@@ -60,7 +60,7 @@ def evaluation(given: dict[str, tuple[str, list[int], list[int]]], text: str = "
 TASKS = {
     "facts": ("exact_match", [1] * 30 + [0] * 10, [0] * 36 + [1] * 4),
     "sums": ("exact_match", [0, 1, 0, 1], [1, 0, 0, 1]),
-    "held": ("loss", [12] * 5, [10, 11, 10, 11, 10]),
+    "held": ("loss", [12] * 10, [10, 11, 10, 11, 10] * 2),
 }
 
 

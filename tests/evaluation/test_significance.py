@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.intervals import ShareCounts, share_counts, unpaired_difference, wilson_interval
-from trainer.evaluation.report.permutation_test import family_p_values
+from trainer.evaluation.report.comparison import compare_task
+from trainer.evaluation.report.intervals import (
+    Bootstrap,
+    ShareCounts,
+    resample_metrics,
+    share_counts,
+    unpaired_difference,
+    wilson_interval,
+)
+from trainer.evaluation.report.permutation_test import exact_sign_flip_test, family_p_values
+from trainer.evaluation.report.record import EvaluatedModel
 from trainer.evaluation.tasks import counterfactual
 from trainer.evaluation.tasks.base import RatioOfSums, TaskMetric, TaskRow
 from trainer.evaluation.tasks.counterfactual import _effects_row
@@ -129,3 +138,77 @@ def test_only_rows_that_are_right_or_wrong_are_a_share():
     assert share_counts(some, rows([3.0, 1.0], [10.0, 7.0])) is None  # tokens, which differ in number
     assert share_counts(some, rows([0.0], [0.0])) is None
     assert share_counts(TaskMetric("m", "", ratio_of_sums=None), rows([1.0], [1.0])) is None
+
+
+def answered(kind, scores):
+    """The rows of one model: `scores` of the score that the first metric of the task is the mean of."""
+    name = kind.metrics[0].ratio_of_sums.numerator
+    return [TaskRow(f"a:{number}", "", "", "", {name: score}) for number, score in enumerate(scores)]
+
+
+def compared(kind, mine, theirs):
+    """The comparison of two models in a task, from the score of each row."""
+    rows, others, how = answered(kind, mine), answered(kind, theirs), Bootstrap(2000, 0)
+    model = EvaluatedModel(rows={kind.name: rows}, metrics={kind.name: kind.compute_metrics(rows)})
+    return compare_task(kind, model, resample_metrics(kind, rows, how), others, kind.compute_metrics(others), how)
+
+
+def test_few_rows_are_tested_exactly_and_a_note_says_so():
+    """Three rows, all of them better: a bootstrap alone said p = 0.001 and better."""
+    kind = task("exact_match", path="x")
+    found = compared(kind, [1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
+    metric = found["metrics"]["exact_match"]
+    assert (metric["p"], metric["verdict"]) == (0.25, "no difference shown")
+    assert "few rows" in found["notes"][0] and "below 0.25, so no verdict" in found["notes"][0]
+    # Rows in which the models agree say nothing about which is better, however many there are.
+    same = compared(kind, [1.0] * 60, [0.0] * 5 + [1.0] * 55)
+    assert (same["metrics"]["exact_match"]["p"], same["metrics"]["exact_match"]["verdict"]) == (
+        0.0625,
+        "no difference shown",
+    )
+    worse = compared(kind, [0.0] * 8, [1.0] * 8)
+    assert (worse["metrics"]["exact_match"]["p"], worse["metrics"]["exact_match"]["verdict"]) == (2**-7, "worse")
+    many = compared(kind, [1.0] * 13, [0.0] * 13)
+    assert "notes" not in many and many["metrics"]["exact_match"]["verdict"] == "better"
+
+
+@pytest.mark.parametrize(("won", "lost"), [(1, 0), (3, 0), (7, 1), (6, 6), (11, 1)])
+def test_exact_test_of_right_and_wrong_rows_is_that_of_mcnemar(won, lost):
+    from scipy.stats import binomtest
+
+    kind = task("exact_match", path="x")
+    mine, theirs = [1.0] * won + [0.0] * lost + [1.0] * 4, [0.0] * won + [1.0] * lost + [1.0] * 4
+    found = exact_sign_flip_test(kind, kind.metrics[0], answered(kind, mine), answered(kind, theirs))
+    assert found.num_pairs == won + lost
+    assert found.p == pytest.approx(binomtest(won, won + lost).pvalue, abs=1e-12)
+
+
+def test_exact_test_of_values_is_that_of_all_signs():
+    kind, differences = task("rouge", path="x"), [0.3, 0.1, -0.2, 0.4, 0.25, 0.35]
+    sums = np.abs(np.array(list(product((1, -1), repeat=6))) @ np.array(differences))
+    found = exact_sign_flip_test(
+        kind, kind.metrics[0], answered(kind, [0.5 + one for one in differences]), answered(kind, [0.5] * 6)
+    )
+    assert found.p == pytest.approx((sums >= sum(differences) - 1e-9).mean(), abs=1e-12)
+
+
+def test_exact_test_of_a_metric_that_is_no_mean_exchanges_rows():
+    """The largest score of all rows: the same p as that of all exchanges by hand."""
+    kind = task("exact_match", path="x")
+    metric = TaskMetric("m", "", ratio_of_sums=None)
+    rows, others = answered(kind, [1.0, 2.0, 4.0]), answered(kind, [0.0, 0.0, 5.0])
+    name = next(iter(rows[0].scores))
+
+    def largest(given):
+        values = np.array([row.scores[name] for row in given])
+        return {"m": lambda weights: float((values * weights).max())}
+
+    kind.weighted_metric_functions = largest
+    found = []
+    for signs in product((False, True), repeat=3):
+        pairs = [
+            (b, a) if is_exchanged else (a, b) for is_exchanged, a, b in zip(signs, [1, 2, 4], [0, 0, 5], strict=True)
+        ]
+        found.append(max(a for a, _ in pairs) - max(b for _, b in pairs))
+    wanted = np.mean([abs(one) >= abs(found[0]) for one in found])
+    assert exact_sign_flip_test(kind, metric, rows, others).p == pytest.approx(wanted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from trainer.evaluation.report.intervals import (
     unpaired_difference,
     unpaired_share_difference,
     with_corrected_p_value,
+    with_exact_p_value,
 )
-from trainer.evaluation.report.permutation_test import family_p_values
+from trainer.evaluation.report.permutation_test import exact_sign_flip_test, family_p_values
 from trainer.evaluation.report.record import DifferenceRecord, EvaluatedModel, TaskComparison, asked_the_same_rows
 from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, shorten_prompt
+from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL
 
 MAX_CHANGED_ROWS = 20
 """Most rows that are listed of those that turned right, and of those that turned wrong."""
@@ -42,17 +44,19 @@ def compare_task(
     `other_rows`: None if only the other model's metrics are known. If both answered the same rows, they are compared row by row.
 
     {"paired": true, "metrics": {"accuracy": {"value": 0.5, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict":
-    "better"}}, "changed": {"num_won": 9, "won": [...], ...}}; `changed` only if paired, and each row is right or wrong.
+    "better"}}, "changed": {"num_won": 9, "won": [...], ...}}; `changed` only if paired, and each row is right or wrong. `notes`, if
+    the models differ in few rows, says so.
     """
     rows = model.rows[task.name]
     paired_rows = None
     if other_rows is not None and asked_the_same_rows(rows, other_rows):
         paired_rows = other_rows
     common_metrics = [metric for metric in task.metrics_for(rows) if metric.name in other_metrics]
+    few_row_notes: list[str] = []
     if paired_rows is None:
         differences = _unpaired_differences(task, model, common_metrics, resamples_by_metric, other_metrics)
     else:
-        differences = _paired_differences(
+        differences, few_row_notes = _paired_differences(
             task, model, common_metrics, resamples_by_metric, paired_rows, other_metrics, bootstrap
         )
 
@@ -63,11 +67,21 @@ def compare_task(
             difference = replace(difference, verdict=TOO_FEW_CASES)
         difference_records[metric.name] = cast(DifferenceRecord, asdict(difference))
     comparison: TaskComparison = {"paired": paired_rows is not None, "metrics": difference_records}
+    if few_row_notes:
+        comparison["notes"] = few_row_notes
     if paired_rows is not None:
         score_name = right_or_wrong_score_name(task, [*rows, *paired_rows])
         if score_name is not None:
             comparison["changed"] = changed_rows(rows, paired_rows, score_name)
     return comparison
+
+
+class _PairedDifferences(NamedTuple):
+    """The comparison of two models on the same rows."""
+
+    by_metric: dict[str, MetricDifference]
+    few_row_notes: list[str]
+    """A sentence on metrics for which the models differ in few rows, if there are any."""
 
 
 def _paired_differences(
@@ -78,10 +92,11 @@ def _paired_differences(
     other_rows: Sequence[TaskRow],
     other_metrics: dict[str, float],
     bootstrap: Bootstrap,
-) -> dict[str, MetricDifference]:
+) -> _PairedDifferences:
     """The difference of two models in each metric, from the same resamples of the rows that both answered.
 
-    If several of the metrics are one family (one for each group of people, say), their p-values are corrected together.
+    If several of the metrics are one family (one for each group of people, say), their p-values are corrected together. Any other
+    metric in which the models differ in few rows is tested exactly.
     """
     other_resamples_by_metric = resample_metrics(task, other_rows, bootstrap)
     rows = model.rows[task.name]
@@ -90,6 +105,7 @@ def _paired_differences(
     if len(family) > 1:
         corrected_p = family_p_values(task, family, rows, other_rows, bootstrap.seed)
     differences = {}
+    num_pairs_by_metric = {}
     for metric in metrics:
         name = metric.name
         difference = paired_difference(
@@ -103,8 +119,30 @@ def _paired_differences(
             difference = with_corrected_p_value(
                 difference, corrected_p[name], greater_is_better=metric.greater_is_better
             )
+        else:
+            exact_test = exact_sign_flip_test(task, metric, rows, other_rows)
+            if exact_test is not None:
+                difference = with_exact_p_value(difference, exact_test.p)
+                num_pairs_by_metric[name] = exact_test.num_pairs
         differences[name] = difference
-    return differences
+    return _PairedDifferences(differences, _few_row_notes(num_pairs_by_metric))
+
+
+def _few_row_notes(num_pairs_by_metric: dict[str, int]) -> list[str]:
+    """A sentence on metrics that were tested exactly because the two models differ in few rows; [] if there are none.
+
+    `num_pairs_by_metric`: the number of rows that differ. {"rouge1": 3, "rougeL": 3} -> ["rouge1, rougeL: few rows: the models
+    differ in at most 3. p is that of an exact sign-flip test, and cannot be below 0.25, so no verdict is possible"].
+    """
+    if not num_pairs_by_metric:
+        return []
+    num_pairs = max(num_pairs_by_metric.values())
+    min_p = 2.0 ** (1 - num_pairs)
+    consequence = ", so no verdict is possible" if min_p >= SIGNIFICANCE_LEVEL else ""
+    return [
+        f"{', '.join(num_pairs_by_metric)}: few rows: the models differ in at most {num_pairs}. p is that of an exact sign-flip "
+        f"test, and cannot be below {min_p:.2g}{consequence}"
+    ]
 
 
 def _unpaired_differences(

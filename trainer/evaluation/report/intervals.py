@@ -3,8 +3,9 @@
 Two models that answered the same rows are compared by a paired bootstrap (Koehn 2004). A resample is a list of how often each
 row counts. It depends only on the seed and the number of rows, so both models get the same resamples. An interval goes from the
 2.5th to the 97.5th percentile. The test of a difference is two-sided: p is twice the share of resamples in which the difference
-is not on its side of zero, and never 0. A share of rows that are each right or wrong has Wilson's interval, because resamples
-of rows that are all wrong would give an interval without width.
+is not on its side of zero, and never 0. If the models differ in few rows, p is that of an exact test (`permutation_test`). A
+share of rows that are each right or wrong has Wilson's interval, because resamples of rows that are all wrong would give an
+interval without width.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainer.evaluation.report.permutation_test import MAX_EXACT_PAIRS
 from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL
 
@@ -43,7 +45,8 @@ class Bootstrap:
     def description(self, *, paired: bool) -> str:
         """The method in one line, for the report."""
         method = "paired bootstrap over rows" if paired else "bootstrap over rows"
-        test = ", two-sided p" if paired else ""
+        exact_test = f"exact sign-flip test if at most {MAX_EXACT_PAIRS} rows differ"
+        test = f", two-sided p ({exact_test})" if paired else ""
         return (
             f"{method}, {self.resamples} resamples (at most {Task.max_resamples} where a metric is no mean), seed {self.seed}, "
             f"95 % percentile interval{test}; of shares of rows Wilson's interval"
@@ -221,6 +224,15 @@ def with_corrected_p_value(
     if p < SIGNIFICANCE_LEVEL:  # then the sign of the difference decides, as that of an interval without width
         change = difference.difference
         verdict = _verdict_of_interval(change, change, difference.value, greater_is_better=greater_is_better)
+    return replace(difference, p=p, verdict=verdict)
+
+
+def with_exact_p_value(difference: MetricDifference, p: float) -> MetricDifference:
+    """The difference with the p of an exact test, for models that differ in few rows.
+
+    A bootstrap of few rows is too certain. So its verdict stands only if the exact test is significant too. The interval stays.
+    """
+    verdict = difference.verdict if p < SIGNIFICANCE_LEVEL else NO_DIFFERENCE
     return replace(difference, p=p, verdict=verdict)
 
 

@@ -296,9 +296,12 @@ def report_callouts(report: EvaluationReport) -> list[Callout]:
 
 
 def _task_notes(task_record: TaskRecord, comparison: TaskComparison | None) -> list[str]:
-    """The notes of a task, and one more if it was compared with a model whose rows are others or not known."""
+    """The notes of a task and of its comparison: that few rows differ, or that the other model's rows are others or not known."""
     notes = list(task_record.get("notes", ()))
-    if comparison is not None and not comparison["paired"]:
+    if comparison is None:
+        return notes
+    notes += comparison.get("notes", ())
+    if not comparison["paired"]:
         notes.append(
             "The other model answered other rows, or its rows are not known: the numbers are compared, not the rows, and the "
             "interval is this model's own."

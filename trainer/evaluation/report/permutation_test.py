@@ -1,14 +1,20 @@
-"""Significance of several metrics together, such as the groups of a task, by exchanging rows between the two models.
+"""Significance by exchanging rows between the two models, for several metrics together and for few rows.
 
-If two models do not differ, it does not matter which of them answered a row. So rows are exchanged between them at
-random, and each metric's difference is compared with the largest one of the family in each exchange (single-step max
-T of Westfall & Young 1993, on differences over their spread). With p below 0.05 for each, one comparison in twenty
-reports any difference by chance.
+If two models do not differ, it does not matter which of them answered a row. Where rows are exchanged, the difference of the row
+changes its sign: this is a sign-flip test.
+
+- Several metrics together, such as the groups of a task: rows are exchanged at random, and each metric's difference is compared
+  with the largest one of the family in each exchange (single-step max T of Westfall & Young 1993, on differences over their
+  spread). With p below 0.05 for each, one comparison in twenty reports any difference by chance.
+- Few rows, for which a bootstrap is far too certain: all exchanges are tried, so p is exact (Fisher 1935). For rows that are each
+  right or wrong, this is McNemar's exact test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +27,59 @@ NUM_PERMUTATIONS = 2000
 """How often rows are exchanged; half as often if a metric is no ratio of sums, because each one is computed from scratch."""
 MAX_NUMBERS_IN_MEMORY = 1 << 22
 """Random numbers (permutations times rows) that are generated at a time, which bounds the memory."""
+MAX_EXACT_PAIRS = 12
+"""Most rows in which two models differ for the exact test: 12 rows have 2,048 exchanges."""
+SAME_SIZE_TOLERANCE = 1e-9
+"""Relative difference up to which two differences count as equally large, whatever the rounding of their sums."""
+
+
+class ExactTest(NamedTuple):
+    """The exact sign-flip test of one metric."""
+
+    p: float
+    num_pairs: int
+    """Rows in which the two models differ; p cannot be below 2 ** (1 - num_pairs)."""
+
+
+def exact_sign_flip_test(
+    task: Task, metric: TaskMetric, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]
+) -> ExactTest | None:
+    """Test the difference of two models in a metric exactly, if they differ in few of the rows that both answered.
+
+    p is the share of all exchanges of rows between the models after which the metric differs at least as much as it does. Three
+    rows, in all of which this model is better, give 0.25: two exchanges of eight, none and all.
+
+    Returns None if the models differ in no row, or in too many to try all exchanges (`MAX_EXACT_PAIRS`; fewer for a metric that
+    is no ratio of sums, whose exchanges are limited by `task.max_resamples`).
+    """
+    differing = [index for index in range(len(rows)) if _differ_in_metric(metric, rows[index], other_rows[index])]
+    max_exchanges = 2 ** (MAX_EXACT_PAIRS - 1)
+    if metric.ratio_of_sums is None:
+        max_exchanges = min(max_exchanges, task.max_resamples)
+    # To exchange all other rows instead gives the same difference with the other sign. So the first row always stays.
+    num_exchanges = 2 ** (len(differing) - 1) if differing else 0
+    if not 0 < num_exchanges <= max_exchanges:
+        return None
+    is_exchanged = np.zeros((num_exchanges, len(rows)))
+    is_exchanged[:, differing[1:]] = list(product((0.0, 1.0), repeat=len(differing) - 1))
+    metric_functions = task.weighted_metric_functions([*rows, *other_rows])
+    differences = _metric_differences_by_permutation([metric], rows, other_rows, metric_functions, is_exchanged)
+    sizes = np.abs(differences[:, 0])
+    observed_size = sizes[0]  # the first exchange is none
+    # A difference that is NaN counts as large, which is the cautious side.
+    is_smaller = sizes < observed_size * (1 - SAME_SIZE_TOLERANCE)
+    return ExactTest(1 - float(is_smaller.mean()), len(differing))
+
+
+def _differ_in_metric(metric: TaskMetric, row: TaskRow, other_row: TaskRow) -> bool:
+    """Whether the answers of two models to one row count differently in a metric.
+
+    If the metric is no ratio of sums, it may read anything of a row, so any difference counts.
+    """
+    if metric.ratio_of_sums is None:
+        return row != other_row
+    names = [name for name in metric.ratio_of_sums if name is not None]
+    return any(row.scores.get(name, 0.0) != other_row.scores.get(name, 0.0) for name in names)
 
 
 def family_p_values(

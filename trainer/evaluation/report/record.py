@@ -83,6 +83,8 @@ class TaskComparison(TypedDict):
     metrics: dict[str, DifferenceRecord]
     changed: NotRequired[dict[str, Any]]
     """Rows that one model has right and the other wrong (`comparison.changed_rows`)."""
+    notes: NotRequired[list[str]]
+    """A sentence on metrics in which the models differ in few rows."""
 
 
 @dataclass(slots=True)
