@@ -354,6 +354,12 @@ def test_evaluate_a_classifier_without_training_it(site, tmp_path, capsys):
     ("words", "code", "told"),
     [
         (["evaluation.tasks=[los]"], 64, "there is no such kind of task; did you mean loss?"),
+        (["evaluation.tasks.x.kind=accuracy"], 64, "did you mean classification (share of rows whose label is right)"),
+        (
+            ["evaluation.tasks.x.path=gone.jsonl"],
+            64,
+            "evaluation.tasks.x.kind: not set; say what is measured: one of loss,",
+        ),
         (["evaluation.tasks=[maths]", "evaluation.tasks.maths.path=gone.jsonl"], 64, "gone.jsonl: does not exist"),
         (
             ["evaluation.tasks=[multiple_choice]"],

@@ -61,6 +61,12 @@ TASK_KINDS: dict[str, type[Task]] = {
 """All kinds by name, in the order in which users see them."""
 TASK_KINDS |= {"rouge": written.Summarisation, "bleu": written.Translation}  # by the metric that they are known for
 
+HINT_BY_AMBIGUOUS_KIND = {
+    "accuracy": "did you mean classification (share of rows whose label is right), exact_match (share of answers that are right "
+    "word for word), multiple_choice (share of right choices), or token_accuracy (share of tokens predicted right)?"
+}
+"""Names that users try, and that may mean several kinds. The most similar name would measure something else."""
+
 
 def build_tasks(tasks: Mapping[str, TaskConfig]) -> list[Task]:
     """The tasks of a configuration that was checked, in its order."""
@@ -89,15 +95,24 @@ def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
         key = f"evaluation.tasks.{name}"
         if not name.replace("-", "_").isidentifier():
             yield f"{key}: the name stands in metrics (eval/{name}/...); use letters, digits, - and _"
+        if not config.kind:
+            yield f"{key}.kind: not set; say what is measured: one of {', '.join(TASK_KINDS)}"
+            continue
         if config.kind not in TASK_KINDS:
-            similar = difflib.get_close_matches(config.kind, TASK_KINDS, n=1)
-            hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(TASK_KINDS)}"
-            yield f"{key}.kind={config.kind or None}: there is no such kind of task; {hint}"
+            yield f"{key}.kind={config.kind}: there is no such kind of task; {_kind_hint(config.kind)}"
             continue
         task = TASK_KINDS[config.kind](name, config)
         yield from task.problems()
         if task.required_package is not None and find_spec(task.required_package) is None:
             yield f"{key}.kind={config.kind}: needs {task.required_package}; {install_command(task.pip_extra)}"
+
+
+def _kind_hint(unknown_kind: str) -> str:
+    """Which kind may be meant by a name that is none: kinds known by that name elsewhere, the most similar one, or all kinds."""
+    if unknown_kind in HINT_BY_AMBIGUOUS_KIND:
+        return HINT_BY_AMBIGUOUS_KIND[unknown_kind]
+    similar = difflib.get_close_matches(unknown_kind, TASK_KINDS, n=1)
+    return f"did you mean {similar[0]}?" if similar else f"one of {', '.join(TASK_KINDS)}"
 
 
 def metric_directions(tasks: Mapping[str, TaskConfig]) -> dict[str, bool | None]:
