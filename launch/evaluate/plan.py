@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.evaluate.checks import check_evaluation, has_held_out
 from strategies.errors import ConfigError
+from strategies.small_files import read_json_object
 
 if TYPE_CHECKING:
     from launch.config.outside_values import ValueNeedingConsent
@@ -166,8 +167,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     from trainer.session.base_files import pin_and_check_recorded_base
 
     if not (run / "config.yaml").is_file():
-        what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
-        raise ConfigError(f"{run}: {what}; name a run, or a model with model.path={run}")
+        raise ConfigError(_no_run_message(run))
     main_plan = evaluate_arguments.main_plan
 
     def apply_settings_of_evaluation(run_config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -201,6 +201,21 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
         needs_initial_model=evaluate_arguments.against == "base",
     )
     return config, str(checkpoint), base_differences
+
+
+def _no_run_message(directory: Path) -> str:
+    """What to type in place of a first argument that is no run directory.
+
+    An exported adapter is evaluated with its base: `exp0: an adapter, not a run directory; give its base too: model.path=models/a
+    adapter=exp0`.
+    """
+    adapter_settings_file = directory / "adapter_config.json"
+    if adapter_settings_file.is_file():
+        # Only a hint: the base may have moved since the export.
+        base = read_json_object(adapter_settings_file).get("base_model_name_or_path") or "<its base>"
+        return f"{directory}: an adapter, not a run directory; give its base too: model.path={base} adapter={directory}"
+    what = "not a run directory (it has no config.yaml)" if directory.exists() else "there is no such directory"
+    return f"{directory}: {what}; name a run, or a model with model.path={directory}"
 
 
 def _is_used_by_evaluation(value: ValueNeedingConsent, config: RunConfig, *, split: str = "eval") -> bool:

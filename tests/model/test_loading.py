@@ -14,7 +14,8 @@ def test_an_adapter_in_the_place_of_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     for load in (load_model_config, load_tokenizer):
         with pytest.raises(
-            ConfigError, match=r"is an adapter; give its base as model.path.*tuning.from.*model.adapters"
+            ConfigError,
+            match=r"is an adapter; give its base as model.path.*tuning.from.*adapter=.* to evaluate it.*model.adapters",
         ):
             load(ModelConfig(path=str(tmp_path)))
 

@@ -198,7 +198,7 @@ def _refuse_adapter(directory: Path) -> None:
     if (directory / "adapter_config.json").is_file() and weight_files <= {"adapter_model.safetensors"}:
         raise ConfigError(
             f"model.path={directory}: is an adapter; give its base as model.path, and this directory as tuning.from to train "
-            "it further, or in model.adapters to merge it into the base"
+            f"it further, as adapter={directory} to evaluate it, or in model.adapters to merge it into the base"
         )
 
 

@@ -391,6 +391,12 @@ def test_bad_input_is_refused_before_a_model_is_loaded(site, words, code, told, 
     assert told in capsys.readouterr().err
 
 
+def test_evaluate_of_an_exported_adapter_names_the_arguments_that_work(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "models/a"}')
+    assert command_here(["evaluate", str(tmp_path), "evaluation.tasks=[loss]"]) == 64
+    assert f"give its base too: model.path=models/a adapter={tmp_path}" in capsys.readouterr().err
+
+
 def test_evaluate_names_a_missing_model_and_missing_documents_together(capsys):
     assert command_here(["evaluate", "model.path=missing", "evaluation.tasks=[loss]"]) == 64
     shown = capsys.readouterr().err
