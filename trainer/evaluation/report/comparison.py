@@ -44,8 +44,8 @@ def compare_task(
     `other_rows`: None if only the other model's metrics are known. If both answered the same rows, they are compared row by row.
 
     {"paired": true, "metrics": {"accuracy": {"value": 0.5, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict":
-    "better"}}, "changed": {"num_won": 9, "won": [...], ...}}; `changed` only if paired, and each row is right or wrong. `notes`, if
-    the models differ in few rows, says so.
+    "better"}}, "changed": {"num_won": 9, "won": [...], ...}}; `changed` only if paired, and each row is right or wrong. If the
+    models differ in few rows, `notes` says so.
     """
     rows = model.rows[task.name]
     paired_rows = None
