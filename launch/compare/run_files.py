@@ -54,6 +54,8 @@ class RecordedRun:
     """Lines of `events.jsonl`: steps that stood out."""
     unreadable_lines: int = 0
     """Lines of both files that are no rows, and are left out; of a run in W&B's files, damaged places that were skipped."""
+    metrics_written_at: float = 0.0
+    """When `metrics.jsonl` was last written, in seconds since 1970; 0 if it was not."""
 
     @property
     def state(self) -> str:
@@ -65,7 +67,8 @@ class RecordedRun:
         """State and last step of a run that is not done, such as `failed at step 3`, or `not started`; None if it is done."""
         if self.state == RunState.done:
             return None
-        last_step = self.status.get("step") or self.failure.get("step") or max(self.steps, default=None)
+        # While a run trains, its status has the step of the start or of a resume, and the rows have the last one.
+        last_step = max(self.status.get("step") or self.failure.get("step") or 0, max(self.steps, default=0))
         return f"{self.state} at step {last_step}" if last_step else self.state
 
     @property
@@ -75,7 +78,8 @@ class RecordedRun:
         Of a run that is running: when it was last seen. None for a run that is done.
         """
         if self.state == RunState.running:
-            last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
+            last_seen_at = max(self.status.get("time") or 0, self.metrics_written_at)
+            last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last_seen_at))
             return f"{self.unfinished_state}, last seen at {last_seen}"
         message = self.status.get("reason") or self.failure.get("message")
         if not self.unfinished_state or not message:
@@ -161,7 +165,16 @@ def read_recorded_run(run_dir: Path) -> RecordedRun:
         evaluations=evaluations,
         events=tuple(events.rows),
         unreadable_lines=len(metrics.unreadable) + len(events.unreadable),
+        metrics_written_at=_written_at(run_dir / METRICS_FILE),
     )
+
+
+def _written_at(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0 if it does not exist."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.runs.metrics_tail import finite_number, read_last_rows
+from launch.runs.metrics_tail import last_step
 from strategies.errors import ConfigError, DataError
 from trainer.reporting.run_record import RunRecord, readable_run_record
-from trainer.reporting.status import read_status
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -166,7 +165,7 @@ def _exposure_from_prepared_data(
     # How often training drew them, from the start to the last step. The record's `passed` are ranges of samples that a rollback
     # left out.
     progress = record.outcome.progress if record.outcome else {}
-    step = int(progress.get("step") or _last_step(run))
+    step = int(progress.get("step") or last_step(run))
     num_samples_drawn = int(progress.get("samples") or step * int(config.batch["global"]))
     times_trained = 0
     if len(rows_by_split["train"]):
@@ -199,14 +198,6 @@ def _open_prepared_splits(data_dir: Path, fingerprint: str) -> dict[str, TokenDa
         if (data_dir / name).is_dir():
             split_by_name[name] = TokenDataset.open(data_dir / name)
     return split_by_name
-
-
-def _last_step(run: Path) -> int:
-    """The last optimizer step of a run without a recorded outcome, for example one that was killed."""
-    steps = [int(read_status(run).get("step") or 0)]
-    for row in read_last_rows(run / "metrics.jsonl"):
-        steps.append(int(finite_number(row, "step") or 0))
-    return max(steps)
 
 
 def _times_trained(

@@ -12,6 +12,7 @@ from typing import Any
 
 from strategies import atomic_io
 from trainer.reporting.metric_rows import readable_rows
+from trainer.reporting.status import read_status
 
 TAIL_BYTES = 2**16
 """Bytes at the end of the file that are read for the last rows."""
@@ -71,6 +72,17 @@ def finite_number(row: dict[str, Any], key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value
+
+
+def last_step(run_dir: Path) -> int:
+    """The optimizer step that a run has reached, whether it runs, has ended or was killed; 0 before the first.
+
+    `status.json` has the step of the start, of a resume, or of the end, and the rows of `metrics.jsonl` those in between.
+    """
+    steps = [int(read_status(run_dir).get("step") or 0)]
+    for row in read_last_rows(run_dir / "metrics.jsonl"):
+        steps.append(int(finite_number(row, "step") or 0))
+    return max(steps)
 
 
 def recent_median(step_rows: list[dict[str, Any]], metric: str) -> float | None:

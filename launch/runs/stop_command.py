@@ -180,7 +180,7 @@ class StoppingRun:
         """Wait up to `wait_s` seconds until the run has ended, print what was saved, and return the exit code of `shardtune
         stop`.
         """
-        from trainer.reporting.status import read_status
+        from launch.runs.metrics_tail import last_step
 
         began_at = reported_at = time.monotonic()
         try:
@@ -190,7 +190,7 @@ class StoppingRun:
                     return self._print_timeout()
                 if now - reported_at > REPORT_INTERVAL_S:
                     reported_at = now
-                    step = read_status(self.run_dir).get("step")
+                    step = last_step(self.run_dir)
                     print(f"  {now - began_at:.0f} s: not yet ended (step {step})", flush=True)
                 time.sleep(POLL_INTERVAL_S)
         except KeyboardInterrupt:

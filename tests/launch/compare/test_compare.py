@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import time
 import subprocess
 import sys
 from pathlib import Path
@@ -142,13 +143,15 @@ def test_compare_shows_a_run_that_goes_on_and_one_that_never_began(runs, tmp_pat
     running, begun = tmp_path / "running", tmp_path / "begun"
     shutil.copytree(runs / "runs/0", running)
     status = json.loads((running / "status.json").read_text())
-    (running / "status.json").write_text(json.dumps({**status, "state": "running", "step": 5}))
+    (running / "status.json").write_text(json.dumps({**status, "state": "running", "step": 2, "time": 0}))  # as it was resumed
     text = (running / "metrics.jsonl").read_text()
     (running / "metrics.jsonl").write_text(text[: text.index('"step": 6') + 30])  # the row is being written
     begun.mkdir()
     shutil.copy(runs / "runs/0/config.yaml", begun)
     _, one, two = compared(capsys, runs / "runs/0", running, begun)
-    assert one["reason"].startswith("running at step 5, last seen at ") and one["loss_difference"]["steps"] == 5
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime((running / "metrics.jsonl").stat().st_mtime))
+    assert one["reason"].startswith(f"running at step 5, last seen at {written}")
+    assert one["loss_difference"]["steps"] == 5
     assert two["reason"] == "not started" and two["measured"]["steps"] == 0 and two["measured"]["loss"] is None
     assert two["verdict"] == "begun: not started; no step to compare with 0"
 

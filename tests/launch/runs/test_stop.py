@@ -116,9 +116,10 @@ def test_a_process_that_is_not_the_runs_is_never_touched(tmp_path, capsys):
         other.communicate()
 
 
-def test_stop_waits_as_long_as_asked_for_a_process_that_does_not_end(tmp_path, capsys):
+def test_stop_waits_as_long_as_asked_for_a_process_that_does_not_end(tmp_path, capsys, monkeypatch):
     deaf = f"import signal; signal.signal(15, signal.SIG_IGN); {READY}"
     run = made(tmp_path, "run")
+    (run / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
     other = process(deaf, run)
     try:
         checkpoint(run, 2)
@@ -126,6 +127,9 @@ def test_stop_waits_as_long_as_asked_for_a_process_that_does_not_end(tmp_path, c
         assert main(["stop", str(run), "wait_s=0"]) == 69
         said = capsys.readouterr().err
         assert "has not ended within 0 s" in said and "saved at step 2" in said
+        monkeypatch.setattr(stop_command, "REPORT_INTERVAL_S", 0.0)
+        assert main(["stop", str(run), "wait_s=1"]) == 69
+        assert "not yet ended (step 7)" in capsys.readouterr().out, "as its metrics say: a resumed run's status does not"
         assert other.poll() is None
     finally:
         other.kill()
