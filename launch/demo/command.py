@@ -121,6 +121,8 @@ def main(argv: list[str]) -> int:
         return exit_code
     # What the model has learned: the metrics of the first and the last evaluation on held-out notes.
     held_out = held_out_evaluations(run_dir, "eval/loss")
+    if not held_out:  # `--dry-run` and `--cfg` only print
+        return 0
     before = held_out[0]
     after = held_out[-1]
     print_answers(run_dir / "export", data.held_out_file)

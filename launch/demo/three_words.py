@@ -148,9 +148,11 @@ def main(argv: list[str]) -> int:
     exit_code = run_guarded("train", arguments)
     if exit_code:
         return exit_code
-    print_answers(run_dir / "export")
     # The mean reward of each evaluation, from the base model on.
     rewards = [metrics[REWARD_METRIC] for metrics in held_out_evaluations(run_dir, REWARD_METRIC)]
+    if not rewards:  # `--dry-run` and `--cfg` only print
+        return 0
+    print_answers(run_dir / "export")
     print(summary_text(run_dir, time.monotonic() - started_at))
     # Only printed, for the user to run: a reward with a hole, and a control that shows how the model uses it.
     cheatable = training_arguments(model, files, Path(f"{run_dir}-cheatable"), cheatable=True)

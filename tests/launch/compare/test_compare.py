@@ -3,9 +3,9 @@
 import csv
 import json
 import shutil
-import time
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,7 +143,9 @@ def test_compare_shows_a_run_that_goes_on_and_one_that_never_began(runs, tmp_pat
     running, begun = tmp_path / "running", tmp_path / "begun"
     shutil.copytree(runs / "runs/0", running)
     status = json.loads((running / "status.json").read_text())
-    (running / "status.json").write_text(json.dumps({**status, "state": "running", "step": 2, "time": 0}))  # as it was resumed
+    (running / "status.json").write_text(
+        json.dumps({**status, "state": "running", "step": 2, "time": 0})
+    )  # as it was resumed
     text = (running / "metrics.jsonl").read_text()
     (running / "metrics.jsonl").write_text(text[: text.index('"step": 6') + 30])  # the row is being written
     begun.mkdir()

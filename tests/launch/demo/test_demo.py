@@ -9,6 +9,7 @@ from launch.config.compose import compose_config
 from launch.demo import command as demo
 from launch.demo.results import held_out_evaluations
 from strategies.errors import DataError
+from tests.helpers.building import model_dir
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 
@@ -62,6 +63,17 @@ def test_the_command_is_a_legal_run(notes, tmp_path, monkeypatch):
     assert composed.config.strategy.name == "fsdp2" and composed.config.export.verify
     assert composed.config.batch["global"] % (composed.config.batch["micro"] * composed.config.launcher.processes) == 0
     assert composed.config.budget.tokens == demo.TRAIN_TOKENS
+
+
+def test_dry_run_of_the_demo_trains_nothing_and_ends_well(notes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model, data = model_dir(tmp_path), prepare(notes, tmp_path / "data")
+    monkeypatch.setattr(demo, "fetch_demo_model", lambda: model)
+    monkeypatch.setattr(demo, "fetch_demo_file", lambda name: notes)
+    monkeypatch.setattr(demo, "prepare_demo", lambda *_: data)
+    assert demo.main(["strategy=single", "launcher.processes=1", "--dry-run"]) == 0
+    assert "(--dry-run)" in capsys.readouterr().out
 
 
 def test_evaluations_are_reported_in_order(tmp_path):

@@ -56,6 +56,7 @@ def test_the_demo_shows_everything_and_fails_if_nothing_was_learned(model, tmp_p
     monkeypatch.setattr(three_words, "fetch_demo_model", lambda: model)
     typed = ["objective=grpo", "strategy=single", "launcher.processes=1", "batch.micro=64", "budget.steps=1"]
     typed += ["optim.lr=1e-9", "run.threads=1", "logging.wandb=disabled", "logging.report=false", "run.dir=runs/tiny"]
+    assert command.main([*typed, "--dry-run"]) == 0 and "(--dry-run)" in capsys.readouterr().out
     with pytest.raises(three_words.NothingLearned, match=r"eval/reward went from .* it should rise by 0.25") as failed:
         command.main(typed)
     assert failed.value.exit_code == 69

@@ -129,7 +129,9 @@ def test_stop_waits_as_long_as_asked_for_a_process_that_does_not_end(tmp_path, c
         assert "has not ended within 0 s" in said and "saved at step 2" in said
         monkeypatch.setattr(stop_command, "REPORT_INTERVAL_S", 0.0)
         assert main(["stop", str(run), "wait_s=1"]) == 69
-        assert "not yet ended (step 7)" in capsys.readouterr().out, "as its metrics say: a resumed run's status does not"
+        assert "not yet ended (step 7)" in capsys.readouterr().out, (
+            "as its metrics say: a resumed run's status does not"
+        )
         assert other.poll() is None
     finally:
         other.kill()
