@@ -62,7 +62,7 @@ _LESS_FULL_BY_FORMAT = {  # a format reads all columns of these formats, and mor
 
 def recognise_format(
     row: SourceRow,
-    columns: dict[str, str],
+    renamed_columns: dict[str, str],
     *,
     source: str = "data",
     ignored: Collection[str] = (),
@@ -76,22 +76,24 @@ def recognise_format(
     - None fits, or no preferred one, and a (preferred) format would fit if null counted as a value: that one, since the first row
       of a file may hold a null.
 
-    `columns`: `data.columns` of the `source`, the row's name of a column by the expected name. A format that does not use all
-    renamed columns does not fit. Raises DataError, with the row, if no format or more than one fits; ConfigError if `columns`
-    names a column that no format reads.
+    `renamed_columns`: `data.columns` of the `source`, the row's name of a column by the expected name. A format that does not use
+    all of them does not fit. Raises DataError, with the row, if no format or more than one fits; ConfigError if a column is
+    renamed that no format reads.
     """
     setting = columns_setting(source)
-    require_readable_columns(columns, [*COLUMN_SETS_BY_FORMAT], setting)
+    require_readable_columns(renamed_columns, [*COLUMN_SETS_BY_FORMAT], setting)
     row_fields = {name: value for name, value in row.fields.items() if name not in ignored}
     try:
-        fields = rename_columns(row_fields, columns, setting)
+        fields = rename_columns(row_fields, renamed_columns, setting)
     except RowError as refusal:
         raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
 
     filled_fields = {name: value for name, value in fields.items() if value is not None}
     learns_verdicts = DataFormat.thumbs in preferred
-    column_set_by_format = _column_sets_of_fitting_formats(filled_fields, columns, learns_verdicts=learns_verdicts)
-    with_nulls = _column_sets_of_fitting_formats(fields, columns, learns_verdicts=learns_verdicts)
+    column_set_by_format = _column_sets_of_fitting_formats(
+        filled_fields, renamed_columns, learns_verdicts=learns_verdicts
+    )
+    with_nulls = _column_sets_of_fitting_formats(fields, renamed_columns, learns_verdicts=learns_verdicts)
     no_preferred_fits = column_set_by_format.keys().isdisjoint(preferred)
     null_hides_preferred = no_preferred_fits and not with_nulls.keys().isdisjoint(preferred)
     if not column_set_by_format or null_hides_preferred:
@@ -106,7 +108,7 @@ def recognise_format(
     if column_set_by_format:
         advice = _advice_for_several_formats(column_set_by_format, setting)
         raise DataError(f"{fault} several formats; {advice}\nthe row: {show_value(fields)}")
-    advice = _advice_for_no_format(fields, columns, setting, preferred)
+    advice = _advice_for_no_format(fields, renamed_columns, setting, preferred)
     raise DataError(f"{fault} no format; {advice}\nthe row: {show_value(fields)}{_hint_for_no_format(row)}")
 
 
@@ -128,14 +130,15 @@ def _advice_for_several_formats(column_set_by_format: dict[DataFormat, ColumnSet
 
 
 def _advice_for_no_format(
-    fields: dict[str, Any], columns: dict[str, str], columns_setting: str, preferred: tuple[DataFormat, ...]
+    fields: dict[str, Any], renamed_columns: dict[str, str], columns_setting: str, preferred: tuple[DataFormat, ...]
 ) -> str:
     """Write the part of an error message that says how to rename columns so that a format fits, and what each format needs.
 
-    For example "try data.columns='{prompt:q,completion:a}', or rename them to one of ...". `columns`: what the user renamed
-    already; nothing is suggested then, and the example has placeholders. `preferred`: the formats that the objective learns from.
+    For example "try data.columns='{prompt:q,completion:a}', or rename them to one of ...". `renamed_columns`: what the user
+    renamed already; nothing is suggested then, and the example has placeholders. `preferred`: the formats that the objective
+    learns from.
     """
-    suggested_columns = {} if columns else suggest_columns(fields)
+    suggested_columns = {} if renamed_columns else suggest_columns(fields)
     likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
     example_columns = suggested_columns or dict.fromkeys(COLUMN_SETS_BY_FORMAT[likeliest_format][0], "NAME")
     pairs = ",".join(f"{expected}:{name}" for expected, name in example_columns.items())
@@ -163,7 +166,7 @@ def _hint_for_no_format(row: SourceRow) -> str:
 
 
 def _column_sets_of_fitting_formats(
-    fields: dict[str, Any], columns: dict[str, str], *, learns_verdicts: bool
+    fields: dict[str, Any], renamed_columns: dict[str, str], *, learns_verdicts: bool
 ) -> dict[DataFormat, ColumnSet]:
     """Find the formats that a row fits, each with the set of columns by which it fits. Ambiguities are resolved:
 
@@ -172,16 +175,17 @@ def _column_sets_of_fitting_formats(
     - of two formats of which one reads all columns of the other and more, the fuller one stays;
     - `content` alone is too vague a name to make a text if another format fits.
 
-    `fields`: the row's values under the expected names. `columns`: the columns that the user renamed.
+    `fields`: the row's values under the expected names. `renamed_columns`: what the user renamed, the row's name by the expected
+    one.
     """
-    column_set_by_format = _column_sets_that_row_has(fields, columns)
+    column_set_by_format = _column_sets_that_row_has(fields, renamed_columns)
 
     # A label 0 or 1 may be a class as well as a verdict: then neither thumbs nor labelled texts replace the other.
-    is_surely_thumbs = True
-    is_label_recognised = "label" in column_set_by_format.get(DataFormat.thumbs, ()) and "label" not in columns
+    may_be_class = False
+    is_label_recognised = "label" in column_set_by_format.get(DataFormat.thumbs, ()) and "label" not in renamed_columns
     if is_label_recognised:  # the user has not said that it is the verdict
         label = fields["label"]
-        is_surely_thumbs = str(label) not in ("0", "1")
+        may_be_class = str(label) in ("0", "1")
         if label is not None and not learns_verdicts and not is_surely_verdict(label):
             del column_set_by_format[DataFormat.thumbs]
     if "conversations" in column_set_by_format.get(DataFormat.preference, ()):
@@ -189,20 +193,20 @@ def _column_sets_of_fitting_formats(
 
     less_full_formats: set[DataFormat] = set()
     for format in column_set_by_format:
-        if is_surely_thumbs or format is not DataFormat.thumbs:
+        if not (may_be_class and format is DataFormat.thumbs):
             less_full_formats |= _LESS_FULL_BY_FORMAT.get(format, set())
     for format in less_full_formats:
         column_set_by_format.pop(format, None)
-    is_text_by_content = "content" not in columns and "content" in column_set_by_format.get(DataFormat.text, ())
+    is_text_by_content = "content" not in renamed_columns and "content" in column_set_by_format.get(DataFormat.text, ())
     if is_text_by_content and len(column_set_by_format) > 1:
         del column_set_by_format[DataFormat.text]
     return column_set_by_format
 
 
-def _column_sets_that_row_has(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFormat, ColumnSet]:
+def _column_sets_that_row_has(fields: dict[str, Any], renamed_columns: dict[str, str]) -> dict[DataFormat, ColumnSet]:
     """Find the formats of which the row has a whole set of columns, each with the likeliest such set.
 
-    {"question": ..., "answer": ...} has {prompt_completion: ("question", "answer")}. Only sets that read all renamed `columns`
+    {"question": ..., "answer": ...} has {prompt_completion: ("question", "answer")}. Only sets that read all renamed columns
     count. `prompt` is never among them: every row with a question has a prompt, so that this format is meant only if the
     objective says so.
     """
@@ -211,23 +215,23 @@ def _column_sets_that_row_has(fields: dict[str, Any], columns: dict[str, str]) -
         if format is DataFormat.prompt:
             continue
         for column_set in column_sets:
-            reads_renamed_columns = columns.keys() <= {*readable_columns(column_set, format)}
+            reads_renamed_columns = renamed_columns.keys() <= {*readable_columns(column_set, format)}
             if reads_renamed_columns and all(name in fields for name in column_set):
                 column_set_by_format.setdefault(format, column_set)
     return column_set_by_format
 
 
-def require_readable_columns(columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
+def require_readable_columns(renamed_columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
     """Raise ConfigError if the setting `setting` renames a column to a name that no format reads, such as a misspelled one.
 
-    `formats`: those that the source may have. `columns`: the value of the setting, the row's name of a column by the expected
-    name, such as {"prompt": "question_text"}.
+    `renamed_columns`: the value of the setting, the row's name of a column by the expected name, such as {"prompt":
+    "question_text"}. `formats`: those that the source may have.
     """
     known_columns: dict[str, None] = {}  # a dict, to keep the order
     for format in formats:
         for column_set in (*COLUMN_SETS_BY_FORMAT[format], *_FURTHER_COLUMN_SETS_BY_FORMAT.get(format, ())):
             known_columns.update(dict.fromkeys(readable_columns(column_set, format)))
-    for expected_name in columns:
+    for expected_name in renamed_columns:
         if expected_name in known_columns:
             continue
         close_names = difflib.get_close_matches(expected_name, list(known_columns), n=1)
@@ -247,37 +251,41 @@ def column_names(fields: dict[str, Any]) -> list[str]:
     return sorted(names)
 
 
-def rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
+def rename_columns(fields: dict[str, Any], renamed_columns: dict[str, str], setting: str) -> dict[str, Any]:
     """Put the renamed columns of a row under their expected names. Raises RowError (missing_column) if one is missing.
 
-    `columns`: the row's name of a column by the expected name: {"prompt": "q"} turns {"q": "Hi", "a": 1} into {"a": 1, "prompt":
-    "Hi"}. `setting`: where `columns` comes from, for the message.
+    `renamed_columns`: the row's name of a column by the expected name: {"prompt": "q"} turns {"q": "Hi", "a": 1} into {"a": 1,
+    "prompt": "Hi"}. `setting`: where they come from, for the message.
     """
-    if not columns:
+    if not renamed_columns:
         return fields
     renamed = {}
-    for expected_name, row_name in columns.items():
+    for expected_name, row_name in renamed_columns.items():
         try:
             renamed[expected_name] = value_at(fields, row_name)
         except KeyError:
             message = f"no column {row_name!r} ({setting}.{expected_name}); the row has {column_names(fields)}"
             raise RowError("missing_column", message) from None
-    row_names = set(columns.values())
+    row_names = set(renamed_columns.values())
     unchanged = {name: value for name, value in fields.items() if name not in row_names}
     return {**unchanged, **renamed}
 
 
-def column_sets_to_try(format: DataFormat, columns: dict[str, str], kept_names: tuple[str, ...]) -> list[ColumnSet]:
+def column_sets_to_try(
+    format: DataFormat, renamed_columns: dict[str, str], kept_names: tuple[str, ...]
+) -> list[ColumnSet]:
     """List the sets of columns by which a row may fit a format, in the order in which they are tried: [("text",), ("content",)].
 
-    If some sets use all renamed `columns` (the row's name of a column by the expected name), only these. `kept_names`: columns
+    If some sets use all `renamed_columns` (the row's name of a column by the expected name), only these. `kept_names`: columns
     that are kept beside a prompt, and that may be renamed as well.
     """
     likeliest, *other_spellings = COLUMN_SETS_BY_FORMAT[format]
     # The further ones come early: a row with an instruction may have input and output, too, which are a set of their own.
     column_sets = [likeliest, *_FURTHER_COLUMN_SETS_BY_FORMAT.get(format, ()), *other_spellings]
     optional_columns = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS, *kept_names}
-    using_all_renamed = [column_set for column_set in column_sets if columns.keys() <= {*column_set, *optional_columns}]
+    using_all_renamed = [
+        column_set for column_set in column_sets if renamed_columns.keys() <= {*column_set, *optional_columns}
+    ]
     return using_all_renamed or column_sets
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -250,14 +251,21 @@ def source_weights(config: DataConfig, source_names: list[str]) -> list[float]:
     return [weights.get(name, 0.0) for name in source_names]
 
 
-def build_order(
-    config: DataConfig, train: TokenDataset, *, sequences_per_document: int, seed: int
-) -> tuple[list[list[int]] | None, Order]:
-    """Decide what the loader draws from, and in which order: (units, the order in which they are drawn).
+class SamplingPlan(NamedTuple):
+    """What the loader draws samples from."""
 
-    A unit is drawn as a whole: a list of sequence numbers that stay together, such as a pack or a pair of answers. `units` is
-    None if each sequence is drawn alone. `sequences_per_document`: 2 for pairs, else 1. With `data.sources.*.weight` the order
-    mixes the sources in these shares. Raises ConfigError and DataError for weights of sources that cannot be used.
+    units: list[list[int]] | None
+    """Of each unit, the numbers of its sequences: a pack, or a pair of answers. None if each sequence is a unit."""
+    order: Order
+    """In which units are drawn."""
+
+
+def build_order(config: DataConfig, train: TokenDataset, *, sequences_per_document: int, seed: int) -> SamplingPlan:
+    """Decide what the loader draws from, and in which order.
+
+    A unit is drawn as a whole: a sequence, or sequences that stay together, such as a pack or a pair of answers.
+    `sequences_per_document`: 2 for pairs, else 1. With `data.sources.*.weight` the order mixes the sources in these shares.
+    Raises ConfigError and DataError for weights of sources that cannot be used.
     """
     has_weights = bool(source_weights(config, train.source_names))
     source_of_unit = train.sources
@@ -271,7 +279,7 @@ def build_order(
         units, source_of_unit = pack_by_source(train.lengths, source_of_document, config.max_length)
     if not has_weights:
         num_units = len(train) if units is None else len(units)
-        return units, GlobalOrder(num_units, seed=seed, shuffle=config.shuffle)
+        return SamplingPlan(units, GlobalOrder(num_units, seed=seed, shuffle=config.shuffle))
     tokens_of_unit: np.ndarray = train.lengths
     documents_of_unit = np.ones(len(train), np.int64)
     if units is not None:
@@ -279,4 +287,5 @@ def build_order(
         # A pair of answers is one document with two sequences.
         documents_of_unit = np.array([len(unit) // sequences_per_document for unit in units])
     mix = SourceMix.from_units(config, train.source_names, source_of_unit, tokens_of_unit, documents_of_unit)
-    return units, MixedOrder(source_of_unit, mix.quotas(config.mixing), seed=seed, shuffle=config.shuffle)
+    order = MixedOrder(source_of_unit, mix.quotas(config.mixing), seed=seed, shuffle=config.shuffle)
+    return SamplingPlan(units, order)

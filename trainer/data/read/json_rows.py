@@ -144,9 +144,9 @@ class _ListSplitter:
         self.stream = stream
         self.buffer = b""
         """What was read from the file; what is before the current element may be dropped."""
-        self.begin = 0
+        self.element_begin = 0
         """Where the current element begins in `buffer`."""
-        self.position = 0
+        self.search_begin = 0
         """Where to look for the next token in `buffer`."""
         self.line = 1
         """The line of the file on which the current element begins."""
@@ -173,29 +173,29 @@ class _ListSplitter:
                 following = "another" if delimiter == b"," else "the closing bracket"
                 raise _broken_list_error(self.path, self.line, element, f"a comma before {following} is not allowed")
             self._begin_element()
-        _require_end_of_file(self.path, self.stream, self.buffer[self.begin :], self.line)
+        _require_end_of_file(self.path, self.stream, self.buffer[self.element_begin :], self.line)
 
     def _skip_opening_bracket(self) -> None:
         """Pass over the bracket that opens the list. It is there, since `read_json` saw it."""
         while (bracket := self.buffer.find(b"[")) < 0:
             self._read_on(keep_from=len(self.buffer))
-        self.position = bracket + 1
+        self.search_begin = bracket + 1
         self._begin_element()
 
     def _begin_element(self) -> None:
-        """Let the next element begin at `position`, which is behind the sign that ended the last one."""
-        self.line += self.buffer.count(b"\n", self.begin, self.position)
-        self.begin = self.position
+        """Let the next element begin at `search_begin`, which is behind the sign that ended the last one."""
+        self.line += self.buffer.count(b"\n", self.element_begin, self.search_begin)
+        self.element_begin = self.search_begin
 
     def _next_element(self) -> tuple[bytes, bytes]:
-        """Find the current element of the list: (its bytes, the "," or "]" behind it). Leaves `position` behind that sign.
+        """Find the current element of the list: (its bytes, the "," or "]" behind it). Leaves `search_begin` behind that sign.
 
         Raises DataError for a list that is cut off, or has quotes and brackets in wrong places.
         """
         depth = 0  # of nesting inside the element
         # One loop without calls for each token: it runs over every byte of the file.
         while True:
-            token = _TOKEN_REGEX.search(self.buffer, self.position)
+            token = _TOKEN_REGEX.search(self.buffer, self.search_begin)
             # token[1]: the quote that closes a text; empty if it was not read yet; None for a sign, such as a comma.
             # A text at the very end of the buffer may go on, or be followed by something that is yet to be read.
             if token is None or token[1] == b"" or (token[1] and token.end() == len(self.buffer)):
@@ -207,13 +207,13 @@ class _ListSplitter:
                     "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one "
                     "too many"
                 )
-                raise _broken_list_error(self.path, self.line, self.buffer[self.begin : token.start()], message)
+                raise _broken_list_error(self.path, self.line, self.buffer[self.element_begin : token.start()], message)
             sign = token[0]
-            self.position = token.end()
+            self.search_begin = token.end()
             if depth > 0:
                 depth += _DEPTH_CHANGE.get(sign, 0)
                 continue
-            element = self.buffer[self.begin : token.start()]
+            element = self.buffer[self.element_begin : token.start()]
             if sign in (b",", b"]"):
                 return element, sign
             # A text or an opening bracket can only begin an element.
@@ -227,7 +227,7 @@ class _ListSplitter:
         `keep_from`: where the search for tokens goes on, in the present `buffer`. Raises DataError at the end of the file, and
         for an element that is far too long.
         """
-        element = self.buffer[self.begin :]
+        element = self.buffer[self.element_begin :]
         blanks = element[: len(element) - len(element.lstrip())]
         if len(element) > 2 * MAX_ROW_BYTES:
             limit_mib = MAX_ROW_BYTES >> 20
@@ -238,9 +238,9 @@ class _ListSplitter:
         if not following:
             message = "what starts here is cut off, or a quote or a bracket of it is never closed"
             raise _broken_list_error(self.path, self.line, blanks, message)
-        self.position = keep_from - self.begin
+        self.search_begin = keep_from - self.element_begin
         self.buffer = element + following
-        self.begin = 0
+        self.element_begin = 0
 
 
 def _require_end_of_file(path: InputPath, stream: BinaryIO, following: bytes, line: int) -> None:

@@ -299,20 +299,20 @@ class ReportWriter:
         sequence of a document ("chosen", "rejected") and a note on it; `label_names` are in the order of their ids.
         """
         table = DocumentTable(self.directory)
-        samples: list[audit_schema.DecodedSample] = []
         per_document = data_spec.sequences_per_document
         num_documents = len(dataset) // per_document
         shown_documents = np.linspace(0, num_documents - 1, min(NUM_SAMPLES, num_documents)).astype(int)
-        first_sequences = (shown_documents * per_document).tolist()
-        for first_sequence in first_sequences:
+        samples: list[audit_schema.DecodedSample] = []
+        for first_sequence in (shown_documents * per_document).tolist():
             location = table.document(int(dataset.documents[first_sequence])).location
             # The sequences of one document follow one another in the data set.
             for sequence, heading in enumerate(data_spec.headings(), start=first_sequence):
                 sample = dataset.sample(sequence)
                 heading_and_note = (heading.rstrip(":\n"), data_spec.note(sample, label_names))
                 note = " ".join(filter(None, heading_and_note))
-                weighted_pieces = decode_weighted_pieces(sample, self.tokenizer)
-                pieces = [_piece_fields(text, weight) for text, weight in weighted_pieces]
+                pieces = [
+                    _piece_fields(text, weight) for text, weight in decode_weighted_pieces(sample, self.tokenizer)
+                ]
                 samples.append(audit_schema.DecodedSample(where=location, note=note, pieces=pieces))
         return samples
 

@@ -404,35 +404,40 @@ class _SplitChooser:
                     yield f"{split}/{name}", splits[split][source_numbers == columns.source_names.index(name)]
 
     def balance(self) -> None:
-        """Resample the training documents as `data.balance` says, such as equally many of each label; report labels before and
-        after.
+        """Resample the training documents as `data.balance` says, such as equally many of each label.
 
-        Documents that are not used any more are dropped. Sets `selection.report["balance"]` if balance is on, and
-        `selection.report["labels"]` for data with labels. Raises DataError if a document has no label by which to balance.
+        Documents that are not used any more are dropped. Sets `selection.report["balance"]` if balance is on, and for data with
+        labels `selection.report["labels"]`, their counts before and after. Raises DataError if a document has no label by which
+        to balance.
         """
         splits = self.selection.splits
-        config = self.config.balance
         train = splits["train"]
         labels_before = self._count_labels(train)
-        if config.by is not BalanceBy.none and len(train):
-            # By source, or by label: the names of the groups, and the index of each training document's group.
-            group_names = self.columns.source_names
-            group_of_document = self.columns.source_numbers[train]
-            if config.by is BalanceBy.label:
-                group_names = self.columns.label_names
-                group_of_document = self.columns.label_numbers[train]
-            has_group = group_of_document >= 0  # -1 stands for no label
-            if not group_names or not has_group.all():
-                raise DataError(f"data.balance.by={config.by}: not every training document has a label")
-            resampled = resample_groups(group_names, group_of_document.astype(np.int64), config, self.seed)
-            # A document may stand there several times.
-            positions_in_train = resampled.documents
+        if self.config.balance.by is not BalanceBy.none and len(train):
+            group_names, group_of_document = self._balanced_groups(train)
+            resampled = resample_groups(group_names, group_of_document, self.config.balance, self.seed)
+            positions_in_train = resampled.documents  # a document may stand there several times
             unused_positions = np.setdiff1d(np.arange(len(train)), positions_in_train)
             self.drop(train[unused_positions], "balance", "left_out")
             splits["train"] = train[positions_in_train]
             self.selection.report["balance"] = resampled.report_by_group
         if labels_before:
             self.selection.report["labels"] = {"before": labels_before, "after": self._count_labels(splits["train"])}
+
+    def _balanced_groups(self, train: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """The groups that `data.balance` brings to their shares: (their names, of each training document the index of its group).
+
+        Groups are sources or labels (`data.balance.by`). `train`: document numbers. Raises DataError if a document has no label.
+        """
+        group_names = self.columns.source_names
+        group_of_document = self.columns.source_numbers[train]
+        if self.config.balance.by is BalanceBy.label:
+            group_names = self.columns.label_names
+            group_of_document = self.columns.label_numbers[train]
+        has_group = group_of_document >= 0  # -1 stands for no label
+        if not group_names or not has_group.all():
+            raise DataError(f"data.balance.by={self.config.balance.by}: not every training document has a label")
+        return group_names, group_of_document.astype(np.int64)
 
     def _count_labels(self, documents: np.ndarray) -> dict[str, int]:
         """Documents by label; empty for data without labels."""

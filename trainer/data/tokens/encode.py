@@ -32,9 +32,10 @@ DocumentTurns = tuple[Document, list[Message] | None]
 """A document, and the messages to encode for it; None: its prompt and completion, or its text."""
 
 
-class _Turns(NamedTuple):
-    """The messages of a conversation, as they are and as they are rendered."""
+class _Conversation(NamedTuple):
+    """The turns that are encoded for a document, as they are and as they are rendered."""
 
+    document: Document
     messages: list[Message]
     escaped_messages: list[Message]
     """With marks within each control token that contents merely spell; the same object if they spell none."""
@@ -286,36 +287,51 @@ class Encoder:
     def _render_answers(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
         """Write the text of each document, with the character spans of it that are supervised, in the order of `batch`.
 
-        `batch`: (document, messages) of each. A conversation is rendered by the chat template, and a document without messages
-        as plain text. A prompt with its completion is a conversation if there is a template. `fast=False` renders every
-        conversation twice, to find the spans without a shortcut.
+        `batch`: (document, messages) of each. A conversation is rendered by the chat template, and a document without messages as
+        plain text. `fast=False` renders every conversation twice, to find the spans without a shortcut.
         """
-        turns_of_documents: list[_Turns | None] = []  # None for a document that is no conversation
-        conversations = []
-        for document, messages in batch:
-            if messages is None and document.prompt is not None and self.template is not None:
-                messages = document.conversation()
-            if messages is None:
-                turns_of_documents.append(None)
-                continue
-            turns = _Turns(messages, self._escape_messages(document, messages))
-            turns_of_documents.append(turns)
-            conversations.append((turns.escaped_messages, document.location, document.tools))
-
-        template = self.template
-        if template is None and conversations:
-            template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
+        conversations = [self._conversation(document, messages) for document, messages in batch]
         # All at once, since that is faster.
-        rendered_conversations = iter(template.render_all(conversations, fast=fast) if template else [])
+        rendered_conversations = iter(
+            self._render_conversations([one for one in conversations if one is not None], fast=fast)
+        )
         rendered = []
-        for turns_or_none, (document, _) in zip(turns_of_documents, batch, strict=True):
-            if turns_or_none is None or template is None:
-                rendered.append(self._render_plain(document))
-            else:
-                rendered_conversation = next(rendered_conversations)
-                _set_weights_and_escaped(rendered_conversation, template, document, turns_or_none)
-                rendered.append(rendered_conversation)
+        for conversation, (document, _) in zip(conversations, batch, strict=True):
+            rendered.append(self._render_plain(document) if conversation is None else next(rendered_conversations))
         return rendered
+
+    def _conversation(self, document: Document, messages: list[Message] | None) -> _Conversation | None:
+        """The turns of a document that the chat template is to render; None for a document that is plain text.
+
+        `messages`: the turns to encode; None for a text, or a prompt with its completion. The latter are two turns if there is a
+        template.
+        """
+        if messages is None and document.prompt is not None and self.template is not None:
+            messages = document.conversation()
+        if messages is None:
+            return None
+        return _Conversation(document, messages, self._escape_messages(document, messages))
+
+    def _render_conversations(self, conversations: list[_Conversation], *, fast: bool) -> list[RenderedText]:
+        """Write conversations by the chat template, each with its supervised spans and what these count for in the loss.
+
+        `fast=False` finds the spans without a shortcut. Raises ConfigError without a chat template, RefusedDocument for a
+        conversation that cannot be rendered, or whose weights do not match its spans.
+        """
+        if not conversations:
+            return []
+        template = self.template or ChatTemplate(self.tokenizer)  # which says what the tokenizer lacks
+        rendered_conversations = template.render_all(
+            [(one.escaped_messages, one.document.location, one.document.tools) for one in conversations], fast=fast
+        )
+        for rendered, (document, messages, escaped_messages) in zip(rendered_conversations, conversations, strict=True):
+            if any("weight" in message for message in messages):  # without weights, all learned tokens count 1
+                learned_indices = template.learned_turn_indices(messages)
+                rendered.loss_weights = span_weights(learned_indices, messages, rendered, document.location)
+            if escaped_messages is not messages:
+                rendered.escaped = True
+                check_same_text_without_escaping(template, document, messages, rendered)
+        return rendered_conversations
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
         """Escape the control tokens that messages merely spell, except in assistant turns and in supervised ones.
@@ -409,21 +425,6 @@ class Encoder:
                 "(objective.labels, or the labels of the training data)"
             )
         return self.label_id_by_name[document.label]
-
-
-def _set_weights_and_escaped(rendered: RenderedText, template: ChatTemplate, document: Document, turns: _Turns) -> None:
-    """Complete a rendered conversation: what its spans count for in the loss, and whether control tokens in it are escaped.
-
-    Turns may have a `weight` of their own. Raises RefusedDocument if weights and spans do not match, or if the template writes
-    another text for escaped contents.
-    """
-    messages = turns.messages
-    if any("weight" in message for message in messages):  # without weights, all learned tokens count 1
-        learned_indices = template.learned_turn_indices(messages)
-        rendered.loss_weights = span_weights(learned_indices, messages, rendered, document.location)
-    if turns.escaped_messages is not messages:
-        rendered.escaped = True
-        check_same_text_without_escaping(template, document, messages, rendered)
 
 
 def _preferred_messages(document: Document) -> list[Message] | None:
