@@ -157,7 +157,7 @@ def datacard_text(audit: Audit, config: CardConfig) -> str:
     source_names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
     title = " ".join(escape_control_characters(config.title or f"Fine-tuning data: {source_names}").split())
     languages = list(config.languages) or _common_languages(audit.languages)
-    environment = template_environment(escape_markdown, autoescape=False)
+    environment = template_environment(escape_markdown)
     # What the owner states is not escaped once more.
     environment.globals["stated"] = lambda words: Markup(
         escape_control_characters(words or "").strip() or "Not stated."

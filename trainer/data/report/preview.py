@@ -175,7 +175,7 @@ def summary_text(report: dict[str, Any]) -> str:
     `report`: `Audit.report`. Raises DataError if sequences of a split begin with two BOS.
     """
     _check_no_doubled_bos(report)
-    template = template_environment(escape_control_characters, autoescape=False).get_template("terminal.txt.j2")
+    template = template_environment(escape_control_characters).get_template("terminal.txt.j2")
     text = template.render(
         report=report,
         reason_texts=REASON_TEXT_BY_CODE,

@@ -72,11 +72,10 @@ REASON_TEXT_BY_CODE = {
 
 
 @cache
-def template_environment(escape: Callable[[str], str], *, autoescape: bool) -> Environment:
+def template_environment(escape: Callable[[str], str]) -> Environment:
     """Make Jinja's environment for the templates of the reports. Every text is inserted as `escape(text)`, unless it is Markup.
 
     One environment is made for each `escape` and kept, since to compile the templates takes longer than to fill them.
-    `autoescape`: whether Jinja escapes for HTML, too.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -89,7 +88,7 @@ def template_environment(escape: Callable[[str], str], *, autoescape: bool) -> E
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,  # an unknown name is an error, never an empty place
-        autoescape=autoescape,
+        autoescape=False,  # `escape` does it: these templates make no HTML
         finalize=escape_plain_text,
         trim_blocks=True,
         lstrip_blocks=True,
