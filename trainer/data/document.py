@@ -110,6 +110,7 @@ class Document:
             for key in ("reasoning_content", "content"):
                 if message.get(key):
                     message[key] = change(message[key])
+            # A call of a tool has texts in its arguments alone.
             for index, call in enumerate(message.get("tool_calls", ())):
                 function = call["function"]
                 changed_arguments = map_argument_texts(function["arguments"], change)

@@ -270,6 +270,7 @@ def _join_prompt_and_completion_turns(
     for turn in prompt_turns:
         if turn["role"] == "assistant":
             turn.setdefault("train", False)
+    # `require_learnable` would be content with an answer in the prompt.
     if all(turn["role"] != "assistant" for turn in completion_turns):
         message = f'"{completion_column}" has no assistant turn; there is nothing to learn'
         raise RowError("no_assistant_turn", message)

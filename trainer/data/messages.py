@@ -265,6 +265,7 @@ def require_learnable(turns: list[Message]) -> list[Message]:
     if "assistant" not in roles:
         message = f"the conversation has no assistant turn (roles: {', '.join(roles)}); there is nothing to learn"
         raise RowError("no_assistant_turn", message)
+    # By default a turn of the assistant is learned, and no other one.
     if not any(turn.get("train", turn["role"] == "assistant") for turn in turns):
         raise RowError("no_learned_turn", "every assistant turn is marked as not learned; there is nothing to learn")
     return turns
@@ -289,6 +290,7 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
         raise RowError("identical_pair", '"chosen" and "rejected" are the same; there is nothing to prefer')
     are_conversations = not prompt or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
     if are_conversations:
+        # Their common beginning is the prompt; the row may give (a part of) it once more as a column.
         num_shared = _num_shared_turns(chosen, rejected)
         shared_turns = chosen[:num_shared]
         chosen = chosen[num_shared:]

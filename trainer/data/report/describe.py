@@ -354,14 +354,15 @@ def _num_dropped(tally: Tally) -> int:
 def _stage_reports(num_rows: int, first_pass: Tally, second_pass: Tally) -> list[audit_schema.StageReport]:
     """Say how many rows went into and came out of each stage of preparation, in order.
 
-    Of the stages that dropped or noted any, and "read". `first_pass`: what was done to single documents, `second_pass`: what the
-    choice of splits (copies, leaks, balance) dropped.
+    A stage has a report only if it dropped or noted any; "read" always has one. `first_pass`: what was done to single documents,
+    `second_pass`: what the choice of splits (copies, leaks, balance) dropped.
     """
     unknown_stages = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS_STAGES, *SECOND_PASS_STAGES}
     assert not unknown_stages, f"stages without a place in the flow: {unknown_stages}"
     reports: list[audit_schema.StageReport] = []
     rows_in = num_rows
     for stage in (*FIRST_PASS_STAGES, *SECOND_PASS_STAGES):
+        # Each stage takes what the one before it left.
         tally = second_pass if stage in SECOND_PASS_STAGES else first_pass
         dropped = dict(tally.dropped.get(stage, {}))
         noted = dict(tally.noted.get(stage, {}))

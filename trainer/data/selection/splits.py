@@ -358,6 +358,7 @@ class _SplitChooser:
             self._apply_leakage_policy_to_groups(train, is_shared, set_name)
         report: dict[str, Any] = {}
         for set_name, documents in {**held_out_sets, "train": splits["train"]}.items():
+            # A document may be in a split several times.
             groups = self.group_hashes[np.unique(documents)]
             report[set_name] = {
                 "documents": len(groups),

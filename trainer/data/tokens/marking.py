@@ -336,7 +336,7 @@ class SpanFinder:
         `spans`: [begin, end) in characters of `text`. `roles`: of the turns that the spans belong to. `already_closed`: tokens
         that a span may end with already. For each span:
         - it ends with one of `already_closed`: it stays as it is;
-        - an end-of-turn token follows (after the last turn: any token of the tokenizer): the span is widened by that;
+        - an end-of-turn token follows (after the last turn: any added token of the tokenizer): the span is widened by that;
         - nothing closes the last turn: EOS is appended to the text, and joins the span with what is before it.
 
         Returns the text, which has changed in the last case alone, and the widened spans.

@@ -306,6 +306,7 @@ class ChatTemplate:
 
         try:
             return render(*args)
+        # It says what to do already.
         except DataError:
             raise
         except TemplateLimitExceeded as error:

@@ -33,12 +33,14 @@ def template_resource_limits() -> Iterator[None]:
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+    # The first number of statm is the process's address space, to which the limit applies.
     used_pages = int(Path("/proc/self/statm").read_bytes().split()[0])
     max_bytes = used_pages * resource.getpagesize() + MAX_EXTRA_BYTES
     if soft_limit != resource.RLIM_INFINITY:
         max_bytes = min(max_bytes, soft_limit)
     if is_main_thread:
         handler = signal.signal(signal.SIGVTALRM, _on_time_limit)
+        # It counts the processor time of this process, and then sends SIGVTALRM.
         signal.setitimer(signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, hard_limit))

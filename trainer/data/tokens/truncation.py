@@ -239,6 +239,7 @@ def _split_into_exchange_windows(encoder: Encoder, document: Document, sample: S
     """
     system, exchanges = _split_exchanges(encoder, document)
 
+    # Encoding decides the length: the template writes something around each turn.
     def encode_window(begin: int, end: int) -> Sample:
         _, window = _encode_exchanges(encoder, document, system, exchanges[begin:end])
         return window

@@ -217,6 +217,7 @@ class PrivacyStage:
             return document
         if self._num_documents_to_scan is not None:  # None: every document is searched
             self._num_documents_to_scan -= 1
+        # A text that is in the document twice is searched once.
         findings_by_text = {text: self._finder.find(text) for text in document.texts()}
         masked_findings = _masked_findings(document, findings_by_text)
         tally.findings.scanned[document.source] += 1
