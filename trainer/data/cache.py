@@ -381,8 +381,7 @@ class Shards:
     def writing_shard(
         self, number: int, raise_if_stopped: Callable[[], None]
     ) -> Iterator[Callable[[PreparedBlock], None] | None]:
-        """Give the body a function that writes a block of prepared rows into shard `number`; None if the shard is complete
-        already.
+        """Give the body a function that writes a block of prepared rows into shard `number`; None if that is complete already.
 
         The shard appears under its name when the body ends. One process writes a shard; others wait for it, and call
         `raise_if_stopped` meanwhile. Raises StorageError if the shard cannot be written.

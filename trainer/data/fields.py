@@ -57,8 +57,7 @@ class KeptColumns:
     """Whether all columns are kept, since a reward function takes whatever there is (`**kwargs`)."""
 
     def values_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a row that are kept for rewards, by column. One that is null or missing is left out, unless it is
-        required.
+        """The values of a row that are kept for rewards, by column; null or missing ones are left out, unless required.
 
         `ground_truth` is also taken from inside the column `reward_model`, where verl's data sets have it. Raises RowError:
         missing_reward_column, or the refusal of a value that could not be read.
@@ -265,8 +264,7 @@ class UnreadColumns:
     def _unread_and_meaningful(
         self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
     ) -> tuple[list[str], list[str]]:
-        """Find (columns of a row that are neither read nor ignored, those among them that carry meaning and have a value in
-        `fields`).
+        """Find (columns of a row that are neither read nor ignored, of these the ones that carry meaning and have a value).
 
         It depends on the names of the columns alone. Most rows of a source have the same columns, so the answer is remembered.
         The parameters are as in `add_from_row`.

@@ -280,8 +280,7 @@ def _join_prompt_and_completion_turns(
 def _read_prompt_alone(
     document: Document, fields: dict[str, Any], column_set: ColumnSet, ignored: Collection[str]
 ) -> None:
-    """Fill a document with a prompt, to which the model is to write answers, from the one column of `column_set`. Raises
-    RowError.
+    """Fill a document with a prompt, to which the model is to write answers, from its one column. Raises RowError.
 
     - The column is a text: `prompt`, with the column `input` behind an instruction.
     - It holds turns: `messages` up to the last turn that is no answer. The first of the answers behind it becomes the

@@ -89,8 +89,7 @@ class DataSpec:
             yield document, keep_learnable(encoder, document, sample, pieces, tally)
 
     def counts(self, sample: Sample) -> dict[str, float]:
-        """What a sequence adds to the denominator of each loss term: here {"loss": number of its targets, or sum of their
-        weights}.
+        """What a sequence adds to the denominator of each loss term: here {"loss": number or sum of weights of its targets}.
 
         Stored with the prepared data. A first token is no target, since nothing predicts it.
         """

@@ -184,8 +184,7 @@ class Preparation:
         return identities
 
     def _fingerprint_options(self) -> dict[str, Any]:
-        """Find the settings that change prepared bytes, for the fingerprint of the cache entry: a new key here outdates all
-        caches.
+        """Find the settings that change prepared bytes, for the fingerprint of the cache entry: a new key outdates all caches.
 
         The seed is None if no setting draws by it.
         """

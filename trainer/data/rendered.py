@@ -110,8 +110,7 @@ def _first_documents(source_input: SourceInput, reader: RowReader) -> Iterator[D
 
 
 def _rendered_rows_remedy(document: Document, token: str, turn_tokens: TurnTokens) -> str:
-    """Write the end of the error message for texts that a chat template has rendered already: what they would teach, and a
-    remedy.
+    """Write the end of the error message for texts that a chat template rendered already: what they teach, and a remedy.
 
     `document`, one of them, spells the special token `token`. `turn_tokens`: those that stand around turns.
     """

@@ -119,8 +119,7 @@ def _path_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _held_out_problems(config: DataConfig) -> Iterator[str]:
-    """Find problems of the settings of held-out data: a split with both files and a share, or groups although nothing is held
-    out.
+    """Find problems of the settings of held-out data: a split with files and a share, or groups with nothing held out.
 
     Groups (`data.group_by`) only say which rows must stay on one side of a split.
     """
@@ -232,8 +231,7 @@ def _training_inputs(config: DataConfig) -> Iterator[SourceInput]:
 
 
 def _input_with_common_settings(config: DataConfig, split: str, source: str, key: str, paths: Any) -> SourceInput:
-    """Make an input that has no settings of its own: files of `data.path`, or a held-out set. Format and columns are those of
-    `data`.
+    """Make an input whose format and columns are those of `data`: the files of `data.path`, or a held-out set.
 
     `key`: the setting that names its `paths`, such as "data.eval_path". It is not streamed, since that needs a hub data set at a
     commit, which only sources can have.

@@ -93,8 +93,7 @@ class Collator:
     def assign_to_slots(
         self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]
     ) -> list[list[int]]:
-        """Spread a step's units (documents, packs, pairs) over the micro-batches of all ranks (slots): positions in `units`, by
-        slot.
+        """Spread a step's units (documents, packs, pairs) over the micro-batches of all ranks (slots): positions, by slot.
 
         `units` (int64 [U]): their numbers in `dataset`; `costs` (int64 [U]): what each costs. `shape`: (slots, units a slot).
         Deterministic; the costliest slot comes first. An objective may override it, and then look at the units themselves.

@@ -282,8 +282,7 @@ class StepLoader:
         return end - begin
 
     def _sum_by_source(self, count_by_sequence: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
-        """Sum counts over the `sequences` of each source, to log by source: {"wiki": 812, ...}; empty if there is only one
-        source.
+        """Sum counts over the `sequences` of each source, to log by source: {"wiki": 812, ...}; empty for a single source.
 
         `count_by_sequence`: [N], one for each sequence of the data set. `sequences`: numbers of sequences.
         """
@@ -329,8 +328,7 @@ class StepLoader:
 
 @dataclass(frozen=True, slots=True)
 class EvalShare:
-    """How a data set is divided for a pass without learning, such as evaluation: documents in one micro-batch, and this rank's
-    part.
+    """How a data set is divided for a pass without learning, such as evaluation: micro-batches, and this rank's part.
 
     If no ranks share rows, as in generation, `dp_rank` and `dp_size` are those of all ranks.
     """
@@ -461,8 +459,7 @@ def _collate_eval_batch(
     sequences: list[int],
     get_sample: Callable[[TokenDataset, int], Sample],
 ) -> dict[str, Any]:
-    """Make a micro-batch of the sequences of these numbers; without any, as on a rank that has run out, one with nothing to
-    score.
+    """Make a micro-batch of the sequences of these numbers; of none, as on a rank that has run out, with nothing to score.
 
     `get_sample`: gives the sample of a sequence number, or another one that takes its place.
     """

@@ -265,8 +265,7 @@ class Audit(_StrictRecord):
             ) from error
 
     def report(self) -> dict[str, Any]:
-        """Choose what a run records and prints of the audit: each split under its name without histograms, and
-        `_REPORTED_FIELDS`.
+        """Choose what a run records and prints of the audit: splits by name without histograms, and `_REPORTED_FIELDS`.
 
         Empty fields are left out. Example: {"train": {"documents": 12, ...}, "conserved": {"rows_in": 12, ...}, "flow": [...]}.
         """

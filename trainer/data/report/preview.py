@@ -116,8 +116,7 @@ def _first_and_last_lines(lines: Iterator[list[PreviewCell]], max_lines: int) ->
 
 
 def decode_weighted_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[WeightedPiece]:
-    r"""Decode a sample to text, in pieces (text, weight); the tokens of a piece are all context (0) or all learned with one
-    weight.
+    r"""Decode a sample to text, in pieces (text, weight), each of which is all context (0) or all learned with one weight.
 
     Example: [("Question: ", 0.0), ("Answer", 1.0)]. Characters that a terminal or a page would act on instead of showing are
     spelled as \xNN.

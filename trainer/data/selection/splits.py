@@ -231,8 +231,7 @@ class _SplitChooser:
         self.selection.report["duplicates"] = report
 
     def _copies_report(self, copies: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
-        """Count copies for the report, with the first examples: {"documents": 12, "groups": 5, "examples": [{"a": ..., "b":
-        ...}]}.
+        """Count copies for the report, with the first examples: {"documents": 12, "groups": 5, "examples": [{"a": ...}]}.
 
         `copies` and `originals`: numbers of documents, int64 [n] each, a copy beside the document that it copies.
         """
@@ -451,8 +450,7 @@ class _SplitChooser:
 def choose_splits(
     config: DataConfig, columns: DocumentColumns, table: DocumentTable, *, seed: int, log_drop: LogDrop
 ) -> Selection:
-    """Choose the documents of each split, after the first pass has read and tokenised all: drop copies and leaks, hold out,
-    balance.
+    """Choose the documents of each split, after all were tokenised: drop copies and leaks, hold out, balance.
 
     The result depends on the columns, the texts, the settings and the seed alone. `log_drop` is called for every document that is
     dropped. Raises DataError, ConfigError.

@@ -129,8 +129,7 @@ class ChatTemplate:
     def render_all(
         self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
     ) -> list[RenderedText]:
-        """Render conversations with the chat template, and find the supervised characters in each: the texts, with a span a
-        turn.
+        """Render conversations with the chat template, and find the supervised characters in each: a span for each such turn.
 
         A span is the content of a supervised turn and the end-of-turn token after it. Spans come from the template's `{%
         generation %}` blocks if it has some, else from a second rendering with marks, or from what is remembered of earlier
@@ -178,8 +177,7 @@ class ChatTemplate:
     def _spans_from_skeleton_or_marks(
         self, conversation: PreparedConversation, text: str, *, try_skeleton: bool
     ) -> RenderedText:
-        """Find the supervised spans of a plain conversation, which the template rendered as `text`; none without supervised
-        turns.
+        """Find the supervised spans of a plain conversation that was rendered as `text`; none without supervised turns.
 
         `try_skeleton`: use what is remembered of similar conversations, which is faster than rendering again with marks. Raises
         DataError and RefusedDocument, see `SpanFinder.find_spans`.
@@ -193,8 +191,9 @@ class ChatTemplate:
         return RenderedText(closed.text, closed.spans)
 
     def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
-        """Write a conversation as the template does, up to its last supervised turn, without closing that. Raises
-        RefusedDocument.
+        """Write a conversation as the template does, up to its last supervised turn, which is not closed.
+
+        Raises RefusedDocument if the template cannot write it.
         """
         conversation = self._prepare_conversation(messages, location, tools)
         if conversation.tool_conversation is not None:
@@ -205,10 +204,9 @@ class ChatTemplate:
         return text
 
     def render_prompt(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
-        r"""Write a conversation up to where the assistant would answer: with the header of the turn to come. Raises
-        RefusedDocument.
+        r"""Write a conversation up to where the assistant would answer: with the header of the turn to come.
 
-        In ChatML the text ends with "<|im_start|>assistant\n".
+        In ChatML the text ends with "<|im_start|>assistant\n". Raises RefusedDocument if the template cannot write it.
         """
         conversation = self._prepare_conversation(messages, location, tools)
         if conversation.tool_conversation is not None:
@@ -221,8 +219,7 @@ class ChatTemplate:
         return text
 
     def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
-        """Find where the content of the first message that is no system turn begins in the rendered conversation, in
-        characters.
+        """Find where the content of the first non-system message begins in the rendered conversation, in characters.
 
         What is before it stays when a conversation that is too long loses its beginning. None if there is no such message, or
         if marks around it change the text, so that the position cannot be found.
@@ -340,10 +337,10 @@ class ChatTemplate:
     def _render_with_tools_and_blocks(
         self, conversation: TemplateConversation, learned_indices: list[int]
     ) -> RenderedText:
-        """Render a conversation with tools, calls or thoughts by a template whose `{% generation %}` blocks say what is
-        supervised.
+        """Render a conversation with tools, calls or thoughts by a template that encloses supervised turns in blocks itself.
 
-        `learned_indices`: the supervised turns, all of the assistant. Raises RefusedDocument if blocks and turns do not match.
+        These are its `{% generation %}` blocks. `learned_indices`: the supervised turns, all of the assistant. Raises
+        RefusedDocument if blocks and turns do not match.
         """
         (text_and_blocks,) = self._render_batch(
             [conversation.messages], tools=conversation.tools, return_assistant_tokens_mask=True
@@ -375,8 +372,7 @@ class ChatTemplate:
         )
 
     def _render_batch(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
-        """Render conversations by the template, with bounds on its time and memory: (text, spans of its generation blocks) of
-        each.
+        """Render conversations, with bounds on the template's time and memory: (text, spans of its generation blocks) of each.
 
         There are spans only with `return_assistant_tokens_mask` among the `options`, which are those of `render_conversations`.
         Raises whatever the template raises, and TemplateLimitExceeded.

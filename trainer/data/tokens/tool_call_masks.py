@@ -210,8 +210,7 @@ class TurnSpanFinder:
         )
 
     def _find_marks_by_trial(self, conversation: TemplateConversation, index: int, text: str) -> TurnMarks:
-        """Find where the parts of turn `index` come out in the text: try several ways of marking until one leaves `text` as it
-        is.
+        """Find where the parts of turn `index` come out in the text: try ways of marking until one leaves `text` as it is.
 
         With [ and ] for the marks of a content, and | for those of a call: "[It is warm.]" and "|search|(|weather|)". Raises
         RefusedDocument if every way changes the text, or if the template leaves the content out.

@@ -208,8 +208,7 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
 
 
 def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: int) -> tuple[Document, Sample]:
-    """Leave out the first exchanges of a conversation until it fits: (the document with its system turn and the rest, its
-    sample).
+    """Leave out the first exchanges of a conversation until it fits: (the document without them, its sample).
 
     An exchange reaches from one user turn up to the next. If none fits, or if there is only one, the last exchange stays alone,
     although it is too long. Call it for a document that is too long with all its exchanges.
