@@ -15,6 +15,7 @@ from launch.compare.vega_specs import (
     chart_frame,
     point_encoding,
     point_lookup_transform,
+    visible_axes,
 )
 
 X_AXIS_WITH_MARGIN: Spec = {"scale": {"zero": False, "padding": 24}, "axis": {"tickCount": 6}}
@@ -40,8 +41,9 @@ def comparison_plots(comparison: Comparison) -> list[PagePlot]:
     curves = [losses, held_out_metrics, differences]
     if compares_strategies:
         curves = [differences, losses, held_out_metrics]
-    costs = [quality_against_cost_plot(comparison), speed_plot(comparison), memory_plot(comparison)]
-    plots = [*curves, *costs, step_parts_plot(comparison), course_plot(comparison)]
+    begun_points = comparison.begun_points
+    costs = [quality_against_cost_plot(comparison), speed_plot(begun_points), memory_plot(begun_points)]
+    plots = [*curves, *costs, step_parts_plot(begun_points), course_plot(comparison)]
     return [plot for plot in plots if plot is not None]
 
 
@@ -90,12 +92,12 @@ def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layer
     }
 
 
-def speed_plot(comparison: Comparison) -> PagePlot | None:
+def speed_plot(points: Sequence[ComparedPoint]) -> PagePlot | None:
     """The plot of tokens/s: a bar for each point, with a line for its range; None if no speed is known.
 
-    The range goes from the slowest to the fastest repeat. For a single run it is the middle half of the steps.
+    The range goes from the slowest to the fastest repeat. For a single run it is the middle half of the steps. A point is one
+    combination of settings; `points`: those that took a step.
     """
-    points = comparison.begun_points
     rows: list[dict[str, Any]] = []
     has_repeats = False
     for point in points:
@@ -135,12 +137,11 @@ def _bar_tooltip(fields: Sequence[str], number_format: str) -> list[Spec]:
     return [{"field": "point", "type": "nominal"}, *numbers]
 
 
-def memory_plot(comparison: Comparison) -> PagePlot | None:
+def memory_plot(points: Sequence[ComparedPoint]) -> PagePlot | None:
     """The plot of memory in GiB: a bar for each point, with a tick for the planned memory if the two are comparable.
 
-    A point is one combination of settings. None if no memory is known.
+    A point is one combination of settings; `points`: those that took a step. None if no memory is known.
     """
-    points = comparison.begun_points
     rows: list[dict[str, Any]] = []
     for point in points:
         if point.measured.memory_gib is not None:
@@ -167,9 +168,8 @@ def memory_plot(comparison: Comparison) -> PagePlot | None:
     return PagePlot("memory", "Memory", caption, _bar_spec(rows, points, layers))
 
 
-def step_parts_plot(comparison: Comparison) -> PagePlot | None:
+def step_parts_plot(points: Sequence[ComparedPoint]) -> PagePlot | None:
     """The plot of where the time of a step goes: a stacked bar for each point, in ms; None if no run timed the parts."""
-    points = comparison.begun_points
     rows: list[dict[str, Any]] = []
     for point in points:
         for part, seconds in point.summary.parts_s.items():
@@ -247,6 +247,7 @@ def _quality_against_cost_spec(
     `rows`: {"point_index": position in `points`, "quality": 2.31, cost title: cost ...}. `cost_titles`: the entries of the
     menu.
     """
+    axes = visible_axes(comparison)  # by which points are told apart
     qualities = [row["quality"] for row in rows]
     # At least a thousandth: values that differ by rounding alone are drawn at the same height.
     margin = max(0.1 * (max(qualities) - min(qualities)), 1e-3 * abs(max(qualities)))
@@ -266,7 +267,7 @@ def _quality_against_cost_spec(
         "data": {"values": rows},
         "params": [{"name": "against", "value": cost_titles[0], "bind": menu}],
         "transform": [
-            point_lookup_transform(comparison, points),
+            point_lookup_transform(axes, [point.name for point in points]),
             # `against` is the parameter of the menu: the title of the chosen cost, which is a field of the row.
             {"calculate": "datum[against]", "as": "x"},
             {"filter": "isValid(datum.x)"},
@@ -275,7 +276,7 @@ def _quality_against_cost_spec(
         "encoding": {
             "x": {"field": "x", "type": "quantitative", "title": None, **X_AXIS_WITH_MARGIN},
             "y": {"field": "quality", "type": "quantitative", "title": quality_title, "scale": {"domain": domain}},
-            **point_encoding(comparison, marks_are_lines=False),
+            **point_encoding(axes, marks_are_lines=False),
             "tooltip": [
                 {"field": "point", "type": "nominal"},
                 {"field": "quality", "type": "quantitative", "format": ".6g", "title": quality_title},

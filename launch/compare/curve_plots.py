@@ -22,6 +22,7 @@ from launch.compare.vega_specs import (
     point_encoding,
     point_lookup_transform,
     position_tooltip_fields,
+    visible_axes,
     x_axis_encoding,
     x_axis_menu,
     x_axis_title,
@@ -81,37 +82,38 @@ def _curve_spec(
     points: Sequence[ComparedPoint],
     data: Spec,
     y_encoding: Spec,
-    y_tooltip: Spec,
     *,
+    y_format: str,
     height: int = PLOT_HEIGHT_PX,
 ) -> Spec:
-    """Build the Vega-Lite chart that all plots over training share: a curve for each of `points`, and a menu for the x
-    axis.
+    """Build the Vega-Lite chart that all plots over training share: a curve for each of `points`, and a menu for the x axis.
 
-    `data`: rows with `point_index` (position in `points`), `step`, `tokens` and `seconds`; the reader chooses one of the
-        last three as x axis.
+    `data`: rows with `point_index` (position in `points`), `step`, `tokens` and `seconds`; the reader chooses one of the last
+        three as x axis.
     `y_encoding`: the field that is drawn, with its axis and scale.
-    `y_tooltip`: the same field as the pointer shows it.
+    `y_format`: how the pointer shows a number of this field, such as `.2e`.
     `height`: in pixels.
     """
+    axes = visible_axes(comparison)  # by which points are told apart
+    y_tooltip = {"field": y_encoding["field"], "type": "quantitative", "format": y_format}
     return {
         **chart_frame(height),
         "title": x_axis_title(),
         "data": data,
         "params": [x_axis_menu()],
         # Adds to each row `point`, the name of its point, and `x`, the counter that the reader chose.
-        "transform": [point_lookup_transform(comparison, points), x_axis_transform()],
+        "transform": [point_lookup_transform(axes, [point.name for point in points]), x_axis_transform()],
         "layer": [
             {
                 "mark": {"type": "line", "strokeWidth": 2, "clip": True, "point": {"size": 26}},
-                "params": [*legend_selections(comparison), zoom_selection()],
+                "params": [*legend_selections(len(axes)), zoom_selection()],
                 "encoding": {
                     "x": x_axis_encoding(),
                     "y": y_encoding,
                     # One curve for each point, also where points share a colour.
                     "detail": {"field": "point", "type": "nominal"},
-                    **point_encoding(comparison, marks_are_lines=True),
-                    "opacity": legend_opacity(comparison),
+                    **point_encoding(axes, marks_are_lines=True),
+                    "opacity": legend_opacity(len(axes)),
                     "tooltip": [*position_tooltip_fields(), y_tooltip],
                 },
             }
@@ -137,17 +139,9 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
         "scale": {"type": "log", "domainMin": MIN_DRAWN_DIFFERENCE},
         "axis": {"format": ".0e", "tickCount": 6},
     }
-    y_tooltip = {"field": "difference", "type": "quantitative", "format": ".2e"}
     data = csv_plot_data((*X_AXIS_COLUMNS, "difference"), rows)
-    spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
-    spec["layer"].append(
-        {
-            "data": {"values": [{"limit": SAME_LOSS_TOLERANCE}]},
-            # Hidden from screen readers, which would read a line without a name; the caption says what it is.
-            "mark": {"type": "rule", "strokeDash": [2, 4], "aria": False},
-            "encoding": {"y": {"datum": SAME_LOSS_TOLERANCE}},
-        }
-    )
+    spec = _curve_spec(comparison, points, data, y_encoding, y_format=".2e")
+    spec["layer"].append(_same_loss_limit_layer())
     baseline_names = list(dict.fromkeys(str(point.baseline_name) for point in points))
     compared_with = "the first point of the same job, or the first of all"
     if len(baseline_names) == 1:
@@ -159,6 +153,16 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
         f"same. What lies at {MIN_DRAWN_DIFFERENCE:g} is at most that far apart.",
         spec=spec,
     )
+
+
+def _same_loss_limit_layer() -> Spec:
+    """The Vega-Lite layer with a dotted line at the difference below which losses count as the same."""
+    return {
+        "data": {"values": [{"limit": SAME_LOSS_TOLERANCE}]},
+        # Hidden from screen readers, which would read a line without a name; the caption says what it is.
+        "mark": {"type": "rule", "strokeDash": [2, 4], "aria": False},
+        "encoding": {"y": {"datum": SAME_LOSS_TOLERANCE}},
+    }
 
 
 def _difference_rows(comparison: Comparison, points: Sequence[ComparedPoint]) -> list[tuple[Any, ...]]:
@@ -201,8 +205,7 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
         return None
     data = csv_plot_data((*X_AXIS_COLUMNS, "loss"), rows)
     y_encoding = {"field": "loss", "type": "quantitative", "title": "training loss", "scale": {"zero": False}}
-    y_tooltip = {"field": "loss", "type": "quantitative", "format": ".6f"}
-    spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
+    spec = _curve_spec(comparison, points, data, y_encoding, y_format=".6f")
     caption = ZOOM_AND_CLICK_HINT
     if any(point.should_have_loss_of_baseline for point in points):  # only then is there the plot of differences above
         caption += " Equal curves lie on each other: the differences above tell them apart."
@@ -271,8 +274,7 @@ def held_out_plot(comparison: Comparison) -> PagePlot | None:
         rows += _held_out_rows(point_index, point, metrics, max_evaluations)
     data = csv_plot_data((*X_AXIS_COLUMNS, "metric", "value"), rows, text_columns=("metric",))
     y_encoding = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
-    y_tooltip = {"field": "value", "type": "quantitative", "format": ".6g"}
-    spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
+    spec = _curve_spec(comparison, points, data, y_encoding, y_format=".6g")
     # First, so that the other transforms compute for the chosen metric alone.
     spec["transform"].insert(0, {"filter": "datum.metric === metric"})
     spec["params"].append(_metric_menu(metrics))
@@ -346,8 +348,7 @@ def course_plot(comparison: Comparison) -> PagePlot | None:
         return None
     data = csv_plot_data((*X_AXIS_COLUMNS, *COURSE_METRICS.values()), rows)
     y_encoding = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
-    y_tooltip = {"field": "value", "type": "quantitative", "format": ".6g"}
-    spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip, height=240)
+    spec = _curve_spec(comparison, points, data, y_encoding, y_format=".6g", height=240)
     # The titles are columns of the data. The menu's parameter `metric` is one of them: it becomes the field `value` of the curve.
     spec["transform"] += [{"calculate": "datum[metric]", "as": "value"}, {"filter": "isValid(datum.value)"}]
     titles = [title for metric, title in COURSE_METRICS.items() if metric in known_metrics]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.compare.comparison import ComparedPoint, Comparison
+from launch.compare.comparison import Comparison
 
 Spec = dict[str, Any]
 VEGA_LITE_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -25,8 +25,11 @@ LEGEND_SYMBOLS: dict[str, Spec] = {
     "shape": {"symbolSize": 160},
 }
 """How the legend draws a value: a piece of line long enough to show its dashes, or the mark."""
-LINE_DASHES = [[1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 5], [4, 1, 1, 1, 1, 1]]
-MARK_SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+STYLES_BY_CHANNEL: dict[str, list[Any]] = {
+    "strokeDash": [[1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 5], [4, 1, 1, 1, 1, 1]],
+    "shape": ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"],
+}
+"""The dashes of lines, as lengths in pixels, and the shapes of marks that tell points apart."""
 NAME_PIXELS = 280
 """Widest name in a legend. Vega cuts at 160 by default, and two points may differ in the end of their names alone."""
 X_AXIS_CHOICES = {"step": "steps", "tokens": "tokens", "seconds": "seconds of steps"}
@@ -77,24 +80,19 @@ def _csv_cell(value: Any) -> str:
     return json.dumps(str(value).replace('"', "'").replace("\n", " "), ensure_ascii=False)
 
 
-def point_lookup_transform(comparison: Comparison, points: Sequence[ComparedPoint]) -> Spec:
+def point_lookup_transform(axes: Sequence[VisibleAxis], point_names: Sequence[str]) -> Spec:
     """The Vega-Lite transform that adds to each data row the name of its point (`point`) and its values on the axes
     (`axis0` ...).
 
-    Data rows have only the index of their point in `points`, as `point_index`, so that the page stays small. An axis is a
-    setting in which the points of the comparison differ.
+    Data rows have only the index of their point in `point_names`, as `point_index`, so that the page stays small.
     """
-    axes = visible_axes(comparison)
-    axis_fields = [f"axis{axis_index}" for axis_index in range(len(axes))]
-    index_by_name = {point.name: index for index, point in enumerate(comparison.points)}
     values = []
-    for point_index, point in enumerate(points):
-        row = {"point_index": point_index, "point": point.name}
-        for field, axis in zip(axis_fields, axes, strict=True):
-            # The labels are those of all points of the comparison, in its order.
-            row[field] = axis.labels[index_by_name[point.name]]
+    for point_index, name in enumerate(point_names):
+        row = {"point_index": point_index, "point": name}
+        for axis_index, axis in enumerate(axes):
+            row[f"axis{axis_index}"] = axis.label_by_point[name]
         values.append(row)
-    fields = ["point", *axis_fields]
+    fields = ["point", *(f"axis{axis_index}" for axis_index in range(len(axes)))]
     return {
         "lookup": "point_index",
         "from": {"data": {"values": values}, "key": "point_index", "fields": fields},
@@ -103,11 +101,11 @@ def point_lookup_transform(comparison: Comparison, points: Sequence[ComparedPoin
 
 @dataclass(frozen=True, slots=True)
 class VisibleAxis:
-    """An axis of the comparison as plots show it: by colour, dash or shape."""
+    """A setting in which the points of a comparison differ, as plots show it: by colour, dash or shape."""
 
     title: str
-    labels: tuple[str, ...]
-    """The value at each point of the comparison."""
+    label_by_point: dict[str, str]
+    """Its value at each point of the comparison, by the point's name."""
     legend_values: list[str]
     """Each value once, in the order of the legend."""
 
@@ -117,54 +115,63 @@ def visible_axes(comparison: Comparison) -> list[VisibleAxis]:
 
     From the third on, all axes are joined into one, such as `rank, precision` with the values `8, bf16` and `16, fp32`.
     """
-    axes = [VisibleAxis(axis.title, axis.labels, axis.values) for axis in comparison.axes]
-    if len(axes) <= 3:
-        return axes
-    joined_axes = axes[2:]
-    labels_by_axis = [axis.labels for axis in joined_axes]
-    labels = tuple(", ".join(labels_of_point) for labels_of_point in zip(*labels_by_axis, strict=True))
-    title = ", ".join(axis.title for axis in joined_axes)
-    return [*axes[:2], VisibleAxis(title, labels, list(dict.fromkeys(labels)))]
+    names = [point.name for point in comparison.points]
+    shown_axes = comparison.axes if len(comparison.axes) <= 3 else comparison.axes[:2]
+    axes = [VisibleAxis(axis.title, dict(zip(names, axis.labels, strict=True)), axis.values) for axis in shown_axes]
+    joined_axes = comparison.axes[len(shown_axes) :]
+    if joined_axes:
+        labels_by_axis = [axis.labels for axis in joined_axes]
+        labels = [", ".join(labels_of_point) for labels_of_point in zip(*labels_by_axis, strict=True)]
+        title = ", ".join(axis.title for axis in joined_axes)
+        axes.append(VisibleAxis(title, dict(zip(names, labels, strict=True)), list(dict.fromkeys(labels))))
+    return axes
 
 
-def point_encoding(comparison: Comparison, *, marks_are_lines: bool) -> Spec:
+def point_encoding(axes: Sequence[VisibleAxis], *, marks_are_lines: bool) -> Spec:
     """The Vega-Lite encoding that tells points apart by the settings in which they differ, the axes of the comparison.
 
     The first axis is shown by colour. If the marks are lines, the second is shown by dash and the third by the shape of the
     marks on the line. Otherwise the second is shown by shape, and the third is not shown.
     """
-    axes = visible_axes(comparison)
+    channels = ["color", "strokeDash", "shape"] if marks_are_lines else ["color", "shape"]
     encoding: Spec = {}
-    if not axes:
-        return encoding
-    color_axis = axes[0]
-    encoding["color"] = {
-        "field": "axis0",
+    for axis_index, (axis, channel) in enumerate(zip(axes, channels, strict=False)):
+        # The field that `point_lookup_transform` adds to each data row.
+        field = f"axis{axis_index}"
+        encoding[channel] = (
+            _color_encoding(field, axis) if channel == "color" else _style_encoding(field, axis, channel)
+        )
+    return encoding
+
+
+def _color_encoding(field: str, axis: VisibleAxis) -> Spec:
+    """The Vega-Lite encoding that shows an axis by colour; `field`: of the data rows, with a point's value on the axis."""
+    encoding: Spec = {
+        "field": field,
         "type": "nominal",
-        "title": color_axis.title,
-        "sort": color_axis.legend_values,
+        "title": axis.title,
+        "sort": axis.legend_values,
         "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40},
     }
-    if len(color_axis.legend_values) > NUM_THEME_COLORS:
+    if len(axis.legend_values) > NUM_THEME_COLORS:
         # Many numbers read as a scale; many words need colours that differ.
-        scheme = "viridis" if _are_numbers(color_axis.legend_values) else "tableau20"
-        encoding["color"]["scale"] = {"scheme": scheme}
-    channels = ["strokeDash", "shape"] if marks_are_lines else ["shape"]
-    styles_by_channel: dict[str, list[Any]] = {"strokeDash": LINE_DASHES, "shape": MARK_SHAPES}
-    for axis_index, channel in enumerate(channels, 1):
-        if axis_index < len(axes):
-            axis = axes[axis_index]
-            styles = styles_by_channel[channel]
-            # With more values than styles, the styles are used again.
-            style_of_value = [styles[index % len(styles)] for index in range(len(axis.legend_values))]
-            encoding[channel] = {
-                "field": f"axis{axis_index}",
-                "type": "nominal",
-                "title": axis.title,
-                "scale": {"domain": axis.legend_values, "range": style_of_value},
-                "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40, **LEGEND_SYMBOLS[channel]},
-            }
+        scheme = "viridis" if _are_numbers(axis.legend_values) else "tableau20"
+        encoding["scale"] = {"scheme": scheme}
     return encoding
+
+
+def _style_encoding(field: str, axis: VisibleAxis, channel: str) -> Spec:
+    """The Vega-Lite encoding that shows an axis by dash or shape, as `channel` says: `strokeDash` or `shape`."""
+    styles = STYLES_BY_CHANNEL[channel]
+    # With more values than styles, the styles are used again.
+    style_of_value = [styles[index % len(styles)] for index in range(len(axis.legend_values))]
+    return {
+        "field": field,
+        "type": "nominal",
+        "title": axis.title,
+        "scale": {"domain": axis.legend_values, "range": style_of_value},
+        "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40, **LEGEND_SYMBOLS[channel]},
+    }
 
 
 def _are_numbers(values: Sequence[str]) -> bool:
@@ -174,20 +181,20 @@ def _are_numbers(values: Sequence[str]) -> bool:
         return False
 
 
-def legend_selections(comparison: Comparison) -> list[Spec]:
+def legend_selections(num_axes: int) -> list[Spec]:
     """Vega-Lite parameters that let the reader click a value in a legend, to select the points that have it; one for each
     axis.
     """
     selections = []
-    for axis_index in range(len(visible_axes(comparison))):
+    for axis_index in range(num_axes):
         selection = {"type": "point", "fields": [f"axis{axis_index}"]}
         selections.append({"name": f"chosen{axis_index}", "select": selection, "bind": "legend"})
     return selections
 
 
-def legend_opacity(comparison: Comparison) -> Spec:
+def legend_opacity(num_axes: int) -> Spec:
     """The Vega-Lite encoding that fades all points but those that the reader has selected by clicking in the legends."""
-    tests = [{"param": selection["name"]} for selection in legend_selections(comparison)]
+    tests = [{"param": selection["name"]} for selection in legend_selections(num_axes)]
     if not tests:
         return {"value": 1}
     # Without a selection, each of these tests holds for every point.
