@@ -253,7 +253,7 @@ def points_listing(plan: PointsPlan, output_dir: Path) -> str:
     rows = []
     for point in plan.points:
         remark = plan.learning_rate_remark(point)
-        arguments = " ".join([*point.arguments, *([remark] if remark else [])])
+        arguments = " ".join(filter(None, [*point.arguments, remark]))
         refusal_lines = wrap_sentences([f"refused: {refusal}" for refusal in point.refusals], indent=4)
         rows.append(TableRow((point.name, arguments), refusal_lines))
     lines = [heading, *format_table((TableColumn(), TableColumn()), rows, indent=2), *plan.lines_on_partial_settings]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, PointSource, setting_keys, write_comparison_file
@@ -81,7 +81,9 @@ class PointsPlan:
         return f"(optim.lr={rate:g})"
 
     def point_sources(self, comparison_dir: Path) -> list[PointSource]:
-        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was refused."""
+        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was
+        refused.
+        """
         return [self._point_source(point, comparison_dir) for point in self.points]
 
     def _run_dirs(self, point: PlannedPoint, comparison_dir: Path) -> tuple[Path, ...]:
@@ -128,6 +130,15 @@ class PointsPlan:
                 yield PlannedRun(replace(point, composed=composed_copy), run_dir)
 
 
+class _PointArguments(NamedTuple):
+    """What makes a point, before its configuration is composed."""
+
+    run_arguments: list[str]
+    """All settings of its runs, such as `strategy=ddp` and `budget.steps=50`."""
+    value_by_axis: dict[str, str]
+    """Its values on the axes, by which it is named: {"strategy": "ddp"}."""
+
+
 def plan_points(arguments: list[str]) -> PointsPlan:
     """Work out which points a new comparison has, with the whole configuration of each, without starting anything.
 
@@ -150,8 +161,12 @@ def plan_points(arguments: list[str]) -> PointsPlan:
     refuse_large_arrays(arguments_of_points, num_repeats=settings.repeats)
 
     # Points are named by these values, such as {"strategy": "ddp", "tuning": "lora"}.
-    axis_values_by_point = [axes.values_on_axes(point_arguments) for point_arguments in arguments_of_points]
-    points = _compose_points(arguments_of_points, axis_values_by_point, shared_arguments)
+    points = _compose_points(
+        [
+            _PointArguments([*point_arguments, *shared_arguments], axes.values_on_axes(point_arguments))
+            for point_arguments in arguments_of_points
+        ]
+    )
     if all(point.refusals for point in points):
         refusals_by_point = {point.name: list(point.refusals) for point in points}
         raise ConfigError(_problem_lines_by_point(refusals_by_point))
@@ -210,29 +225,21 @@ def _arguments_of_every_point(axes: Axes, settings: CompareConfig) -> list[str]:
     return arguments_of_every_point
 
 
-def _compose_points(
-    arguments_of_points: list[list[str]], axis_values_by_point: list[dict[str, str]], shared_arguments: list[str]
-) -> list[PlannedPoint]:
+def _compose_points(arguments_of_points: list[_PointArguments]) -> list[PlannedPoint]:
     """Compose the whole configuration of every point, as `train` would with its arguments, and name the points.
 
-    A configuration that is valid but that `train` would refuse, for example for lack of GPUs, makes a point with
-    `refusals`. A setting that does not exist or has a wrong value is an error: raises ConfigError with the problems of all
-    points.
-
-    `arguments_of_points`: the run's arguments of each point.
-    `axis_values_by_point`: for each point {axis: value}, such as {"strategy": "ddp"}, by which it is named.
-    `shared_arguments`: arguments that every point gets as well.
+    A configuration that is valid but that `train` would refuse makes a point with `refusals`. A setting that does not exist
+    or has a wrong value is an error: raises ConfigError with the problems of all points.
     """
     from launch.config.compose import compose_config, start_problems
 
+    names = _unique_labels([point_arguments.value_by_axis for point_arguments in arguments_of_points])
     problems_by_point: dict[str, list[str]] = {}
     points = []
-    for name, arguments, values in zip(
-        _unique_labels(axis_values_by_point), arguments_of_points, axis_values_by_point, strict=True
-    ):
+    for name, point_arguments in zip(names, arguments_of_points, strict=True):
         try:
             # Unchecked: settings that cannot be trained with make a refused point, and no error.
-            composed = compose_config([*arguments, *shared_arguments], check=False)
+            composed = compose_config(point_arguments.run_arguments, check=False)
         except ConfigError as error:
             problems_by_point[name] = error.problems
             continue
@@ -243,10 +250,9 @@ def _compose_points(
             logging.every_steps = min(logging.every_steps, max(1, num_steps // 10))
         point = PlannedPoint(
             name=name,
-            arguments=tuple(f"{key}={value}" for key, value in values.items()),
+            arguments=tuple(f"{key}={value}" for key, value in point_arguments.value_by_axis.items()),
             composed=composed,
-            # Why `train` would not start with these settings on this machine; empty if it would.
-            refusals=tuple(start_problems(composed.config)),
+            refusals=tuple(start_problems(composed.config)),  # why `train` would not start; empty if it would
         )
         points.append(point)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.compare.run_files import RecordedRun
 from strategies.errors import ConfigError
@@ -182,11 +182,31 @@ def _recorded_run_from_wandb(
 def _read_wandb_records(start_dir: Path, damage_notes: list[str]) -> Iterator[dict[str, Any]]:
     """Read what W&B recorded of one start of a run, as dicts in the order of recording, such as {"type": "summary", ...}.
 
-    The files are in W&B's own binary format, so a process of wandb prints them. It may fail behind the records that it
-    could read: these count.
-
     Appends to `damage_notes` a line for each damaged place that wandb skipped, and one if wandb failed after some records.
     Raises ConfigError if wandb is not installed, cannot read the files, or prints a record that is no JSON.
+    """
+    completed = _inspect_wandb_files(start_dir)
+    damage_notes += [line for line in completed.stderr.splitlines() if SKIPPED_DATA_MESSAGE in line]
+    lines = [line for line in completed.stdout.splitlines() if line.strip()]
+    for record_number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            is_last = record_number == len(lines)  # it may be torn, as in the file of a run that is still training
+            if not is_last:
+                raise ConfigError(f"{start_dir}: record {record_number} cannot be read; leave this run out") from None
+    # It may fail behind the records that it could read: these count.
+    if completed.returncode and lines:
+        damage_notes.append("the command failed after some records, so that later ones are missing")
+    elif completed.returncode:
+        last_error_line = (completed.stderr.strip() or "it gives no reason").splitlines()[-1]
+        raise ConfigError(f"{start_dir}: wandb cannot read its files ({last_error_line}); leave this run out")
+
+
+def _inspect_wandb_files(start_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Let wandb print the records of one start of a run; if it fails, once more. Raises ConfigError if it is not installed.
+
+    The files are in W&B's own binary format, which only wandb reads.
     """
     if find_spec("wandb") is None:
         raise ConfigError(f"{start_dir}: its files are read by wandb, which is not installed: pip install wandb")
@@ -195,20 +215,7 @@ def _read_wandb_records(start_dir: Path, damage_notes: list[str]) -> Iterator[di
         # On a busy machine the command has ended with 1 over files that it could read a moment later.
         time.sleep(RETRY_AFTER_S)
         completed = _run_wandb_inspect(start_dir)
-    damage_notes += [line for line in completed.stderr.splitlines() if SKIPPED_DATA_MESSAGE in line]
-    lines = [line for line in completed.stdout.splitlines() if line.strip()]
-    for record_number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            is_last = record_number == len(lines)  # it may be torn, as of a run that still trains
-            if not is_last:
-                raise ConfigError(f"{start_dir}: record {record_number} cannot be read; leave this run out") from None
-    if completed.returncode and lines:
-        damage_notes.append("the command failed after some records, so that later ones are missing")
-    elif completed.returncode:
-        last_error_line = (completed.stderr.strip() or "it gives no reason").splitlines()[-1]
-        raise ConfigError(f"{start_dir}: wandb cannot read its files ({last_error_line}); leave this run out")
+    return completed
 
 
 def _run_wandb_inspect(start_dir: Path) -> subprocess.CompletedProcess[str]:
@@ -229,8 +236,7 @@ class _LoggedSteps:
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add_logged_row(self, logged_row: dict[str, Any]) -> None:
-        """Sort a row that W&B has of a run into metrics of the training step (`steps`) and held-out metrics
-        (`evaluations`).
+        """Sort a row that W&B has of a run into metrics of the training step (`steps`) and held-out metrics (`evaluations`).
 
         `logged_row`: {"train/global_step": 5, "train/loss": 2.3, "eval/loss": 2.5}. Early versions of shardtune used other
         names, the first edition: {"train_step": 5, "loss": 2.3}. A row without a step is ignored.
@@ -244,19 +250,21 @@ class _LoggedSteps:
         # Only rows of the first edition have this name.
         if FIRST_EDITION_STEP_NAME in row:
             step = row.pop(FIRST_EDITION_STEP_NAME)
-            step_metrics, other_metrics = _split_first_edition_row(row)
+            metrics = _split_first_edition_row(row)
         else:
             step = row.get(TRACKED_METRIC_BY_NAME["step"].name)
-            step_metrics, other_metrics = _split_wandb_row(row)
+            metrics = _split_wandb_row(row)
         if not isinstance(step, int | float):
             return
         step = int(step)
         # A row of an evaluation alone has no training loss.
-        if "loss" in step_metrics:
-            self.steps[step] = {"step": step, **step_metrics}
+        if "loss" in metrics.of_step:
+            self.steps[step] = {"step": step, **metrics.of_step}
         held_out_metrics = {}
-        for name, value in other_metrics.items():
-            if isinstance(value, int | float) and not _is_size_of_table(name, row):
+        for name, value in metrics.others.items():
+            # A logged table has sizes such as `eval/facts/worst_rows.nrows` beside its type `eval/facts/worst_rows._type`.
+            is_size_of_table = f"{name.rpartition('.')[0]}._type" in row
+            if isinstance(value, int | float) and not is_size_of_table:
                 held_out_metrics[name] = value
         if held_out_metrics:
             # Several evaluators may have logged at the same step.
@@ -280,8 +288,8 @@ class _WandbContents:
     def add_record(self, record: dict[str, Any]) -> None:
         """Add one record of W&B's files, such as {"type": "history", "history": {"item": {"train/loss": 2.3}}}.
 
-        A record of a run, a summary or an exit completes or replaces an earlier one; a history record adds what was logged at a
-        step. Other types are ignored.
+        A record of a run, a summary or an exit completes or replaces an earlier one; a history record adds what was logged
+        at a step. Other types are ignored.
         """
         record_type = record["type"]
         if record_type == "run":
@@ -297,48 +305,43 @@ class _WandbContents:
             self.logged_steps.add_logged_row(record["history"].get("item", {}))
 
 
-def _is_size_of_table(name: str, row: dict[str, Any]) -> bool:
-    """Whether a name in a row of W&B is the size of a logged table (`eval/facts/worst_rows.nrows`), and so no metric.
+class _RowMetrics(NamedTuple):
+    """The metrics in a row of W&B."""
 
-    W&B has the type of a table beside its sizes, as `eval/facts/worst_rows._type`.
+    of_step: dict[str, Any]
+    """Those of the training step, under their names in `metrics.jsonl`, such as `loss`."""
+    others: dict[str, Any]
+    """All others under their names in W&B, such as `eval/loss`."""
+
+
+def _split_wandb_row(row: dict[str, Any]) -> _RowMetrics:
+    """Split a row of W&B, with today's names, into metrics of the training step and others.
+
+    {"train/loss": 2.3, "eval/loss": 2.5} becomes of_step={"loss": 2.3}, others={"eval/loss": 2.5}.
     """
-    return f"{name.rpartition('.')[0]}._type" in row
-
-
-def _split_wandb_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a row of W&B, with today's names, into (metrics of the training step, all other metrics).
-
-    Metrics of the step get the names that `metrics.jsonl` has: {"train/loss": 2.3, "eval/loss": 2.5} gives ({"loss": 2.3},
-    {"eval/loss": 2.5}).
-    """
-    step_metrics = {}
-    other_metrics = {}
+    metrics = _RowMetrics({}, {})
     for wandb_name, value in row.items():
         name = recorded_name(wandb_name)  # `train/loss` -> `loss`; None for what is no metric of a step
         if name is not None:
-            step_metrics[name] = value
+            metrics.of_step[name] = value
         elif wandb_name != TRAINING_S.name:  # the files of a run have no such counter
-            other_metrics[wandb_name] = value
-    return step_metrics, other_metrics
+            metrics.others[wandb_name] = value
+    return metrics
 
 
-def _split_first_edition_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a row of W&B from an early version of shardtune into (metrics of the training step, all other metrics).
+def _split_first_edition_row(row: dict[str, Any]) -> _RowMetrics:
+    """Split a row of W&B from an early version of shardtune into metrics of the training step and others.
 
-    These versions logged the names of `metrics.jsonl` unchanged: the first edition of names. So {"loss": 2.3, "loss/a":
-    2.1, "eval/loss": 2.5} gives ({"loss": 2.3, "loss/a": 2.1}, {"eval/loss": 2.5}).
+    These versions logged the names of `metrics.jsonl` unchanged, the first edition of names: {"loss": 2.3, "loss/a": 2.1,
+    "eval/loss": 2.5} becomes of_step={"loss": 2.3, "loss/a": 2.1}, others={"eval/loss": 2.5}.
     """
-    step_metrics = {}
-    other_metrics = {}
+    metrics = _RowMetrics({}, {})
     for name, value in row.items():
         # `blocks_s/worst` and `loss/a` belong to the step, because the row also has `blocks_s` and `loss`. `eval/loss` does
         # not, because the row has no `eval`.
         belongs_to_step = "/" not in name or name.partition("/")[0] in row
-        if belongs_to_step:
-            step_metrics[name] = value
-        else:
-            other_metrics[name] = value
-    return step_metrics, other_metrics
+        (metrics.of_step if belongs_to_step else metrics.others)[name] = value
+    return metrics
 
 
 def _finite_or_none(logged: Any) -> Any:

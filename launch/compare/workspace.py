@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.compare.comparison import ComparedPoint, Comparison, compare_points
 from launch.compare.curves import loss_relevant_settings
@@ -22,6 +22,7 @@ from launch.compare.workspace_script import (
     RESERVED_MEMORY_PANEL,
     SETTINGS_PANELS,
     SPEED_PANELS,
+    PanelSection,
     WorkspaceContent,
     workspace_script_source,
 )
@@ -83,7 +84,7 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
         final_metric=final_metric,
     )
     return workspace_script_source(
-        _panels_by_question(comparison, has_axes=bool(values_by_column)),
+        _panel_sections(comparison, has_axes=bool(values_by_column)),
         content,
         run_filter_source=_run_filter_source(runs),
         install_command=install_command("workspace"),
@@ -211,38 +212,40 @@ def _x_axis_metric(runs: list[RecordedRun]) -> str:
     return XAxis(x_axes.pop()).tracked_name
 
 
-def _panels_by_question(comparison: Comparison, *, has_axes: bool) -> list[tuple[str, list[str]]]:
+def _panel_sections(comparison: Comparison, *, has_axes: bool) -> list[PanelSection]:
     """Choose the sections of the W&B workspace: questions such as `Which is fastest?`, and the plots that answer them.
 
-    Returns (question, Python source of each panel) in the order of display. A comparison of one point asks about its run,
-    one of several points asks which is best. `has_axes`: whether the points differ in a setting that W&B has as a column.
-    Then a section compares settings, if some of them can change the loss.
+    They are in the order of display. A comparison of one point asks about its run, one of several points asks which is best.
+    `has_axes`: whether the points differ in a setting that W&B has as a column. Then a section compares settings, if some of
+    them can change the loss.
     """
     memory_panels = list(MEMORY_PANELS)
     if any(point.measured.memory_reserved_gib is not None for point in comparison.points):  # on GPUs
-        # The allocator of a GPU reserves memory; a CPU has no such number.
         memory_panels.append(RESERVED_MEMORY_PANEL)
     loss_panels = list(LOSS_PANELS)
     if any(map(_has_loss_by_position, comparison.points)):
         loss_panels.append(LOSS_BY_POSITION_PANEL)
     if len(comparison.points) == 1:
         return [
-            ("Does it learn?", loss_panels),
-            ("How fast is it?", list(SPEED_PANELS)),
-            ("What does it need?", memory_panels),
-            ("What does it cost?", list(COST_PANELS)),
+            PanelSection("Does it learn?", loss_panels),
+            PanelSection("How fast is it?", list(SPEED_PANELS)),
+            PanelSection("What does it need?", memory_panels),
+            PanelSection("What does it cost?", list(COST_PANELS)),
         ]
     # Points with the same of these settings must have the same loss. Of other points one wants to know which learns best.
     loss_settings = [loss_relevant_settings(point.first_repeat) for point in comparison.points]
     num_different = sum(settings not in loss_settings[:index] for index, settings in enumerate(loss_settings))
-    # If some points are of one job, one asks whether strategies compute the same; otherwise which settings learn best.
-    questions: list[tuple[str, list[str]]] = []
-    if num_different > 1 and has_axes:
-        questions.append(("Which settings are best?", list(SETTINGS_PANELS)))
-    questions += [("Which is fastest?", list(SPEED_PANELS)), ("What does each need?", memory_panels)]
     has_points_of_same_loss = num_different < len(loss_settings)
-    questions.append(("Is it the same loss?" if has_points_of_same_loss else "Which learns best?", loss_panels))
-    return [*questions, ("What does each cost?", list(COST_PANELS))]
+    sections = []
+    if num_different > 1 and has_axes:
+        sections.append(PanelSection("Which settings are best?", list(SETTINGS_PANELS)))
+    sections += [
+        PanelSection("Which is fastest?", list(SPEED_PANELS)),
+        PanelSection("What does each need?", memory_panels),
+        PanelSection("Is it the same loss?" if has_points_of_same_loss else "Which learns best?", loss_panels),
+        PanelSection("What does each cost?", list(COST_PANELS)),
+    ]
+    return sections
 
 
 def _has_loss_by_position(point: ComparedPoint) -> bool:
@@ -371,31 +374,36 @@ def _wandb_run_id(run: RecordedRun) -> str | None:
     return match["id"] if match else None
 
 
+class _MarkdownColumn(NamedTuple):
+    """A column of the table of points in the W&B report."""
+
+    heading: str
+    cells: list[str]
+    """For each point; `UNKNOWN_CELL` for what is not known."""
+
+
 def _points_markdown_lines(
     comparison: Comparison, values_by_column: dict[str, tuple[Any, ...]], held_out_metric: str
 ) -> list[str]:
     """Write the points of the comparison as a Markdown table for the W&B report: axes, losses, speed, memory, price and
-    state, a row each.
+    state.
 
     A column without a value at any point is left out. `values_by_column`: the settings in which the points differ, with the
     value at each point. `held_out_metric`: the metric by which the runs are judged, such as `eval/loss`.
     """
     points = comparison.points
-    columns: list[tuple[str, list[str]]] = [("run", [point.name for point in points])]  # (heading, cells)
+    columns = [_MarkdownColumn("run", [point.name for point in points])]
     for column, values in values_by_column.items():
-        columns.append((column.removeprefix("config."), [format_setting(value) for value in values]))
-    cells_of_points = [_measured_cells(point, held_out_metric) for point in points]
-    for index, heading in enumerate(_headings_of_measured_cells(held_out_metric)):
-        columns.append((heading, [cells[index] for cells in cells_of_points]))
-    columns.append(("state", [point.reason or point.state for point in points]))
+        columns.append(_MarkdownColumn(column.removeprefix("config."), [format_setting(value) for value in values]))
+    measured_cells = [_measured_cells(point, held_out_metric) for point in points]
+    for heading in measured_cells[0]:
+        columns.append(_MarkdownColumn(heading, [cell_by_heading[heading] for cell_by_heading in measured_cells]))
+    columns.append(_MarkdownColumn("state", [point.reason or point.state for point in points]))
 
-    known_columns = []
-    for heading, cells in columns:
-        if any(cell != UNKNOWN_CELL for cell in cells):
-            known_columns.append((heading, cells))
-    lines = [_markdown_row([heading for heading, _ in known_columns]), _markdown_row(["---"] * len(known_columns))]
+    known_columns = [column for column in columns if set(column.cells) != {UNKNOWN_CELL}]
+    lines = [_markdown_row([column.heading for column in known_columns]), _markdown_row(["---"] * len(known_columns))]
     for point_index in range(len(points)):
-        lines.append(_markdown_row([cells[point_index] for _, cells in known_columns]))
+        lines.append(_markdown_row([column.cells[point_index] for column in known_columns]))
     return lines
 
 
@@ -404,25 +412,21 @@ def _markdown_row(cells: list[str]) -> str:
     return f"| {' | '.join(map(markdown_cell, cells))} |"
 
 
-def _headings_of_measured_cells(held_out_metric: str) -> list[str]:
-    """The headings of the columns whose cells `_measured_cells` returns."""
-    return ["steps", "loss", held_out_metric, "tokens/s", "s a step", "GiB", "$/M tokens"]
+def _measured_cells(point: ComparedPoint, held_out_metric: str) -> dict[str, str]:
+    """The measured numbers of one point for the table of the report, by the heading of their column; `-` if not known.
 
-
-def _measured_cells(point: ComparedPoint, held_out_metric: str) -> list[str]:
-    """Cells of one point for the table of the report, in the order of `_headings_of_measured_cells`; `-` for what is not
-    known.
+    Of the repeats of the point these are the first one's loss, the median speed, and the largest memory.
     """
-    measured = point.measured  # the first repeat's loss, medians of speeds over all, the largest memory
-    return [
-        str(measured.steps or UNKNOWN_CELL),
-        _number_cell(measured.loss, format_metric),
-        _number_cell(measured.metrics_at_end.get(held_out_metric), format_metric),
-        _number_cell(measured.tokens_per_s, "{:,.0f}".format),
-        _number_cell(measured.step_s, "{:.3g}".format),
-        _number_cell(measured.memory_gib, "{:.3g}".format),
-        _number_cell(point.summary.dollars_per_million, "{:.3g}".format),
-    ]
+    measured = point.measured
+    return {
+        "steps": str(measured.steps or UNKNOWN_CELL),
+        "loss": _number_cell(measured.loss, format_metric),
+        held_out_metric: _number_cell(measured.metrics_at_end.get(held_out_metric), format_metric),
+        "tokens/s": _number_cell(measured.tokens_per_s, "{:,.0f}".format),
+        "s a step": _number_cell(measured.step_s, "{:.3g}".format),
+        "GiB": _number_cell(measured.memory_gib, "{:.3g}".format),
+        "$/M tokens": _number_cell(point.summary.dollars_per_million, "{:.3g}".format),
+    }
 
 
 def _number_cell(number: float | None, format_number: Callable[[float], str]) -> str:
@@ -441,23 +445,19 @@ def markdown_cell(text: str) -> str:
 
 
 def _logging_setting(run: RecordedRun, name: str) -> str | None:
-    """The value that `logging.<name>` had for a run, such as the W&B project or team; None if it had none. The first source
-    that has one:
+    """The value that `logging.<name>` had for a run, such as the W&B project or team; None if it had none.
+
+    The first source that has one:
 
     - The run's configuration.
     - The environment when the run started, such as WANDB_ENTITY, as `run.json` recorded it.
-    - For a run of an early version, whose `run.json` has no such record: the sentence that it printed, such as `a team
-      (WANDB_ENTITY)`.
+    - For a run of an early version, whose `run.json` has no such record: the sentence that it printed.
     """
     key = f"logging.{name}"
     from_environment = run.record.from_environment
     setting = run.config.get(key) or (from_environment or {}).get(key)
     is_of_early_version = from_environment is None
     if not setting and is_of_early_version:
-        setting = _value_in_sentence(run.record.substitutions.get(key))
+        # The value `a team` in the sentence `a team (WANDB_ENTITY)`; empty if nothing was printed.
+        setting = (run.record.substitutions.get(key) or "").rpartition(" (")[0]
     return str(setting) if setting else None
-
-
-def _value_in_sentence(sentence: str | None) -> str | None:
-    """Cut the value out of a sentence that an early version recorded: `a team (WANDB_ENTITY)` -> `a team`."""
-    return sentence.rpartition(" (")[0] if sentence else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from string import Template
+from typing import NamedTuple
 
 SCRIPT_TEMPLATE = Template(
     '''"""These runs in W&B: a saved view of the project's workspace, and a report. Made by shardtune compare.
@@ -186,19 +187,28 @@ class WorkspaceContent:
     """The metric of a run's summary by which runs are judged."""
 
 
-def workspace_script_source(
-    questions: list[tuple[str, list[str]]], content: WorkspaceContent, *, run_filter_source: str, install_command: str
-) -> str:
-    """The source of `workspace.py`: the template with its values filled in.
+class PanelSection(NamedTuple):
+    """A section of the view and of the report in W&B: a question, and the plots that answer it."""
 
-    `questions`: (question, source of its panels in Python) of each section. `run_filter_source`: the filter that finds the runs,
-    as Python source. `install_command`: the shell command that installs what the script needs.
+    question: str
+    panel_sources: list[str]
+    """Each plot as Python source, such as `wr.BarPlot(...)`."""
+
+
+def workspace_script_source(
+    sections: list[PanelSection], content: WorkspaceContent, *, run_filter_source: str, install_command: str
+) -> str:
+    """Write the source of `workspace.py`: the template with its values filled in.
+
+    `content`: what becomes a Python literal in it. `run_filter_source`: the filter that finds the runs in W&B, as Python
+    source.
+    `install_command`: the shell command that installs what the script needs.
     """
     section_sources = []
-    for question, panels in questions:
-        panel_lines = "".join(f"                {panel},\n" for panel in panels)
+    for section in sections:
+        panel_lines = "".join(f"                {panel_source},\n" for panel_source in section.panel_sources)
         section_sources.append(
-            f"        (\n            {question!r},\n            [\n{panel_lines}            ],\n        ),"
+            f"        (\n            {section.question!r},\n            [\n{panel_lines}            ],\n        ),"
         )
     literals = {field.name: python_source(getattr(content, field.name)) for field in fields(content)}
     return SCRIPT_TEMPLATE.substitute(

@@ -12,6 +12,7 @@ from launch.compare.workspace_script import (
     MEMORY_PANELS,
     SETTINGS_PANELS,
     SPEED_PANELS,
+    PanelSection,
     WorkspaceContent,
     workspace_script_source,
 )
@@ -24,21 +25,21 @@ from trainer.reporting.metric_names import XAxis, tracked_name
 
 MAX_LISTED_VALUES = 1000
 """Values of a range that are listed in a sweep file at most."""
-PANELS_BY_QUESTION = [
-    ("Which settings are best?", list(SETTINGS_PANELS)),
-    ("Which learns best?", list(LOSS_PANELS)),
-    ("Which is fastest?", list(SPEED_PANELS)),
-    ("What does each need?", list(MEMORY_PANELS)),
-    ("What does each cost?", list(COST_PANELS)),
+PANEL_SECTIONS = [
+    PanelSection("Which settings are best?", list(SETTINGS_PANELS)),
+    PanelSection("Which learns best?", list(LOSS_PANELS)),
+    PanelSection("Which is fastest?", list(SPEED_PANELS)),
+    PanelSection("What does each need?", list(MEMORY_PANELS)),
+    PanelSection("What does each cost?", list(COST_PANELS)),
 ]
-"""(question, source of its panels in Python) of each section of `workspace.py`."""
+"""The sections of `workspace.py`."""
 
 
 def write_sweep_file(arguments: list[str], *, print_only: bool = False) -> int:
     """Write `sweep.yaml` into the directory of the search, and print how the sweep is started; returns the exit code.
 
-    `workspace.py` is written beside it: a script that shows the trials in W&B. With `print_only`, `sweep.yaml` is printed, and
-    nothing is written. Raises ConfigError with every problem, StorageError.
+    `workspace.py` is written beside it: a script that shows the trials in W&B. With `print_only`, `sweep.yaml` is printed,
+    and nothing is written. Raises ConfigError with every problem, StorageError.
     """
     import yaml
 
@@ -105,7 +106,8 @@ def trials_group_name(search: PlannedSearch) -> str:
 def trials_workspace_script(search: PlannedSearch) -> str:
     """The script that shows the trials in W&B: a view and a report.
 
-    Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's agents.
+    Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's
+    agents.
     """
     logging = search.first_trial.config.logging
     column_by_key = {}
@@ -136,7 +138,7 @@ def trials_workspace_script(search: PlannedSearch) -> str:
         final_metric=final_metric,
     )
     return workspace_script_source(
-        PANELS_BY_QUESTION,
+        PANEL_SECTIONS,
         content,
         run_filter_source=f'ws.Metric("Group").isin([{trials_group_name(search)!r}])',
         install_command=install_command("workspace"),

@@ -75,10 +75,8 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
     """
     if run.state != RunState.done:
         return _unfinished_verdict(run)
-    # Detectors look for trouble such as overfitting while a run trains; their findings are the `challenges` of `run.json`.
-    findings = findings_in(run.record.challenges)
     steps_text = _training_length_text(run)
-    bad_finding = next((finding for finding in findings if finding.name in BAD_FINDINGS), None)
+    bad_finding = _finding_as_verdict(run)
     if bad_finding is not None:
         # An observation is a clause in lower case; here it begins a sentence.
         description = f"{bad_finding.observation[:1].upper()}{bad_finding.observation[1:]}"
@@ -99,7 +97,17 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
         text = f"{steps_text}. Nothing held out was evaluated, so nobody knows whether the model got better on new documents."
         return RunVerdict("note", "Trained, not evaluated", text)
     # The monitored metric is the first one, if the last evaluation has it.
-    return _metric_verdict(run, changes[0], findings, steps_text)
+    return _metric_verdict(run, changes[0], findings_in(run.record.challenges), steps_text)
+
+
+def _finding_as_verdict(run: RecordedRun) -> RecordedFinding | None:
+    """The finding of a detector that is the verdict on a run: the last weights are of no use. None if the verdict is another.
+
+    Detectors look for trouble while a run trains; their findings are the `challenges` of `run.json`.
+    """
+    if run.state != RunState.done:
+        return None
+    return next((finding for finding in findings_in(run.record.challenges) if finding.name in BAD_FINDINGS), None)
 
 
 def _metric_verdict(
@@ -181,18 +189,18 @@ def run_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _finding_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader what the detectors found while the run trained, such as overfitting or forgetting: a call-out for
-    each finding.
+    """Tell the reader what the detectors found while the run trained, such as overfitting or forgetting: a call-out for each
+    finding.
 
     Left out are the finding that is the verdict already, and early stopping, which has a call-out of its own.
     """
-    verdict_heading = run_verdict(run).heading
+    verdict_finding = _finding_as_verdict(run)
     callouts = []
     for finding in findings_in(run.record.challenges):
-        heading = HEADING_BY_FINDING.get(finding.name, finding.name.capitalize())
-        # A bad finding has the same heading where it is the verdict.
-        if heading == verdict_heading or finding.name == EARLY_STOPPING:
+        is_verdict = verdict_finding is not None and finding.name == verdict_finding.name
+        if is_verdict or finding.name == EARLY_STOPPING:
             continue
+        heading = HEADING_BY_FINDING.get(finding.name, finding.name.capitalize())
         tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
         text = f"Since step {finding.step}: {finding.observation}.{_remedies_text(finding)}"
         callouts.append(Callout(tone, heading, text, _remedy_commands(run, finding)))
