@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 from launch.compare.comparison import ComparedPoint, Comparison
@@ -213,48 +214,36 @@ def _number_columns(comparison: Comparison) -> list[NumberColumn]:
 
 
 def _speed_columns(comparison: Comparison, best: BestDirection) -> list[NumberColumn]:
-    """Define the columns of speeds, of all ranks together. If a point was repeated, two of them show its slowest and
-    fastest repeat.
+    """Define the columns of speeds, of all ranks together. If a point was repeated, two of them show its slowest and fastest
+    repeat.
 
     `best`: which of these numbers gets the star.
     """
-    speed = NumberColumn(
-        "tokens/s",
-        group="speed",
-        read_value=lambda point: point.measured.tokens_per_s,
-        format_value=_three_digits,
-        best=best,
-        note="All ranks together, median.",
-    )
-    number_columns = [speed]
+    speed_column = partial(NumberColumn, group="speed", format_value=_three_digits)
+    number_columns = [
+        speed_column(
+            "tokens/s",
+            read_value=lambda point: point.measured.tokens_per_s,
+            best=best,
+            note="All ranks together, median.",
+        )
+    ]
     if any(point.summary.repeats > 1 for point in comparison.begun_points):
-        for heading, read_value in (("slowest", _slowest), ("fastest", _fastest)):
-            number_columns.append(
-                NumberColumn(
-                    heading,
-                    group="speed",
-                    read_value=read_value,
-                    format_value=_three_digits,
-                    note="Of the repeats.",
-                )
-            )
-    supervised_speed = NumberColumn(
-        "supervised/s",
-        group="speed",
-        read_value=_supervised_per_s,
-        format_value=_three_digits,
-        best=best,
-        note="Supervised tokens a second.",
-    )
-    mfu = NumberColumn(
-        "MFU",
-        group="speed",
-        read_value=_mfu_reader(comparison),
-        format_value=format_percent,
-        best=best,
-        note="Share of the device's peak.",
-    )
-    return [*number_columns, supervised_speed, mfu]
+        number_columns += [
+            speed_column("slowest", read_value=_slowest, note="Of the repeats."),
+            speed_column("fastest", read_value=_fastest, note="Of the repeats."),
+        ]
+    return [
+        *number_columns,
+        speed_column("supervised/s", read_value=_supervised_per_s, best=best, note="Supervised tokens a second."),
+        speed_column(
+            "MFU",
+            read_value=_mfu_reader(comparison),
+            format_value=format_percent,
+            best=best,
+            note="Share of the device's peak.",
+        ),
+    ]
 
 
 def _step_columns(best: BestDirection) -> list[NumberColumn]:
@@ -263,14 +252,9 @@ def _step_columns(best: BestDirection) -> list[NumberColumn]:
     Exposed communication is time in which a rank only waits for others. The size of the exchange is counted and not
     measured, so its smallest value always gets the star. `best`: which time of a step gets the star.
     """
+    duration_column = partial(NumberColumn, group="a step", format_value=format_duration)
     return [
-        NumberColumn(
-            "step",
-            group="a step",
-            read_value=lambda point: point.measured.step_s,
-            format_value=format_duration,
-            best=best,
-        ),
+        duration_column("step", read_value=lambda point: point.measured.step_s, best=best),
         *(_step_part_column(part) for part in (*STEP_PARTS, "rest")),
         NumberColumn(
             "exchanged",
@@ -280,13 +264,7 @@ def _step_columns(best: BestDirection) -> list[NumberColumn]:
             best="smallest",
             unit="GiB",
         ),
-        NumberColumn(
-            "exposed",
-            group="a step",
-            read_value=lambda point: point.measured.exposed_s,
-            format_value=format_duration,
-            note="Waited for the exchange.",
-        ),
+        duration_column("exposed", read_value=lambda point: point.measured.exposed_s, note="Waited for the exchange."),
     ]
 
 
@@ -295,20 +273,14 @@ def _start_and_save_columns() -> list[NumberColumn]:
 
     Their times get no star, because a single measurement says little.
     """
+    duration_column = partial(NumberColumn, group="once", format_value=format_duration)
     return [
-        NumberColumn(
+        duration_column(
             "start",
-            group="once",
             read_value=_start_without_evaluation_s,
-            format_value=format_duration,
             note="Until the first step, without the evaluation before it.",
         ),
-        NumberColumn(
-            "save",
-            group="once",
-            read_value=lambda point: point.measured.checkpoint_s,
-            format_value=format_duration,
-        ),
+        duration_column("save", read_value=lambda point: point.measured.checkpoint_s),
         NumberColumn(
             "saved",
             group="once",

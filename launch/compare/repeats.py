@@ -10,7 +10,6 @@ from typing import Any
 
 from launch.compare.profiles import exposed_communication_s
 from launch.compare.run_files import (
-    STEP_RATE_METRICS,
     RecordedRun,
     RunMeasurements,
     is_run_directory,
@@ -28,7 +27,10 @@ from launch.compare.wandb_files import (
 from trainer.reporting.run_record import RunRecord
 
 REFUSED_STATE = "refused"
-MEDIAN_FIELDS = (*STEP_RATE_METRICS, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
+MEDIAN_FIELDS = (
+    *("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s"),
+    *("start_s", "evaluation_before_s", "checkpoint_s", "exposed_s"),
+)
 """Measurements of which a point has the median over its repeats; of memory it has the largest."""
 STEP_PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
 """Key in `metrics.jsonl` of each part of a step that is timed."""
@@ -90,7 +92,9 @@ class MeasuredPoint:
         return self._first_known(run.reason for run in self.repeats)
 
     def _first_known(self, texts_of_repeats: Iterable[str | None]) -> str | None:
-        """The first text that is not None; one of a later repeat names it: `repeat 2: failed at step 3`. None if all are None."""
+        """The first text that is not None; one of a later repeat names it: `repeat 2: failed at step 3`. None if all are
+        None.
+        """
         for repeat_number, text in enumerate(texts_of_repeats, 1):
             if text:
                 return f"repeat {repeat_number}: {text}" if repeat_number > 1 else text

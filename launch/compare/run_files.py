@@ -29,8 +29,6 @@ from trainer.reporting.settings_file import read_settings_tree
 from trainer.reporting.status import RunState, read_failure, read_status
 
 BYTES_PER_GIB = 2**30
-STEP_RATE_METRICS = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
-"""Metrics of a step of which a run has the median: keys of `metrics.jsonl`, and fields of `RunMeasurements`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +283,11 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
     rows = list(run.steps.values())
     counted_rows = rows_after_warmup(run, warmup_steps)
     rows_for_speed = counted_rows or rows
+
+    def median_of(metric: str) -> float | None:
+        values = _finite_numbers(rows_for_speed, metric)
+        return median(values) if values else None
+
     last_losses = _finite_numbers(rows[-1:], "loss")  # empty before the first step, and for a loss that is not finite
     receipt = run.record.receipt or Receipt()
     predicted = receipt.predicted or PredictedCost()
@@ -292,8 +295,10 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
     return RunMeasurements(
         steps=len(rows),
         loss=last_losses[0] if last_losses else None,
-        # Each of these metrics is also a field of the result.
-        **{rate: _median_or_none(_finite_numbers(rows_for_speed, rate)) for rate in STEP_RATE_METRICS},
+        tokens_per_s=median_of("tokens_per_s"),
+        supervised_tokens_per_s=median_of("supervised_tokens_per_s"),
+        mfu=median_of("mfu"),
+        step_s=median_of("step_s"),
         tokens_per_s_quartiles=_quartiles(_finite_numbers(rows_for_speed, "tokens_per_s")),
         warmup_steps=len(rows) - len(counted_rows) if counted_rows else 0,
         memory_gib=max(_finite_numbers(rows, "memory_gib"), default=None),
@@ -311,11 +316,6 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
         metrics_before_training=run.evaluations.get(0, {}),
         metrics_at_end=last_held_out_metrics(run),
     )
-
-
-def _median_or_none(values: list[float]) -> float | None:
-    """The median; None if there are no values."""
-    return median(values) if values else None
 
 
 def _quartiles(values: list[float]) -> tuple[float, float] | None:

@@ -18,16 +18,15 @@ STATES_WITHOUT_PAGE = (RunState.running, None)
 """States without a page: another attempt writes in the directory, or nothing was begun there."""
 
 
-def write_run_report(run_dir: Path, comparison: Comparison, *, reload_after_s: float | None = None) -> Path:
+def write_run_report(run_dir: Path, comparison: Comparison) -> Path:
     """Write the page of a run, `report.html`, into its directory; returns the path. Raises StorageError.
 
-    `comparison` has this run as its only point. A browser reloads the page after `reload_after_s` seconds; None for a page
-    that will not change any more.
+    `comparison` has this run as its only point.
     """
     from launch.compare.run_page.page import run_page
 
     path = run_dir / REPORT_FILE
-    write_text_atomic(path, run_page(comparison, reload_after_s=reload_after_s))
+    write_text_atomic(path, run_page(comparison))
     return path
 
 

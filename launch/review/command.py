@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def _write_and_announce_sheet(sheet: ReviewSheet, request: ReviewRequest) -> Non
     write_text_atomic(page_file, review_page(sheet, request.review_config))
     # With a byte order mark, by which spreadsheets recognise UTF-8.
     write_text_atomic(table_file, "\ufeff" + review_csv(sheet, request.review_config))
-    print(_sheet_summary(sheet, request))
+    print(_sheet_summary(sheet, request.arms, request.judged_model["accepted"]))
     print(f"send to reviewers: {page_file}, or {table_file}")
     print(f"keep, and send to nobody: {output_dir / KEY_FILE}")
     print(f"then: shardtune review score {request.run} <answers>")
@@ -130,14 +131,17 @@ def _generate_answers_by_arm(request: ReviewRequest, prompts: list[Any]) -> dict
     return {arm: answers_by_arm[arm] for arm in (TUNED_ARM, *other_arms)}
 
 
-def _sheet_summary(sheet: ReviewSheet, request: ReviewRequest) -> str:
-    """Say what reviewers will judge: number of items, models, repeated items, and pairs that were left out."""
+def _sheet_summary(sheet: ReviewSheet, arms: Iterable[str], accepted_differences: list[str]) -> str:
+    """Say what reviewers will judge: number of items, models, repeated items, and pairs that were left out.
+
+    `arms`: names of the compared models. `accepted_differences`: how the base model differs from that of the training,
+    which the user has accepted.
+    """
     num_repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
     num_equal_pairs = len(sheet.key["same"])
-    # How the base differs from that of the training, which the user has accepted.
-    lines = [f"accepted: {line}" for line in request.judged_model["accepted"]]
+    lines = [f"accepted: {difference}" for difference in accepted_differences]
     lines.append(
-        f"{len(sheet.items)} items: {', '.join(request.arms)}; {sheet.key['num_prompts']} prompts, {num_repeated} items again"
+        f"{len(sheet.items)} items: {', '.join(arms)}; {sheet.key['num_prompts']} prompts, {num_repeated} items again"
     )
     if num_equal_pairs:
         lines.append(f"{num_equal_pairs} pairs of equal answers are not shown, and count as ties")

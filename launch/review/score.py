@@ -49,7 +49,10 @@ def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], drop
     other_models = [arm for arm in key["arms"] if arm != TUNED_ARM]
 
     # Of all reviewers, also of dropped ones: the record shows why they were dropped.
-    flags_by_name = {reviewer.name: _flags_of_reviewer(reviewer, reviewers, key) for reviewer in reviewers}
+    flags_by_name = {}
+    for reviewer in reviewers:
+        majority_vote_by_item = _majority_votes_of_others(reviewer, reviewers, key)
+        flags_by_name[reviewer.name] = carelessness_flags(reviewer, key, majority_vote_by_item)
     careful_reviewers = [reviewer for reviewer in counted_reviewers if not flags_by_name[reviewer.name]]
     win_rate_without_flagged = None  # also if nobody is flagged, or everybody
     if 0 < len(careful_reviewers) < len(counted_reviewers):
@@ -76,11 +79,6 @@ def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], drop
         "kappa": pairwise_kappas(votes_by_question[OVERALL_QUESTION]),
         "disagreements": _disputed_items(votes_by_question[OVERALL_QUESTION], counted_reviewers, key),
     }
-
-
-def _flags_of_reviewer(reviewer: Reviewer, all_reviewers: list[Reviewer], key: ReviewKey) -> list[str]:
-    """Signs that a reviewer may have answered without reading, a sentence each; empty for a careful reviewer."""
-    return carelessness_flags(reviewer, key, _majority_votes_of_others(reviewer, all_reviewers, key))
 
 
 def _votes_on_question(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> VotesOnQuestion:
@@ -110,8 +108,11 @@ def _review_metrics(
     """
     metrics: dict[str, dict[str, Any]] = {}
     for model in other_models:
+        prompt_by_item = {item["id"]: item["prompt"] for item in key["items"] if item["other"] == model}
+        num_equal = sum(pair["other"] == model for pair in key["same"])
         for question, votes in votes_by_question.items():
-            metrics[f"win_rate/{model}{_metric_suffix(question)}"] = _win_rate_metric(votes, key, model)
+            name = f"win_rate/{model}{_metric_suffix(question)}"
+            metrics[name] = _win_rate_metric(votes, prompt_by_item, num_equal)
 
     def win_rate_order(model: str) -> tuple[bool, float]:
         win_rate = metrics[f"win_rate/{model}"]["value"]
@@ -134,36 +135,47 @@ def _metric_suffix(question: str) -> str:
     return "" if question == OVERALL_QUESTION else f"/{question}"
 
 
-def _win_rate_metric(votes: VotesOnQuestion, key: ReviewKey, other_model: str) -> dict[str, Any]:
+def _win_rate_metric(votes: VotesOnQuestion, prompt_by_item: dict[str, int], num_equal: int) -> dict[str, Any]:
     """How often reviewers preferred the tuned model to another one: the win rate with its 95 % interval and counts.
 
-    `WIN_RATE_METHOD_TEXT` says how it is computed. `votes`: "tuned", "tie" or "other", by (reviewer, item id). The rate is
-    None if nobody judged an item of the two, however many of their answers were equal.
+    `WIN_RATE_METHOD_TEXT` says how it is computed. The rate is None if nobody judged an item of the two, however many of
+    their answers were equal.
+
+    `votes`: "tuned", "tie" or "other", by (reviewer, item id), on items with any model.
+    `prompt_by_item`: for each item with this other model, by id, the index of its prompt.
+    `num_equal`: prompts to which both models gave the same answer.
     """
-    items = {item["id"]: item for item in key["items"] if item["other"] == other_model}
-    values_by_prompt: dict[int, list[float]] = {}
+    shares_by_prompt: dict[int, list[float]] = {}  # what each vote adds to the win rate: 1, 0.5 or 0
     counts = Counter[str]()
     for (_, item_id), vote in votes.items():
-        if item_id in items:
-            values_by_prompt.setdefault(items[item_id]["prompt"], []).append(WIN_SHARE_BY_VOTE[vote])
+        if item_id in prompt_by_item:
+            shares_by_prompt.setdefault(prompt_by_item[item_id], []).append(WIN_SHARE_BY_VOTE[vote])
             counts[vote] += 1
     outcomes = {
         "wins": counts[TUNED_WINS],
         "ties": counts[TIE],
         "losses": counts[OTHER_WINS],
     }
-    if not values_by_prompt:
+    if not shares_by_prompt:
         return {"value": None, "low": None, "high": None, "num_prompts": 0, **outcomes}
 
     # Equal answers were not shown to reviewers: each is a tie.
-    num_equal = sum(pair["other"] == other_model for pair in key["same"])
-    prompt_means = [np.mean(values) for values in values_by_prompt.values()]
+    prompt_means = [np.mean(shares) for shares in shares_by_prompt.values()]
     means = np.array(prompt_means + [WIN_SHARE_BY_VOTE[TIE]] * num_equal)  # one for each prompt
-    # Prompts are resampled, not votes: several votes on one prompt are not independent. Seed 0, as WIN_RATE_METHOD_TEXT says.
-    resampled_indices = np.random.default_rng([0, len(means)]).integers(0, len(means), (NUM_RESAMPLES, len(means)))
-    low, high = np.percentile(means[resampled_indices].mean(axis=1), [2.5, 97.5])
-    rate = {"value": float(means.mean()), "low": float(low), "high": float(high), "greater_is_better": True}
+    low, high = _bootstrap_interval(means)
+    rate = {"value": float(means.mean()), "low": low, "high": high, "greater_is_better": True}
     return {**rate, "num_prompts": len(means), "num_equal": num_equal, **outcomes}
+
+
+def _bootstrap_interval(prompt_means: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval (low, high) of the mean over prompts, by bootstrap as `WIN_RATE_METHOD_TEXT` says.
+
+    Prompts are resampled, not votes: several votes on one prompt are not independent.
+    """
+    num_prompts = len(prompt_means)
+    resampled_indices = np.random.default_rng([0, num_prompts]).integers(0, num_prompts, (NUM_RESAMPLES, num_prompts))
+    low, high = np.percentile(prompt_means[resampled_indices].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _majority_votes_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
@@ -213,25 +225,29 @@ def _disputed_items(votes: VotesOnQuestion, reviewers: list[Reviewer], key: Revi
     At most `MAX_RECORDED_DISAGREEMENTS` items. In the record, `other` is the model beside the tuned one, and `prompt` an
     index.
     """
-    entries_with_imbalance = []  # (by how many votes one side is ahead, entry of the record)
+    disputed_items: list[dict[str, Any]] = []
     for item in key["items"]:
         vote_by_reviewer = {reviewer: vote for (reviewer, item_id), vote in votes.items() if item_id == item["id"]}
-        votes_without_ties = [vote for vote in vote_by_reviewer.values() if vote != TIE]
-        is_disputed = len(set(votes_without_ties)) > 1
-        if not is_disputed:
+        preferred_models = {vote for vote in vote_by_reviewer.values() if vote != TIE}
+        if len(preferred_models) < 2:
             continue
-        num_wins = votes_without_ties.count(TUNED_WINS)
-        num_losses = len(votes_without_ties) - num_wins
-        entry = {
-            "item": item["id"],
-            "prompt": item["prompt"],
-            "other": item["other"],
-            "votes": vote_by_reviewer,
-            "comments": _comments_on_item(item["id"], reviewers),
-        }
-        entries_with_imbalance.append((abs(num_wins - num_losses), entry))
-    entries_with_imbalance.sort(key=lambda imbalance_and_entry: imbalance_and_entry[0])
-    return [entry for _, entry in entries_with_imbalance[:MAX_RECORDED_DISAGREEMENTS]]
+        disputed_items.append(
+            {
+                "item": item["id"],
+                "prompt": item["prompt"],
+                "other": item["other"],
+                "votes": vote_by_reviewer,
+                "comments": _comments_on_item(item["id"], reviewers),
+            }
+        )
+    disputed_items.sort(key=lambda disputed_item: _vote_imbalance(disputed_item["votes"]))
+    return disputed_items[:MAX_RECORDED_DISAGREEMENTS]
+
+
+def _vote_imbalance(vote_by_reviewer: dict[str, str]) -> int:
+    """By how many votes one of the two models is ahead; ties do not count."""
+    counts = Counter(vote_by_reviewer.values())
+    return abs(counts[TUNED_WINS] - counts[OTHER_WINS])
 
 
 def _comments_on_item(item_id: str, reviewers: list[Reviewer]) -> dict[str, str]:

@@ -154,30 +154,28 @@ def _exposure_from_prepared_data(
 
     data_dir = Path(record.data_directory)
     split_by_name = _open_prepared_splits(data_dir, record.data_fingerprint)
-    # Which documents match, by split. The table has the documents of all splits; `documents` of a split holds, for each of its
-    # sequences, the row of its document in the table.
+    # The table has the documents of all splits; `documents` of a split holds, for each of its sequences, the row of its document
+    # in the table.
     document_table = DocumentTable(data_dir)
     wanted_rows = matching_rows(document_table, query)
     rows_by_split = {name: np.intersect1d(split.documents, wanted_rows) for name, split in split_by_name.items()}
     rows_in_any_split = np.unique(np.concatenate(list(rows_by_split.values())))
     shown_documents = [document_table.row(int(row)) for row in rows_in_any_split[:MAX_SHOWN_DOCUMENTS]]
 
-    # How often training drew them, from the start to the last step. The record's `passed` are ranges of samples that a rollback
-    # left out.
+    # How far the run trained, as it recorded itself. `passed` are ranges of samples that a rollback left out.
     progress = record.outcome.progress if record.outcome else {}
     step = int(progress.get("step") or last_step(run))
-    num_samples_drawn = int(progress.get("samples") or step * int(config.batch["global"]))
-    times_trained = 0
-    if len(rows_by_split["train"]):
-        skipped_ranges = progress.get("passed") or []
-        times_trained = _times_trained(
-            split_by_name["train"], config, num_samples_drawn, skipped_ranges, rows_by_split["train"]
-        )
     return DocumentExposure(
         run=run,
         num_documents_by_split={name: len(rows) for name, rows in rows_by_split.items() if len(rows)},
         shown_documents=tuple(f"{document['file']}:{document['line']}" for document in shown_documents),
-        times_trained=times_trained,
+        times_trained=_times_trained(
+            split_by_name["train"],
+            config,
+            num_samples_drawn=int(progress.get("samples") or step * int(config.batch["global"])),
+            skipped_ranges=progress.get("passed") or [],
+            rows=rows_by_split["train"],
+        ),
         step=step,
     )
 
@@ -213,6 +211,8 @@ def _times_trained(
     The order of the samples is built again: it follows from the data, the settings and the seed. `rows`: row numbers in the
     table of documents. `skipped_ranges`: samples that a rollback left out, such as `{"first": 640, "count": 64}`.
     """
+    if not len(rows):
+        return 0
     from trainer.data.batches.mixing import build_order
     from trainer.objectives.registry import data_spec_of
 

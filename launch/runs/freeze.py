@@ -38,8 +38,29 @@ def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_stra
     """
     run_dir = Path(run_dir).expanduser()
     config = composed.config
-    # Whether the directory may be this run's.
+    has_checkpoints = _settle_with_earlier_start(composed, run_dir, may_change_strategy=may_change_strategy)
+    raise_if_queued(run_dir)
+    raise_if_run_dir_is_in_use(run_dir, config.run.lease_s, is_signal_pending)
+    rewards = getattr(config.objective, "rewards", {})
+    if rewards:
+        copies.renew_copies(rewards, run_dir, has_progress=has_checkpoints, accept=config.run.accept)
+
+    config.run.dir = str(run_dir)
+    overrides = " ".join(json.dumps(override) for override in composed.overrides)
+    header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {overrides}\n"
+    write_text_atomic(run_dir / "config.yaml", header + config_yaml(config))
+    remember_config(config)  # the user trusts what they have just started: code in it runs without another question
+    return run_dir
+
+
+def _settle_with_earlier_start(composed: ComposedConfig, run_dir: Path, *, may_change_strategy: bool) -> bool:
+    """Check that the directory may be this run's, and take over what an earlier start of the run resolved.
+
+    Returns whether the run has checkpoints. Raises ConfigError if the directory holds another run, if a file is in the way
+    of a directory, or for checkpoints that `run.resume=never` refuses.
+    """
     _raise_if_files_in_the_way(run_dir)
+    config = composed.config
     checkpoints = checkpoints_in(checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir))
     # An incomplete checkpoint counts, too: another attempt may be writing it.
     if config.run.resume == "never" and (checkpoints or any((run_dir / "checkpoints").glob("*"))):
@@ -47,26 +68,13 @@ def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_stra
     config_file = run_dir / "config.yaml"
     if config_file.exists():
         is_done = is_finished(run_dir)
-        # Compares with the configuration that is there: refuses another run, and takes over what the run has resolved since.
         settle_resumed_config(
             composed,
             config_file,
             has_progress=bool(checkpoints) or is_done,
             may_change_strategy=may_change_strategy and not is_done,
         )
-    raise_if_queued(run_dir)
-    raise_if_run_dir_is_in_use(run_dir, config.run.lease_s, is_signal_pending)
-    rewards = getattr(config.objective, "rewards", {})
-    if rewards:
-        copies.renew_copies(rewards, run_dir, has_progress=bool(checkpoints), accept=config.run.accept)
-
-    # Write it.
-    config.run.dir = str(run_dir)
-    overrides = " ".join(json.dumps(override) for override in composed.overrides)
-    header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {overrides}\n"
-    write_text_atomic(config_file, header + config_yaml(config))
-    remember_config(config)  # the user trusts what they have just started: code in it runs without another question
-    return run_dir
+    return bool(checkpoints)
 
 
 def _raise_if_files_in_the_way(run_dir: Path) -> None:
