@@ -255,9 +255,7 @@ def _loss_curve_lines(comparison: Comparison) -> list[str]:
 
 
 def _held_out_metric_lines(comparison: Comparison) -> list[str]:
-    """Show how each held-out metric changed in training: a line `eval/loss  ddp: 2.8700 -> 2.3400` for each point that has
-    it.
-    """
+    """Show how each held-out metric changed in training: a line `eval/loss  ddp: 2.8700 -> 2.3400` for each point that has it."""
     lines = []
     for metric in comparison.held_out_metrics:
         for point in comparison.points:

@@ -60,8 +60,7 @@ def _conclusion_as_dict(conclusion: Conclusion) -> dict[str, Any]:
 
 
 def _quality_as_dict(ranked: RankedJobs) -> dict[str, Any]:
-    """The entry `quality` of `compare.json`: the jobs by a held-out metric, the best first, and which are shown to be
-    worse.
+    """The entry `quality` of `compare.json`: the jobs by a held-out metric, the best first, and which are shown to be worse.
 
     A job is all points that train the same: they differ in seed and strategy alone. `shown_worse`: whether the job is
     significantly worse than the best one. `interval` and `seed_interval`: confidence intervals of the relative difference
@@ -112,9 +111,7 @@ def _point_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
 
 
 def _measurements_as_dict(measured: RunMeasurements) -> dict[str, Any]:
-    """The measurements of a point under their names in `compare.json`, which calls the held-out metrics `before` and
-    `after`.
-    """
+    """The measurements of a point under their names in `compare.json`, which calls the held-out metrics `before` and `after`."""
     values = asdict(measured)
     values["before"] = values.pop("metrics_before_training")
     values["after"] = values.pop("metrics_at_end")

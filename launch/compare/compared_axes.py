@@ -48,8 +48,7 @@ class ComparedAxis:
 def compared_axes(
     names: Sequence[str], differences: Sequence[SettingDifference], command_keys: Sequence[str] = ()
 ) -> list[ComparedAxis]:
-    """Find the axes of a comparison, to which plots give a colour or a dash: the settings by which its points are told
-    apart.
+    """Find the axes of a comparison, to which plots give a colour or a dash: the settings by which its points are told apart.
 
     A setting that tells no further points apart is left out: if the learning rate follows from the method at each point, it
     is no axis of its own. If some points are not told apart by any setting, a last axis has the `names` of all points.

@@ -75,8 +75,7 @@ class Comparison:
 def compare_points(
     sources: Sequence[PointSource], gpu_hour_price: Callable[[str], float | None] = lambda name: None
 ) -> Comparison:
-    """Make a comparison: read the runs of every point, compare each point with its baseline, and conclude which one to
-    take.
+    """Make a comparison: read the runs of every point, compare each point with its baseline, and conclude which one to take.
 
     A point is one combination of settings; its repeats are its runs. Its baseline is an earlier point, whose loss it is
     compared with.
@@ -114,8 +113,7 @@ def compare_points(
 def _compared_point(
     measured_points: list[MeasuredPoint], names: list[str], index: int, default_index: int
 ) -> ComparedPoint:
-    """Put the point at `index` beside its baseline: how far its losses are from the baseline's, or why they cannot be
-    compared.
+    """Put the point at `index` beside its baseline: how far its losses are from the baseline's, or why they cannot be compared.
 
     The baseline is the earliest point that trains the same job, or else the default baseline at `default_index`. The
     default baseline itself has none, nor has a point before it, or a refused point, which has no losses. The verdict is
@@ -152,8 +150,9 @@ def _compared_point(
 
 
 def _comparison_notes(points: list[MeasuredPoint], names: list[str]) -> list[str]:
-    """Caveats for the reader: what limits how far speeds, memory and losses of these points can be trusted. Empty if
-    nothing does.
+    """Caveats for the reader: what limits how far speeds, memory and losses of these points can be trusted.
+
+    Empty if nothing does.
     """
     runs: list[RecordedRun] = []
     for point in points:
@@ -241,8 +240,7 @@ def _notes_on_peaks(runs: list[RecordedRun]) -> list[str]:
 
 
 def _notes_on_machines(records: list[RunRecord]) -> list[str]:
-    """Warn the reader if the runs were on different hosts, devices or revisions of shardtune: their speeds are not
-    comparable.
+    """Warn the reader if the runs were on different hosts, devices or revisions of shardtune: their speeds are not comparable.
 
     `records`: the `run.json` of each run that has one.
     """
@@ -271,8 +269,6 @@ def _has_few_steps(measured: RunMeasurements) -> bool:
 
 
 def _largest_difference_of_repeats(point: MeasuredPoint) -> float:
-    """How far repeats of the same point differ: the largest relative difference of a loss from that of the first repeat, or
-    0.
-    """
+    """How far repeats of the same point differ: the largest relative difference of a loss from that of the first repeat, or 0."""
     differences = [compare_losses(point.first_repeat, repeat) for repeat in point.repeats[1:]]
     return max((difference.all_steps_difference for difference in differences if difference is not None), default=0.0)

@@ -161,8 +161,7 @@ def _headline(sentences: dict[str, str], *, is_parity_broken: bool) -> str:
 
 
 def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> str:
-    """Point out that points trained at different learning rates although nobody compares rates: each method has a usual
-    one.
+    """Point out that points trained at different learning rates although nobody compares rates: each method has a usual one.
 
     `The points trained at different learning rates (optim.lr): 2e-5 for full, 2e-4 for lora and dora.` Empty if all points
     have the same rate, or if the rate is an axis of its own: points whose other settings are equal have several rates.
@@ -187,8 +186,7 @@ def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Seque
 
 
 def _seeds_sentence(job: ComparedJob) -> str:
-    """Say how far the held-out metric of a job differs between its seeds: `One job with 3 seeds: eval/loss is 2.31 to
-    2.35.`
+    """Say how far the held-out metric of a job differs between its seeds: `One job with 3 seeds: eval/loss is 2.31 to 2.35.`
 
     A job is all points that train the same: they differ in strategy and seed alone. Empty for a single seed, or without a
     held-out metric.
@@ -365,8 +363,7 @@ def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequenc
 
 
 def _cost_text(job: ComparedJob) -> str:
-    """Memory and speed of a job, to be added to a sentence: `, at 3.1 to 4 GiB and 900 tokens/s`; empty if neither is
-    known.
+    """Memory and speed of a job, to be added to a sentence: `, at 3.1 to 4 GiB and 900 tokens/s`; empty if neither is known.
 
     A range goes from the smallest to the largest value of the job's points that are done and did not diverge.
     """

@@ -122,8 +122,7 @@ def _curve_spec(
 
 
 def difference_plot(comparison: Comparison) -> PagePlot | None:
-    """The plot that shows whether points compute the same: how far each one's loss is from its baseline's, on a logarithmic
-    axis.
+    """The plot that shows whether points compute the same: how far each one's loss is from its baseline's, on a logarithmic axis.
 
     A point is one combination of settings. Its baseline is the point that its loss is compared with: an earlier one that
     trains the same job with another strategy, else the first. None if no losses are comparable.
@@ -282,8 +281,9 @@ def held_out_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _metric_menu(metrics: list[str]) -> Spec:
-    """The menu below a plot in which the reader chooses what is drawn. It sets the Vega parameter `metric`, at first to
-    `metrics[0]`.
+    """The menu below a plot in which the reader chooses what is drawn.
+
+    It sets the Vega parameter `metric`, at first to `metrics[0]`.
     """
     return {"name": "metric", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric "}}
 
@@ -333,8 +333,9 @@ def _held_out_rows(
 
 
 def course_plot(comparison: Comparison) -> PagePlot | None:
-    """The plot of gradient norm, learning rate or speed over training, one of which the reader chooses; None if no step has
-    any of them.
+    """The plot of gradient norm, learning rate or speed over training, one of which the reader chooses.
+
+    None if no step has any of them.
     """
     points = comparison.begun_points
     rows = []

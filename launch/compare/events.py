@@ -65,8 +65,7 @@ def _event_text(event: dict[str, Any]) -> str:
 
 
 def notable_step_lines(comparison: Comparison) -> list[str]:
-    """A line for each step that stood out in the first repeat of each point, such as `ddp: step 40: grad_norm 9.5 (...);
-    ...`.
+    """A line for each step that stood out in the first repeat of each point, such as `ddp: step 40: grad_norm 9.5 (...); ...`.
 
     Of a point with more than `MAX_NOTABLE_STEPS_SHOWN` steps, the last ones, and a line that says where the earlier ones
     are.
@@ -83,8 +82,7 @@ def notable_step_lines(comparison: Comparison) -> list[str]:
 
 
 def resolved_setting_lines(comparison: Comparison) -> list[str]:
-    """Tell the reader what settings such as `auto` were resolved to, as the runs recorded it (`substitutions` in
-    `run.json`).
+    """Tell the reader what settings such as `auto` were resolved to, as the runs recorded it (`substitutions` in `run.json`).
 
     A line is like `run.matmul: blas` if all points did alike, else `ddp: run.matmul: blas` for each point.
     """

@@ -19,8 +19,9 @@ LARGER_IS_BETTER = (
 
 
 def greater_is_better_in_run(run: RecordedRun, metric: str) -> bool | None:
-    """Whether a larger value of a held-out metric is better in this run; None if nothing says it. The first of these that
-    says it:
+    """Whether a larger value of a held-out metric is better in this run; None if nothing says it.
+
+    The first of these that says it:
 
     - What the run recorded, which it does for its monitored metric.
     - The setting `evaluation.greater_is_better`, which is about the metric `evaluation.watch`.
@@ -49,8 +50,7 @@ def greater_is_better_by_name(metric: str) -> bool | None:
 
 
 def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[str]:
-    """Find out whether two runs measured a held-out metric alike: returns the keys of the settings because of which they
-    did not.
+    """Find out whether two runs measured a held-out metric alike: returns the keys of the settings because of which they did not.
 
     Empty if the metric can be compared. It is named `eval/<metric>`, or `eval/<task>/<metric>` for an evaluation task.
     Compared are, of both runs,
@@ -82,16 +82,16 @@ def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: s
 
 
 def _task_key_prefix(metric: str) -> str | None:
-    """The prefix of the settings of the task that has a metric: `eval/qa/accuracy` -> `evaluation.tasks.qa.`; None if no
-    task has it.
+    """The prefix of the settings of the task that has a metric: `eval/qa/accuracy` -> `evaluation.tasks.qa.`.
+
+    None if no task has it.
     """
     parts = metric.split("/")
     return f"evaluation.tasks.{parts[1]}." if len(parts) == 3 else None
 
 
 def _is_computed_by_objective(metric: str) -> bool:
-    """Whether the objective's loss function computes the metric: then runs with different objectives measure different
-    things.
+    """Whether the objective's loss function computes the metric: then runs with different objectives measure different things.
 
     A margin is one too: preference objectives compute it beside their loss, as the difference of two answers' scores.
     """

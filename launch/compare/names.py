@@ -201,8 +201,7 @@ def _word_characters_only(text: str) -> str:
 
 
 def point_arguments(differences: Sequence[SettingDifference], point_index: int) -> str:
-    """The arguments with which a reader can train one point of a comparison: `strategy=ddp optim.lr=1e-3`, quoted for a
-    shell.
+    """The arguments with which a reader can train one point of a comparison: `strategy=ddp optim.lr=1e-3`, quoted for a shell.
 
     Only settings in which the points differ are among them, and none that only says how a run was started or what it
     reports. `point_index`: position of the point's value in each difference.

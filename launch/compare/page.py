@@ -27,9 +27,7 @@ IMAGE_CONFIG = {
 
 
 def missing_packages_message(page_name: str = "compare.html") -> str | None:
-    """Say how to install the packages that the plots need; None if all are there. `page_name`: the page that lacks its
-    plots.
-    """
+    """Say how to install the packages that the plots need; None if all are there. `page_name`: the page that lacks its plots."""
     missing = [package for package in REQUIRED_PACKAGES if find_spec(package) is None]
     if not missing:
         return None

@@ -150,8 +150,9 @@ def _sort_value(value: float) -> float:
 
 
 def _state_and_tone(point: ComparedPoint) -> tuple[str, Tone]:
-    """How a point ended, as (word for its cell, colour of the cell). A diverged point counts as `diverged`, whatever its
-    run says.
+    """How a point ended, as (word for its cell, colour of the cell).
+
+    A diverged point counts as `diverged`, whatever its run says.
     """
     if point_has_diverged(point):
         return "diverged", "bad"
@@ -214,8 +215,9 @@ def _number_columns(comparison: Comparison) -> list[NumberColumn]:
 
 
 def _speed_columns(comparison: Comparison, best: BestDirection) -> list[NumberColumn]:
-    """Define the columns of speeds, of all ranks together. If a point was repeated, two of them show its slowest and fastest
-    repeat.
+    """Define the columns of speeds, of all ranks together.
+
+    If a point was repeated, two of them show its slowest and fastest repeat.
 
     `best`: which of these numbers gets the star.
     """

@@ -39,11 +39,11 @@ class VerdictContext:
 
     @classmethod
     def from_points(cls, points: Sequence[ComparedPoint]) -> VerdictContext:
-        """Collect what verdicts need from all points. A job is all points that train the same: they differ in strategy and
-        seed alone.
+        """Collect what verdicts need from all points.
 
-        The level of one test is the smaller, the more pairs of jobs are tested (Bonferroni), so that chance rarely makes
-        any pair of the comparison look different.
+        A job is all points that train the same: they differ in strategy and seed alone. The level of one test is the
+        smaller, the more pairs of jobs are tested (Bonferroni), so that chance rarely makes any pair of the comparison look
+        different.
         """
         jobs = group_points_into_jobs(points)
         job_by_point: dict[str, ComparedJob] = {}
@@ -62,8 +62,7 @@ class VerdictContext:
 
 
 def point_verdict(point: ComparedPoint, context: VerdictContext, *, is_default_baseline: bool) -> str:
-    """Write the verdict on a point in one sentence: `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s, 0.6 x its
-    memory`.
+    """Write the verdict on a point in one sentence: `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s, 0.6 x its memory`.
 
     A point is one combination of settings, a job all points that train the same with other strategies or seeds. The
     baseline of a point is an earlier point, of the same job if there is one. The sentence begins with how the point ended,
@@ -115,8 +114,7 @@ def _single_point_job(point: ComparedPoint) -> ComparedJob:
 
 
 def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: VerdictContext) -> str:
-    """A clause on whether a point is better than its baseline by a held-out metric: `eval/loss 2.31, better than ddp (2.4;
-    ...)`.
+    """A clause on whether a point is better than its baseline by a held-out metric: `eval/loss 2.31, better than ddp (2.4; ...)`.
 
     The two are of different jobs, seeds or data. The first case that applies:
 
@@ -165,9 +163,7 @@ def _judgement_text(difference: QualityDifference, *, greater_is_better: bool) -
 
 
 def _verdict_without_metric(baseline: ComparedPoint, point: ComparedPoint) -> str:
-    """A clause on two points without a common held-out metric: why their losses cannot be compared, or how their jobs
-    differ.
-    """
+    """A clause on two points without a common held-out metric: why their losses cannot be compared, or how their jobs differ."""
     if point.incomparable_settings:
         return _loss_verdict(point)
     differing_settings = _differing_settings_text(baseline, point)
@@ -187,8 +183,9 @@ def _no_evidence_text(points: Sequence[ComparedPoint], num_seeds: int) -> str:
 
 
 def _differing_settings_text(baseline: ComparedPoint, point: ComparedPoint) -> str:
-    """Name the settings in which two points train different jobs: ` (other optim.lr, tuning.name)`; at most three, empty if
-    none differs.
+    """Name the settings in which two points train different jobs: ` (other optim.lr, tuning.name)`.
+
+    At most three, empty if none differs.
     """
     baseline_settings = loss_relevant_settings(baseline.first_repeat)
     point_settings = loss_relevant_settings(point.first_repeat)

@@ -81,9 +81,7 @@ class PointsPlan:
         return f"(optim.lr={rate:g})"
 
     def point_sources(self, comparison_dir: Path) -> list[PointSource]:
-        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was
-        refused.
-        """
+        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was refused."""
         return [self._point_source(point, comparison_dir) for point in self.points]
 
     def _run_dirs(self, point: PlannedPoint, comparison_dir: Path) -> tuple[Path, ...]:
@@ -197,8 +195,7 @@ def read_compare_settings(arguments: list[str]) -> tuple[CompareConfig, list[str
 
 
 def _arguments_of_every_point(axes: Axes, settings: CompareConfig) -> list[str]:
-    """The `key=value` arguments that every point gets besides its own, such as `["budget.steps=50",
-    "export.at_end=false"]`.
+    """The `key=value` arguments that every point gets besides its own, such as `["budget.steps=50", "export.at_end=false"]`.
 
     `compare.steps` becomes the budget; nothing is exported, since a comparison needs no files; the parts of a step are
     timed. A setting that the user typed keeps its value. Raises ConfigError if `run.dir` was typed, or a budget beside
@@ -362,8 +359,9 @@ def _write_run_configs(runs: list[PlannedRun], comparison_dir: Path, *, uses_slu
 
 
 def _submit_runs(runs: list[PlannedRun], comparison_dir: Path) -> int:
-    """Submit the runs as one SLURM job array, and print the command that compares them later. Returns the submission's exit
-    code.
+    """Submit the runs as one SLURM job array, and print the command that compares them later.
+
+    Returns the submission's exit code.
     """
     from launch.cluster.submission import submit_sweep
     from trainer.stopping.signals import unblock_signals
@@ -378,8 +376,7 @@ def _submit_runs(runs: list[PlannedRun], comparison_dir: Path) -> int:
 
 
 def _run_one_by_one(runs: list[PlannedRun], progress: RunsProgress) -> int:
-    """Start the runs one after another on this machine, and wait for each. Later repeats of a point that failed are
-    skipped.
+    """Start the runs one after another on this machine, and wait for each. Later repeats of a point that failed are skipped.
 
     Returns the exit code: that of a run that was stopped by a signal or Ctrl-C, 130 for Ctrl-C between two runs, the first
     point's code if all points failed, else 0.

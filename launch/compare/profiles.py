@@ -77,8 +77,7 @@ class ProfiledSteps:
 
 
 def read_profile(run_dir: Path) -> ProfiledSteps | None:
-    """Read what the profiler recorded in a run: tables of ranks and operators, and memory over time. None if it was not
-    profiled.
+    """Read what the profiler recorded in a run: tables of ranks and operators, and memory over time. None if it was not profiled.
 
     Only ranks whose summary is written whole are in it.
     """
@@ -102,10 +101,9 @@ def read_profile(run_dir: Path) -> ProfiledSteps | None:
 
 
 def exposed_communication_s(run_dir: Path) -> float | None:
-    """How long a GPU waits for communication in a step, in seconds: it communicates and computes nothing. The mean over the
-    ranks.
+    """How long a GPU waits for communication in a step, in seconds: it communicates and computes nothing.
 
-    None if the run was not profiled on GPUs.
+    The mean over the ranks. None if the run was not profiled on GPUs.
     """
     seconds_per_step = []
     for summary in _read_summaries(run_dir):
@@ -153,9 +151,7 @@ def _rank_row(summary: RankSummary) -> list[str]:
 
 
 def _read_summaries(directory: Path) -> list[RankSummary]:
-    """Read the summary that each rank wrote at the end of profiling, in the order of the ranks; unreadable ones are left
-    out.
-    """
+    """Read the summary that each rank wrote at the end of profiling, in the order of the ranks; unreadable ones are left out."""
     summaries = []
     for path in (directory / "profile").glob("rank-*.summary.json"):
         summary = _read_summary(path)

@@ -81,8 +81,7 @@ class StartedRun:
 
 
 class RunsProgress:
-    """Shows on stderr how far a series of runs is that are started one after another: number of the run, step and time
-    left.
+    """Shows on stderr how far a series of runs is that are started one after another: number of the run, step and time left.
 
     `total_runs`: all runs of the command, of which `num_done` had finished before. `periodic_page`: a page that is
     rewritten while the runs train; None for none.
@@ -176,8 +175,7 @@ class RunsProgress:
         return line
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """Estimate the seconds to the end of all runs; None before an estimate is possible. `step`: last step of the
-        current run.
+        """Estimate the seconds to the end of all runs; None before an estimate is possible. `step`: last step of the current run.
 
         Each run is expected to take as long as those that have finished did in the mean; before one has, as its own speed
         says.
@@ -207,11 +205,10 @@ def _last_step(run_dir: Path) -> int:
 
 
 def run_with_progress(name: str, composed: ComposedConfig, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
-    """Start the run whose `config.yaml` is in `run_dir`, and wait for it while `progress` shows how far it is; returns its
-    exit code.
+    """Start the run whose `config.yaml` is in `run_dir`, and wait for it while `progress` shows how far it is.
 
-    The output of the run is appended to `logs/output.log` in the run directory, so that the screen shows the progress
-    alone. `verb`: the command that started the run, for messages in that file.
+    Returns its exit code. The output of the run is appended to `logs/output.log` in the run directory, so that the screen
+    shows the progress alone. `verb`: the command that started the run, for messages in that file.
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RedirectedOutput

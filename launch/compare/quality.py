@@ -146,8 +146,9 @@ class QualityDifference:
 
     @property
     def evidence_text(self) -> str:
-        """The known evidence with its numbers, for a sentence: `95 % interval over 3 seeds +1.20% to +2.10%`. Empty if none
-        is known.
+        """The known evidence with its numbers, for a sentence: `95 % interval over 3 seeds +1.20% to +2.10%`.
+
+        Empty if none is known.
         """
         clauses = []
         if self.document_interval is not None:
@@ -194,10 +195,10 @@ class RankedJobs:
 
     @property
     def evidence_sources(self) -> list[str]:
-        """What the ranking rests on, as nouns for a sentence: ["seeds", "held-out documents"], each once; empty if there is
-        no evidence.
+        """What the ranking rests on, as nouns for a sentence: ["seeds", "held-out documents"], each once.
 
-        The evidence is that of the significant differences, or of all differences if none is significant.
+        Empty if there is no evidence. The evidence is that of the significant differences, or of all differences if none is
+        significant.
         """
         differences = [difference for difference in self.differences if difference is not None]  # the best job has none
         significant_differences = [difference for difference in differences if difference.is_significant]
@@ -422,8 +423,7 @@ def _document_interval(
 
 
 def _paired_batch_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[tuple[float, float]] | None:
-    """Pair what two runs measured in each micro-batch of the last evaluation: (the baseline's sum of a metric, the run's
-    sum).
+    """Pair what two runs measured in each micro-batch of the last evaluation: (the baseline's sum of a metric, the run's sum).
 
     Empty micro-batches are left out. None if a run did not keep its sums, if one evaluated more documents than the other,
     or if a sum is not finite.

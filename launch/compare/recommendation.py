@@ -76,8 +76,7 @@ def join_names(names: Sequence[str]) -> str:
 def recommendation_candidates(
     points: Sequence[ComparedPoint], points_with_other_loss: Sequence[ComparedPoint], ranked: RankedJobs | None
 ) -> list[ComparedPoint]:
-    """The points that may be recommended: done, not diverged, with the loss that they should have, and not shown to be
-    worse.
+    """The points that may be recommended: done, not diverged, with the loss that they should have, and not shown to be worse.
 
     `points_with_other_loss`: points whose loss differs from that of an earlier point although they differ in strategy
         alone.
@@ -102,11 +101,11 @@ def recommend_best_quality(
     cheapest_names: Sequence[str],
     arguments_by_name: dict[str, str],
 ) -> list[Recommendation]:
-    """Recommend a point of the job with the best held-out metric. The list is empty if none of its points is among the
-    candidates.
+    """Recommend a point of the job with the best held-out metric.
 
-    A job is all points that train the same: they differ in strategy and seed alone. So if the job has several points, one
-    of `cheapest_names` is taken, those recommended for speed or memory.
+    The list is empty if none of its points is among the candidates. A job is all points that train the same: they differ in
+    strategy and seed alone. So if the job has several points, one of `cheapest_names` is taken, those recommended for speed
+    or memory.
 
     `arguments_by_name`: by name of a point, the settings to paste behind `shardtune train`.
     """
@@ -236,8 +235,9 @@ def _best_point(
 
 
 def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
-    """The range in tokens/s within which a point's speed may lie, by which two points are told apart. The first case that
-    applies:
+    """The range in tokens/s within which a point's speed may lie, by which two points are told apart.
+
+    The first case that applies:
 
     - All points are repeated (`is_repeated`): from the slowest to the fastest repeat.
     - Fewer than `MIN_SPEED_STEPS` steps were measured behind the warm-up: None.
@@ -254,8 +254,7 @@ def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] 
 
 
 def memory_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
-    """The range in GiB within which a point's memory may lie, by which two points are told apart; None if it was not
-    measured.
+    """The range in GiB within which a point's memory may lie, by which two points are told apart; None if it was not measured.
 
     It covers the peaks of all repeats if all points are repeated (`is_repeated`), and is at least `MEMORY_TOLERANCE` of the
     peak wide. On a CPU that is `CPU_MEMORY_TOLERANCE`, because the memory of the process has its libraries in it.

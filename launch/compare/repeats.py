@@ -92,9 +92,7 @@ class MeasuredPoint:
         return self._first_known(run.reason for run in self.repeats)
 
     def _first_known(self, texts_of_repeats: Iterable[str | None]) -> str | None:
-        """The first text that is not None; one of a later repeat names it: `repeat 2: failed at step 3`. None if all are
-        None.
-        """
+        """The first text that is not None; one of a later repeat names it: `repeat 2: failed at step 3`. None if all are None."""
         for repeat_number, text in enumerate(texts_of_repeats, 1):
             if text:
                 return f"repeat {repeat_number}: {text}" if repeat_number > 1 else text
@@ -102,8 +100,7 @@ class MeasuredPoint:
 
 
 def read_measured_point(source: PointSource, gpu_hour_price: Callable[[str], float | None]) -> MeasuredPoint:
-    """Read the runs of one point of a comparison and combine their numbers into speed, memory, losses and price of the
-    point.
+    """Read the runs of one point of a comparison and combine their numbers into speed, memory, losses and price of the point.
 
     A point is one combination of settings; it is run once for each repeat. `source`: where the runs are, or why the point
     was refused. `gpu_hour_price`: maps the driver's name of a card to US dollars an hour, or to None if its price is not
@@ -180,8 +177,7 @@ def _read_run(path: Path) -> RecordedRun:
 
 
 def _never_started_run(source: PointSource) -> RecordedRun:
-    """Make a run without steps that stands for a refused point, which was never run, so that tables can show it with the
-    reasons.
+    """Make a run without steps that stands for a refused point, which was never run, so that tables can show it with the reasons.
 
     It has the point's configuration, and the state `refused`. The point's name takes the place of the directory that it
     never had.
@@ -199,8 +195,7 @@ def _never_started_run(source: PointSource) -> RecordedRun:
 
 
 def _step_parts_s(runs: tuple[RecordedRun, ...], warmup_steps: int, step_s: float | None) -> dict[str, float]:
-    """Where the time of a step goes: {"data": 0.01, "forward": 0.2, "backward": 0.4, "optimizer": 0.1, "rest": 0.05}, in
-    seconds.
+    """Where the time of a step goes: {"data": 0.01, "forward": 0.2, "backward": 0.4, "optimizer": 0.1, "rest": 0.05}, in seconds.
 
     Each part is the median over the steps of all repeats, without those of the warm-up unless a run has no others.
     `step_s`: the median time of a whole step, from which the rest follows. Empty if the runs did not time the parts.

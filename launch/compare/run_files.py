@@ -176,8 +176,9 @@ def _written_at(path: Path) -> float:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The settings of a run, from its `config.yaml`, by dotted key: {"optim.lr": 1e-4, ...}. Raises ConfigError if it is
-    another program's file.
+    """The settings of a run, from its `config.yaml`, by dotted key: {"optim.lr": 1e-4, ...}.
+
+    Raises ConfigError if it is another program's file.
     """
     tree = read_settings_tree(path)
     if "strategy" not in tree:
@@ -345,8 +346,9 @@ def _with_zero_for_null(bytes_by_collective: dict[str, float]) -> dict[str, floa
 
 
 def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
-    """Add up the bytes of all collectives, such as {"all_gather": 8e9, "reduce_scatter": 4e9}, in GiB; None if none were
-    recorded.
+    """Add up the bytes of all collectives, such as {"all_gather": 8e9, "reduce_scatter": 4e9}, in GiB.
+
+    None if none were recorded.
     """
     if bytes_by_collective is None:
         return None

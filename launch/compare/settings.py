@@ -78,8 +78,7 @@ def write_comparison_file(comparison_dir: Path, sources: list[PointSource], argu
 
 
 def read_comparison_file(comparison_dir: Path) -> list[PointSource]:
-    """Find the points of an earlier comparison: for each, where its runs are. Empty if the directory has no
-    `comparison.json`.
+    """Find the points of an earlier comparison: for each, where its runs are. Empty if the directory has no `comparison.json`.
 
     The keys of the command's arguments (`words` in the file) give the axes of tables and plots their order. Raises
     ConfigError if the file is damaged, or a later version of shardtune wrote it.
@@ -103,9 +102,7 @@ def read_comparison_file(comparison_dir: Path) -> list[PointSource]:
 
 
 def _point_source_from_record(point_record: dict[str, Any], comparison_dir: Path) -> PointSource:
-    """Build the source of one point from its entry in `comparison.json`, whose directories are relative to
-    `comparison_dir`.
-    """
+    """Build the source of one point from its entry in `comparison.json`, whose directories are relative to `comparison_dir`."""
     run_dirs = tuple(comparison_dir / name for name in point_record["directories"])
     refusals = tuple(point_record["refused"])
     return PointSource(**{**point_record, "directories": run_dirs, "refused": refusals})

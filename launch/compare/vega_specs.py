@@ -52,8 +52,7 @@ class PagePlot:
 
 
 def csv_plot_data(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: Sequence[str] = ()) -> Spec:
-    """Write data rows as the `data` of a Vega-Lite plot, as CSV: it takes a third of the space of JSON, so the page stays
-    small.
+    """Write data rows as the `data` of a Vega-Lite plot, as CSV: it takes a third of the space of JSON, so the page stays small.
 
     Numbers have 6 digits; None, NaN and infinity are empty cells. Columns are numbers, except `text_columns`.
     """
@@ -202,16 +201,16 @@ def legend_opacity(num_axes: int) -> Spec:
 
 
 def x_axis_menu() -> Spec:
-    """The menu below a plot in which the reader chooses what the x axis shows. It sets the Vega parameter `over`, at first
-    to `step`.
+    """The menu below a plot in which the reader chooses what the x axis shows.
+
+    It sets the Vega parameter `over`, at first to `step`.
     """
     choices = list(X_AXIS_CHOICES)
     return {"name": "over", "value": choices[0], "bind": {"input": "select", "options": choices, "name": "over "}}
 
 
 def x_axis_title() -> Spec:
-    """The title below a plot that names what the reader chose for the x axis, since an axis title of Vega-Lite cannot
-    change.
+    """The title below a plot that names what the reader chose for the x axis, since an axis title of Vega-Lite cannot change.
 
     `over` is the parameter of the menu. The text is the expression `over === 'step' ? 'steps' : over === 'tokens' ?
     'tokens' : 'seconds of steps'`.

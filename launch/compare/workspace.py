@@ -46,8 +46,7 @@ UNKNOWN_CELL = "-"
 
 
 def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
-    """Write the Python source of `workspace.py`, a script by which the user makes a view and a report of this comparison in
-    W&B.
+    """Write the Python source of `workspace.py`, a script by which the user makes a view and a report of this comparison in W&B.
 
     Returns None if no run of the comparison logs to W&B. View and report get the name of `output_dir`, the directory that
     the comparison is written into. A point is one combination of settings, with a run for each repeat; an axis is a setting
@@ -109,8 +108,9 @@ def write_workspace_script(comparison: Comparison, output_dir: Path) -> str | No
 
 
 def write_workspace_script_of_runs(run_dirs: Sequence[Path], sweep_dir: Path) -> str | None:
-    """Write the W&B script `workspace.py` of a sweep into `sweep_dir`, for those of its runs that have begun. Returns a
-    line to print:
+    """Write the W&B script `workspace.py` of a sweep into `sweep_dir`, for those of its runs that have begun.
+
+    Returns a line to print:
 
     - Where the script is and what it does, if it was written.
     - Why there is none, if W&B has none of the runs, or after an error: a sweep must not fail for lack of this file.
@@ -129,8 +129,7 @@ def write_workspace_script_of_runs(run_dirs: Sequence[Path], sweep_dir: Path) ->
 
 
 def rewrite_workspace_script_of_array(run_dir: Path) -> None:
-    """Bring the W&B script `workspace.py` of a SLURM job array up to date, when the job that trained in `run_dir` has
-    ended.
+    """Bring the W&B script `workspace.py` of a SLURM job array up to date, when the job that trained in `run_dir` has ended.
 
     The array has a job for each point (combination of settings); their directories `0`, `1` ... lie beside the script. When
     the array was submitted, no run had an id in W&B or a result yet, so each job writes the script again.
@@ -256,8 +255,7 @@ def _has_loss_by_position(point: ComparedPoint) -> bool:
 
 
 def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
-    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4,
-    2e-4)}.
+    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4, 2e-4)}.
 
     A setting has a column of its own if it is one of `WANDB_COLUMN_BY_SETTING`, or named in `logging.columns`. Only if no
     differing setting has one, columns of the whole configuration are taken, such as `config.parallel.sequence`, at most
@@ -342,8 +340,7 @@ def _run_filter_source(runs: list[RecordedRun]) -> str:
 
 
 def _baseline_run_id(comparison: Comparison) -> str | None:
-    """The id in W&B of the run that the plots mark as baseline: the first repeat of the point that the others are compared
-    with.
+    """The id in W&B of the run that the plots mark as baseline: the first repeat of the point that the others are compared with.
 
     None for a single point, for a baseline that is not in W&B, or if the id is not known.
     """
@@ -385,8 +382,7 @@ class _MarkdownColumn(NamedTuple):
 def _points_markdown_lines(
     comparison: Comparison, values_by_column: dict[str, tuple[Any, ...]], held_out_metric: str
 ) -> list[str]:
-    """Write the points of the comparison as a Markdown table for the W&B report: axes, losses, speed, memory, price and
-    state.
+    """Write the points of the comparison as a Markdown table for the W&B report: axes, losses, speed, memory, price and state.
 
     A column without a value at any point is left out. `values_by_column`: the settings in which the points differ, with the
     value at each point. `held_out_metric`: the metric by which the runs are judged, such as `eval/loss`.

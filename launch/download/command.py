@@ -147,10 +147,9 @@ def _manifest_contents(fetched_assets: list[FetchedAsset]) -> dict[str, Any]:
 
 
 def _write_pinned_files(settings_path: Path, fetched_assets: list[FetchedAsset]) -> Path:
-    """Write the settings file that names the fetched commits, and the manifest of their files beside it; returns the
-    manifest's path.
+    """Write the settings file that names the fetched commits, and the manifest of their files beside it.
 
-    Raises StorageError if they cannot be written.
+    Returns the manifest's path. Raises StorageError if they cannot be written.
     """
     import yaml
 
@@ -177,8 +176,7 @@ def _write_pinned_files(settings_path: Path, fetched_assets: list[FetchedAsset])
 
 
 def _verify(arguments: list[str], as_json: bool) -> int:
-    """Check that all fetched files are still as they were fetched (`--verify`); returns the exit code, `CHECK_FAILED` if
-    not.
+    """Check that all fetched files are still as they were fetched (`--verify`); returns the exit code, `CHECK_FAILED` if not.
 
     `arguments`: the path of one settings file that download wrote. The manifest, beside it with the suffix .json, is
     {"pieces": [{"key": ..., "directory": ..., "files": [{"path": ..., "bytes": ..., "sha256": ...}]}]}. Raises ConfigError.

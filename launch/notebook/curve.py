@@ -178,9 +178,7 @@ class _Axis:
         return self.low_position + share * (self.high_position - self.low_position)
 
     def ticks(self) -> list[tuple[str, str]]:
-        """The marks of the axis, (position in the picture, text): a few round values or, on a logarithmic axis, powers of
-        ten.
-        """
+        """The marks of the axis, (position in the picture, text): a few round values or, on a logarithmic axis, powers of ten."""
         values = self._powers_of_ten() if self.is_logarithmic else self._round_values()
         return [(f"{self.position(value):.1f}", f"{value:g}") for value in values]
 

@@ -26,8 +26,7 @@ TONE_OF_VERDICT: dict[str, Tone] = {"better": "good", "worse": "bad"}
 
 @dataclass(frozen=True, slots=True)
 class ComparisonResult:
-    """What `shardtune.compare` returns to a notebook: runs beside each other, as the command `shardtune compare` shows
-    them.
+    """What `shardtune.compare` returns to a notebook: runs beside each other, as the command `shardtune compare` shows them.
 
     Each "run" here is a point of the comparison: one combination of settings, trained once or several times (`repeats`).
     """
@@ -61,8 +60,7 @@ class ComparisonResult:
         return pd.read_csv(io.StringIO(comparison_csv(self.comparison))).set_index("name")
 
     def metrics(self) -> pd.DataFrame:
-        """The curves of all runs for pandas: a row for each step and each evaluation, with its `run` and `repeat` (from 1
-        on).
+        """The curves of all runs for pandas: a row for each step and each evaluation, with its `run` and `repeat` (from 1 on).
 
         A row has the metrics that were logged at its step, so metrics of steps are NaN in the row of an evaluation.
         """
@@ -111,9 +109,7 @@ MAX_CURVES = 16
 
 
 def _next_command_lines(to_learn_more: str) -> list[str]:
-    """The line below the answer that names the command to run next, where the runs show no difference; none if there is
-    none.
-    """
+    """The line below the answer that names the command to run next, where the runs show no difference; none if there is none."""
     return [to_learn_more] if to_learn_more else []
 
 
@@ -200,8 +196,7 @@ class EvaluationResult:
         return pd.DataFrame(_metric_rows(self.report))
 
     def rows(self) -> pd.DataFrame:
-        """Every answer for pandas: a row for each question and model, with prompt, answer, reference and scores
-        (`score/<name>`).
+        """Every answer for pandas: a row for each question and model, with prompt, answer, reference and scores (`score/<name>`).
 
         `arm` says which model answered: `tuned`, or `base` for the model before training. Empty if no rows were written.
         """
@@ -335,8 +330,9 @@ class PlanResult:
 
     @property
     def settings(self) -> list[str]:
-        """The settings of the fastest option that fits, for `shardtune.train(*plan.settings)`. Raises ConfigError if none
-        fits.
+        """The settings of the fastest option that fits, for `shardtune.train(*plan.settings)`.
+
+        Raises ConfigError if none fits.
         """
         if not self.fits:
             raise ConfigError("nothing fits: take more cards, a smaller data.max_length or tuning=lora")
@@ -390,8 +386,7 @@ class PlanResult:
 
 
 def _option_cards(option: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]:
-    """The cards above a plan in a notebook: memory, speed, time and price of one option; the last two only if they are
-    known.
+    """The cards above a plan in a notebook: memory, speed, time and price of one option; the last two only if they are known.
 
     `option`: a combination of strategy, checkpointing and micro-batch, an entry of `options` in `answer`. `answer`: what
     `shardtune plan --json` prints; only the hardware's memory is read.

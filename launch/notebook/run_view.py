@@ -18,9 +18,7 @@ from trainer.pages.pieces import Callout
 
 
 def run_notebook_html(run_dir: Path) -> str:
-    """Show a run below a notebook cell: verdict, cards and its losses; only a message if it has not begun or cannot be
-    read.
-    """
+    """Show a run below a notebook cell: verdict, cards and its losses; only a message if it has not begun or cannot be read."""
     try:
         comparison = compare_points([PointSource((run_dir,))], gpu_hour_price)
     except ConfigError as error:

@@ -76,8 +76,7 @@ def read_print_arguments(argv: list[str]) -> PrintArguments:
 
 
 def directory_argument_or_none(arguments: list[str]) -> Path | None:
-    """Tell which of two forms the arguments have: returns the directory if they name one, None if they are settings of a
-    run.
+    """Tell which of two forms the arguments have: returns the directory if they name one, None if they are settings of a run.
 
     ["runs/first"] -> Path("runs/first"); ["data.path=a.jsonl", "settings.yaml"] -> None. Raises ConfigError for a mixture.
     """
@@ -103,8 +102,7 @@ def directory_argument_or_none(arguments: list[str]) -> Path | None:
 
 
 def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
-    """Run `shardtune prepare --print`, which shows prepared sequences; returns the exit code. Raises ConfigError or
-    DataError.
+    """Run `shardtune prepare --print`, which shows prepared sequences; returns the exit code. Raises ConfigError or DataError.
 
     The data is named by its directory, or by the settings of a run. `prepare`: prepares the data of a run from its
     settings, and returns the directory of the data. It is passed in because its module imports this one.
@@ -234,8 +232,7 @@ def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArgu
 
 
 def parse_sequence_numbers(rows_argument: str, num_sequences: int, split: str) -> list[int]:
-    """Read the sequence numbers of `rows=`: "[0,5,10-12]" -> [0, 5, 10, 11, 12]. Raises ConfigError that names every wrong
-    entry.
+    """Read the sequence numbers of `rows=`: "[0,5,10-12]" -> [0, 5, 10, 11, 12]. Raises ConfigError that names every wrong entry.
 
     All must be below `num_sequences`. `split`: the name of the split that has so many sequences, for messages.
     """

@@ -39,8 +39,7 @@ def score_text(score: dict[str, Any]) -> str:
 
 
 def _win_rate_rows(metrics: dict[str, dict[str, Any]], arms: list[str]) -> list[TableRow]:
-    """Rows of the table of win rates: how often reviewers preferred the tuned model to each other model (arm), on each
-    question.
+    """Rows of the table of win rates: how often reviewers preferred the tuned model to each other model (arm), on each question.
 
     {"win_rate/base": {"value": 0.6, "low": 0.5, "high": 0.7, "wins": 9, ...}} -> base, overall, 0.6, 0.5 to 0.7, 9, ...
     """

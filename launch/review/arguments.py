@@ -172,8 +172,9 @@ def read_make_arguments(argv: list[str]) -> ReviewRequest:
 
 
 def read_score_arguments(argv: list[str]) -> ScoreArguments:
-    """Read the arguments of `review score`, with `review` set to its default `<run>/review`. Raises ConfigError with every
-    problem.
+    """Read the arguments of `review score`, with `review` set to its default `<run>/review`.
+
+    Raises ConfigError with every problem.
     """
     from launch.review.sheet import KEY_FILE
 

@@ -33,8 +33,7 @@ class ReviewPrompt:
 
 
 def draw_prompts(path: str, num_prompts: int, seed: int) -> list[ReviewPrompt]:
-    """Draw the prompts of a review: `num_prompts` different ones at random from files of training data; all if there are
-    fewer.
+    """Draw the prompts of a review: `num_prompts` different ones at random from files of training data; all if there are fewer.
 
     `path`: one file or several, in any format that training data may have. Raises ConfigError for a path that is no local
     file, DataError with file and line for a row without a prompt.
@@ -75,8 +74,7 @@ def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
 
 
 def _prompt_of_row(row: SourceRow) -> ReviewPrompt:
-    """Find the prompt in a row of data: that of the first of `PROMPT_COLUMNS` that the row has. Raises DataError if it has
-    none.
+    """Find the prompt in a row of data: that of the first of `PROMPT_COLUMNS` that the row has. Raises DataError if it has none.
 
     `messages` is a conversation. A `prompt` or `question` is a plain text. An `instruction` is a user's turn, with the
     column `input` below it if there is one.

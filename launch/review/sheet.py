@@ -104,8 +104,7 @@ def make_review_sheet(
     config: ReviewConfig,
     salt: str = "",
 ) -> ReviewSheet:
-    """Make the items of a review: the tuned model's answers beside those of each other arm (compared model), in random
-    order.
+    """Make the items of a review: the tuned model's answers beside those of each other arm (compared model), in random order.
 
     The side of the tuned model's answer is random too. Pairs of equal answers are not shown and count as ties. A share
     `review.repeats` of the items is shown a second time with the sides exchanged, to find careless reviewers.

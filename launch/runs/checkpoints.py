@@ -108,8 +108,9 @@ class _CheckpointDirectory(NamedTuple):
 
 
 def _given_up_paths(checkpoint_dirs: list[Path]) -> list[Path]:
-    """Find the checkpoints that a rollback gave up, and moved into `given-up-<n>/`. Raises OSError if a directory cannot be
-    listed.
+    """Find the checkpoints that a rollback gave up, and moved into `given-up-<n>/`.
+
+    Raises OSError if a directory cannot be listed.
     """
     paths = []
     for directory in checkpoint_dirs:

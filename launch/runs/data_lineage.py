@@ -83,8 +83,7 @@ def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: Docu
 def _nearest_exposed_predecessor(
     run: Path, predecessors_by_run: dict[Path, list[Path]], own_exposures: dict[Path, DocumentExposure]
 ) -> Path | None:
-    """Find the nearest earlier run that was trained on the documents and whose weights reached `run`; None if there is
-    none.
+    """Find the nearest earlier run that was trained on the documents and whose weights reached `run`; None if there is none.
 
     The search is breadth first, through the predecessors of the predecessors.
 
@@ -104,8 +103,7 @@ def _nearest_exposed_predecessor(
 
 
 def _predecessors(run: Path, config: RunConfig | str, all_runs: Iterable[Path]) -> list[Path]:
-    """Find the runs (of `all_runs`) whose exports this run loaded: as base model, as adapters, or as the adapter it began
-    with.
+    """Find the runs (of `all_runs`) whose exports this run loaded: as base model, as adapters, or as the adapter it began with.
 
     `config`: the run's configuration, or a message that says why it cannot be read; then its adapters are not known.
     """
@@ -262,9 +260,7 @@ def _is_from_file_and_line(batch: pa.RecordBatch, query: DocumentQuery) -> np.nd
 
 
 def _contains_text(batch: pa.RecordBatch, text: str) -> np.ndarray:
-    """Tell which documents of a batch contain the text, in a column or in a message of a conversation: a boolean for each
-    row.
-    """
+    """Tell which documents of a batch contain the text, in a column or in a message of a conversation: a boolean for each row."""
     import pyarrow.compute as pc
 
     from trainer.data.store.documents import TURN_COLUMNS as CONVERSATION_COLUMNS

@@ -236,8 +236,9 @@ class _SacctAnswer(NamedTuple):
 
 
 def _ask_sacct(job_id: str) -> _SacctAnswer:
-    """Ask sacct, SLURM's accounting, what a job used. It is called up to `SACCT_ATTEMPTS` times, until the end of the ranks
-    is known.
+    """Ask sacct, SLURM's accounting, what a job used.
+
+    It is called up to `SACCT_ATTEMPTS` times, until the end of the ranks is known.
     """
     answer = _SacctAnswer([])
     for attempt in range(SACCT_ATTEMPTS):

@@ -21,8 +21,7 @@ JOB_FIELD_REGEX = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 
 
 def ended_job_text(run_dir: Path, queue: JobQueue) -> str | None:
-    """Explain how the last SLURM job of a run ended, on one line; None if it had none, ended well, or may still wait or
-    run.
+    """Explain how the last SLURM job of a run ended, on one line; None if it had none, ended well, or may still wait or run.
 
     The job's script says how it ended in `job.json`. If the script never began, SLURM says it, as long as it knows the job.
     """
@@ -43,8 +42,7 @@ def ended_job_text(run_dir: Path, queue: JobQueue) -> str | None:
 
 
 def _recorded_end_text(record: JobRecord, queue: JobQueue) -> str | None:
-    """Explain how the last start of a job ended, by its `job.json`; a requeued job has several. The first case that
-    applies:
+    """Explain how the last start of a job ended, by its `job.json`; a requeued job has several. The first case that applies:
 
     - An end is recorded: its reason and exit code; None if the start succeeded, or SLURM starts the job again.
     - The queue is not known: None, because the script may still be running.

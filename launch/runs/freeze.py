@@ -105,8 +105,9 @@ def raise_if_queued(run_dir: Path) -> None:
 
 
 def job_with_same_config(composed: ComposedConfig, run_dir: Path) -> QueuedJob | None:
-    """Find the job in SLURM's queue that runs, or will run, exactly this configuration in this directory; None if there is
-    none.
+    """Find the job in SLURM's queue that runs, or will run, exactly this configuration in this directory.
+
+    None if there is none.
     """
     try:
         recorded_hash = CONFIG_SHA256_REGEX.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
@@ -155,8 +156,9 @@ def _job_in_queue(run_dir: Path) -> QueuedJob | None:
 
 
 def _own_job_ids() -> set[str]:
-    """The ids by which SLURM knows the job that this process is part of: `17`, and `16_3` for a task of an array. Empty
-    outside.
+    """The ids by which SLURM knows the job that this process is part of: `17`, and `16_3` for a task of an array.
+
+    Empty outside.
     """
     env = os.environ
     array_task_id = f"{env.get('SLURM_ARRAY_JOB_ID')}_{env.get('SLURM_ARRAY_TASK_ID')}"  # None_None outside of an array

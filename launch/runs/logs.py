@@ -52,8 +52,9 @@ class LogsRequest:
 
 
 def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -> list[Path]:
-    """Choose the log files to show to a user, the most important one last; empty if the run has written none. The first
-    case that applies:
+    """Choose the log files to show to a user, the most important one last; empty if the run has written none.
+
+    The first case that applies:
 
     - A job is requested, or the last one: its output files.
     - A rank is requested: its log.
@@ -159,10 +160,10 @@ class AddedLinesReader:
     """Byte offset in each file up to which it was read; a file that is not here is read from its beginning."""
 
     def read_new_lines(self, path: Path) -> list[str]:
-        """Read the complete lines that were added to a file since the last call; empty if there are none, or it cannot be
-        read now.
+        """Read the complete lines that were added to a file since the last call.
 
-        At most `MAX_READ_BYTES` are read; call it again until it returns no lines.
+        Empty if there are none, or it cannot be read now. At most `MAX_READ_BYTES` are read; call it again until it returns
+        no lines.
         """
         try:
             with atomic_io.open_regular_file(path) as (descriptor, size):
@@ -187,12 +188,11 @@ def _text_on_terminal(line: bytes) -> str:
 
 
 def _output_files_of_newest_job(job_files: list[JobFile]) -> list[Path]:
-    """Choose the output files of the job that wrote last, the most important one last. `job_files`: those of all jobs, by
-    file name.
+    """Choose the output files of the job that wrote last, the most important one last.
 
-    The output of a job's script and the logs of its nodes have the same id in their names, except for a task of an array:
-    its script writes `train-17_3.out`, and its nodes write `train-18-0.log`. Nothing says that 17_3 and 18 belong together.
-    So, for the job that wrote last:
+    `job_files`: those of all jobs, by file name. The output of a job's script and the logs of its nodes have the same id in
+    their names, except for a task of an array: its script writes `train-17_3.out`, and its nodes write `train-18-0.log`.
+    Nothing says that 17_3 and 18 belong together. So, for the job that wrote last:
 
     - The script of an array task: the newest node logs are put before its output.
     - Node logs without the output of a script: the newest output of an array task is put behind them.
@@ -228,8 +228,7 @@ def _last_written_file(job_files: list[JobFile]) -> JobFile:
 
 
 def _array_task_outputs(run_dir: Path) -> list[Path]:
-    """Find what the job script printed for this run as a task of a job array: `<name>-<job>_<task>.out`, one file for each
-    job.
+    """Find what the job script printed for this run as a task of a job array: `<name>-<job>_<task>.out`, one file for each job.
 
     These files are in the directory of the array's first run. Empty if the run is not a task of an array.
     """

@@ -159,8 +159,7 @@ class JsonLogPrinter(LogPrinter):
 
 
 def print_last_lines(files: list[Path], num_lines: int, printer: LogPrinter) -> dict[Path, int]:
-    """Print the last `num_lines` lines of each log file; returns for each the byte offset behind them, from which to read
-    on.
+    """Print the last `num_lines` lines of each log file; returns for each the byte offset behind them, from which to read on.
 
     For a file that cannot be read, the reason is printed, and it has no offset.
     """

@@ -23,8 +23,7 @@ RECENT_ROWS = 20
 
 
 def read_last_rows(path: Path) -> list[dict[str, Any]]:
-    """Read only the end of `metrics.jsonl`: its last rows, oldest first, of steps (which have the key `loss`) and of
-    evaluations.
+    """Read only the end of `metrics.jsonl`: its last rows, oldest first, of steps (which have the key `loss`) and of evaluations.
 
     Empty if the file cannot be read.
     """
@@ -39,8 +38,7 @@ def read_last_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_curve(path: Path, num_samples: int) -> list[float]:
-    """Sample the losses of a run for a small picture: from `num_samples` evenly spread positions of `metrics.jsonl`, by
-    step.
+    """Sample the losses of a run for a small picture: from `num_samples` evenly spread positions of `metrics.jsonl`, by step.
 
     Only a few KiB are read at each position. There are fewer losses if positions have the same row, or none with a finite
     loss. Empty if the file cannot be read.
@@ -65,8 +63,9 @@ def loss_curve(path: Path, num_samples: int) -> list[float]:
 
 
 def finite_number(row: dict[str, Any], key: str) -> float | None:
-    """The number that a row of metrics has under `key`; None if it has none, or one that is not finite, which is null in
-    the file.
+    """The number that a row of metrics has under `key`.
+
+    None if it has none, or one that is not finite, which is null in the file.
     """
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):

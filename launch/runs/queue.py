@@ -183,9 +183,7 @@ def write_submitted_job_ids(run_dirs: list[Path], job_id: str) -> None:
 
 
 def read_submitted_job_id(run_dir: Path) -> str | None:
-    """The id of the job as which a run was last submitted, as scancel takes it; None if it never was, or the file names
-    none.
-    """
+    """The id of the job as which a run was last submitted, as scancel takes it; None if it never was, or the file names none."""
     try:
         job_id = (run_dir / SUBMITTED_FILE).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -278,8 +276,9 @@ def _run_dir_of_job(job: QueuedJob) -> Path | None:
 
 
 def _is_known_to_be_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
-    """Whether the script of a job shows that the job is of another run than `run_dir`, whose records name it. False if it
-    shows nothing.
+    """Whether the script of a job shows that the job is of another run than `run_dir`, whose records name it.
+
+    False if it shows nothing.
 
     - A task of an array is of another run if its script lists runs, this run is none of them, and this run is not beside
       the script's directory: a later submission, for other runs there, may have overwritten the script.
@@ -299,8 +298,7 @@ def _is_known_to_be_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
 
 
 def run_dirs_of_script(script: Path) -> list[Path]:
-    """Read the run directories from a job script of `shardtune submit`, in the order of an array's tasks; empty if it has
-    none.
+    """Read the run directories from a job script of `shardtune submit`, in the order of an array's tasks; empty if it has none.
 
     They are in a line like `runs=(runs/sweep/0 runs/sweep/1)`.
     """

@@ -94,8 +94,9 @@ def main(argv: list[str]) -> int:
 
 
 def status_arguments(argv: list[str]) -> StatusArguments:
-    """Read the arguments behind `shardtune status`, and check that they go together. Raises ConfigError with every problem
-    at once.
+    """Read the arguments behind `shardtune status`, and check that they go together.
+
+    Raises ConfigError with every problem at once.
     """
     arguments, problems = read_arguments("status", StatusArguments, argv)
     if arguments.root is not None and not arguments.root.is_dir():
@@ -161,11 +162,10 @@ def _read_run_details(run_dir: Path) -> RunDetails:
 
 
 def watch_runs_status(root: Path, *, as_json: bool) -> None:
-    """Show the state of the runs every `WATCH_INTERVAL_S` seconds (`--watch`). Never returns: Ctrl-C ends it, as
-    KeyboardInterrupt.
+    """Show the state of the runs every `WATCH_INTERVAL_S` seconds (`--watch`).
 
-    On a terminal, a table is redrawn in place. Otherwise one text after another is printed, or with `as_json` one object
-    after another.
+    Never returns: Ctrl-C ends it, as KeyboardInterrupt. On a terminal, a table is redrawn in place. Otherwise one text
+    after another is printed, or with `as_json` one object after another.
     """
     from launch.runs.status_json import status_as_dict
     from launch.runs.status_tables import status_text
@@ -214,8 +214,7 @@ def runs_status_forever(root: Path) -> Iterator[RunsStatus]:
 
 
 def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, str]:
-    """Check every checkpoint of the runs against its checksums (`--verify`); returns {damaged checkpoint: what is wrong
-    with it}.
+    """Check every checkpoint of the runs against its checksums (`--verify`); returns {damaged checkpoint: what is wrong with it}.
 
     Empty if all are intact. Prints on stderr which checkpoint is being read, unless `quiet`: that takes minutes for a large
     model.

@@ -55,8 +55,7 @@ def _load_config_or_reason(run_dir: Path) -> RunConfig | str:
 
 
 def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExposure]) -> str:
-    """Write what `status document=` prints: which runs have the document or learned from it, and what to do about their
-    weights.
+    """Write what `status document=` prints: which runs have the document or learned from it, and what to do about their weights.
 
     Runs of which this is not known are listed with the reason.
     """

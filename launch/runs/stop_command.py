@@ -258,8 +258,9 @@ class StoppingRun:
         return 0
 
     def _print_timeout(self) -> int:
-        """Print that the run has not ended within `wait_s` seconds, or that this cannot be told; returns the exit code
-        `CHECK_FAILED`.
+        """Print that the run has not ended within `wait_s` seconds, or that this cannot be told.
+
+        Returns the exit code `CHECK_FAILED`.
         """
         saved = saved_checkpoint_text(self.run_dir, last_step=None)
         if self._queue_problem is not None:

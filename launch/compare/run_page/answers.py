@@ -45,8 +45,7 @@ class AnswerPair:
 
 
 def answer_pairs(run: RecordedRun) -> list[AnswerPair]:
-    """Choose answers to the same prompts before and after training, to show what the training changed; at most
-    `MAX_ANSWERS`.
+    """Choose answers to the same prompts before and after training, to show what the training changed; at most `MAX_ANSWERS`.
 
     They come from the newest evaluation report that compares the run with its base model: answers that changed between
     right and wrong. Without such a report they come from the run's own evaluations: the first prompts. Empty if none were
@@ -113,8 +112,7 @@ def _changed_answers(comparison_by_task: dict[str, Any]) -> list[AnswerPair]:
 
 
 def _judged_pair(task: str, row: dict[str, Any], change: str) -> AnswerPair:
-    """Pair the answers in a row of an evaluation report: `answer` is that of the trained model, `other` that of the base
-    model.
+    """Pair the answers in a row of an evaluation report: `answer` is that of the trained model, `other` that of the base model.
 
     `change`: `right now` or `wrong now`, what the training did to the answer.
     """
@@ -136,8 +134,9 @@ def _interleave_pairs(first: Sequence[AnswerPair], second: Sequence[AnswerPair])
 
 
 def shorten_at_start(text: str) -> str:
-    """Cut a long prompt or answer to `MAX_CHARACTERS` characters. Its end is kept, because the end of a prompt is the
-    question.
+    """Cut a long prompt or answer to `MAX_CHARACTERS` characters.
+
+    Its end is kept, because the end of a prompt is the question.
     """
     if len(text) <= MAX_CHARACTERS:
         return text

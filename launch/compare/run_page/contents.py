@@ -94,8 +94,9 @@ def _duration_card(run: RecordedRun) -> PageCard | None:
 
 
 def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
-    """The card of the speed: tokens a second of all ranks, with the time of a step and the MFU; None if the speed is not
-    known.
+    """The card of the speed: tokens a second of all ranks, with the time of a step and the MFU.
+
+    None if the speed is not known.
     """
     if not measured.tokens_per_s:
         return None
@@ -253,8 +254,7 @@ def _value_on_command_line(value: Any) -> str:
 
 
 def _default_settings(run_dir: Path) -> dict[str, Any]:
-    """The defaults of a run's settings by dotted key, among which are those of the choices that it made, such as
-    `tuning=lora`.
+    """The defaults of a run's settings by dotted key, among which are those of the choices that it made, such as `tuning=lora`.
 
     Empty if its `config.yaml` is of another version or cannot be read.
     """
@@ -268,10 +268,9 @@ def _default_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
-    """Say where a run comes from: (name, text) rows on data, method, batch, machine and versions. What was not recorded has
-    no row.
+    """Say where a run comes from: (name, text) rows on data, method, batch, machine and versions.
 
-    The batch reads `64 = 4 micro x 2 accumulation x 8 ranks`.
+    What was not recorded has no row. The batch reads `64 = 4 micro x 2 accumulation x 8 ranks`.
     """
     record = run.record
     methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)

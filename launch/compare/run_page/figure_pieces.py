@@ -65,8 +65,7 @@ def x_values_of_steps(run: RecordedRun) -> dict[int, Row]:
 
 
 def drawn_steps(run: RecordedRun) -> list[int]:
-    """Choose the steps of a run that its plots draw: evenly spread ones, the last, and those that stood out; of a short
-    run, all.
+    """Choose the steps of a run that its plots draw: evenly spread ones, the last, and those that stood out; of a short run, all.
 
     About `MAX_DRAWN_STEPS` are evenly spread, and at most `MAX_DRAWN_STEPS` stood out, so that the page stays small. A step
     stands out if a guard or detector found something at it.
@@ -126,8 +125,9 @@ def held_out_rows_of(run: RecordedRun, x_values_by_step: dict[int, Row], metric:
 
 
 def x_values_of(x_values_by_step: dict[int, Row], step: int) -> Row:
-    """Where a step is on the x axes: its step, tokens and seconds. The last two are None for a step without a row in
-    `metrics.jsonl`.
+    """Where a step is on the x axes: its step, tokens and seconds.
+
+    The last two are None for a step without a row in `metrics.jsonl`.
     """
     return x_values_by_step.get(step, {"step": step, "tokens": None, "seconds": None})
 

@@ -124,8 +124,9 @@ def metric_changes(run: RecordedRun) -> list[MetricChange]:
 
 
 def card_changes(changes: list[MetricChange]) -> list[MetricChange]:
-    """Choose the few metrics that get a card at the head of the page: the first, and those in `TITLE_BY_METRIC`; at most
-    `MAX_CARDS`.
+    """Choose the few metrics that get a card at the head of the page: the first, and those in `TITLE_BY_METRIC`.
+
+    At most `MAX_CARDS`.
 
     `changes`: of all held-out metrics, that of the monitored one first.
     """
@@ -151,17 +152,13 @@ def monitored_metric(run: RecordedRun) -> str:
 
 
 def monitored_change(run: RecordedRun) -> MetricChange | None:
-    """How the monitored metric (which decides the best checkpoint) changed; None if the last evaluation has no number for
-    it.
-    """
+    """How the monitored metric (which decides the best checkpoint) changed; None if the last evaluation has no number for it."""
     changes = metric_changes(run)
     return changes[0] if changes and changes[0].name == monitored_metric(run) else None
 
 
 def monitored_metric_is_lost(run: RecordedRun) -> bool:
-    """Whether the monitored metric became NaN or infinite: it is so in the last evaluation, and was finite in an earlier
-    one.
-    """
+    """Whether the monitored metric became NaN or infinite: it is so in the last evaluation, and was finite in an earlier one."""
     monitored = monitored_metric(run)
     # A value that is not finite is missing from the metrics of its evaluation.
     has_finite_value = [monitored in run.evaluations[step] for step in sorted(run.evaluations)]
@@ -174,8 +171,7 @@ def metric_title(metric: str) -> str:
 
 
 def best_step(run: RecordedRun) -> BestStep | None:
-    """Find the evaluation after the first step with the best value of the monitored metric, which decides the best
-    checkpoint.
+    """Find the evaluation after the first step with the best value of the monitored metric, which decides the best checkpoint.
 
     None if no evaluation after the first step has a finite value, or nobody knows whether a larger value is better.
     """

@@ -34,8 +34,7 @@ class ProfileTables:
 
 
 def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
-    """Write the HTML page of a single run, `report.html`: its verdict, cards, plots, answers, costs, settings and
-    provenance.
+    """Write the HTML page of a single run, `report.html`: its verdict, cards, plots, answers, costs, settings and provenance.
 
     `comparison` has the run as its only point. A browser reloads the page after `reload_after_s` seconds; None: never.
     """
@@ -73,9 +72,7 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
 
 
 def _profile_tables(profile: ProfiledSteps) -> ProfileTables:
-    """Prepare what the page shows of a profiled run: a table with a row for each rank, and one with a row for each
-    operator.
-    """
+    """Prepare what the page shows of a profiled run: a table with a row for each rank, and one with a row for each operator."""
     return ProfileTables(
         steps=profile.steps,
         is_measured_on_device=profile.measured_on == "device",
@@ -88,9 +85,7 @@ def _profile_tables(profile: ProfiledSteps) -> ProfileTables:
 
 
 def _text_table(headings: list[str], rows: list[list[str]], caption: str) -> PageTable:
-    """Make a table of the page from cells that are text already; a column is sorted by the numbers with which its cells
-    begin.
-    """
+    """Make a table of the page from cells that are text already; a column is sorted by the numbers with which its cells begin."""
     cells = []
     for row in rows:
         cells.append([PageCell(text, _sort_value(text)) for text in row])

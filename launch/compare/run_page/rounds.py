@@ -86,8 +86,9 @@ def _best_and_worst_group(step: int, round_file: Path) -> list[ShownGroup]:
 
 
 def _read_recorded_answers(round_file: Path) -> list[dict[str, Any]]:
-    """Read a round's file, a row for each answer: {"prompt": ..., "answer": ..., "reward": 0.5, ...}; empty if it cannot be
-    read.
+    """Read a round's file, a row for each answer: {"prompt": ..., "answer": ..., "reward": 0.5, ...}.
+
+    Empty if it cannot be read.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -121,8 +122,7 @@ def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]])
 
 
 def _shown_answer(row: dict[str, Any]) -> ShownAnswer:
-    """Prepare one answer for the page, from its row of a recorded round. With several rewards, each is named with its
-    score.
+    """Prepare one answer for the page, from its row of a recorded round. With several rewards, each is named with its score.
 
     A row is like {"prompt": "...", "answer": "...", "reward": 0.5, "reward/maths": 1.0, "ended": False}; `ended` is False
     for an answer that was cut off at the longest length.

@@ -52,9 +52,7 @@ LOWER_LEARNING_RATE_FACTOR = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RunVerdict:
-    """What came of a run, as the head of its page shows it: `heading` in the colour of `tone`, a text, and commands to
-    copy.
-    """
+    """What came of a run, as the head of its page shows it: `heading` in the colour of `tone`, a text, and commands to copy."""
 
     tone: Tone
     heading: str
@@ -63,8 +61,7 @@ class RunVerdict:
 
 
 def run_verdict(run: RecordedRun) -> RunVerdict:
-    """Judge a run for the head of its page: did it finish, and is the model better than before? The first case that
-    applies:
+    """Judge a run for the head of its page: did it finish, and is the model better than before? The first case that applies:
 
     - The run is not done: where it stands, and how it continues.
     - A detector found that the last weights are of no use (`BAD_FINDINGS`).
@@ -259,8 +256,10 @@ def _has_exported_best(run: RecordedRun) -> bool:
 
 
 def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
-    """The command that exports the best checkpoint. Empty if the run exported it itself, if the last step is as good, or if
-    no step is better than the model before training.
+    """The command that exports the best checkpoint.
+
+    Empty if the run exported it itself, if the last step is as good, or if no step is better than the model before
+    training.
     """
     best = best_step(run)
     if best is None or best.is_last_step_as_good or not best.is_better_than_before_training or _has_exported_best(run):
@@ -269,8 +268,7 @@ def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
 
 
 def _best_step_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader which step had the best value of the monitored metric, if it was not the last. The first case that
-    applies:
+    """Tell the reader which step had the best value of the monitored metric, if it was not the last. The first case that applies:
 
     - The best step is not known, or the last evaluation has no value: none.
     - No step was better than the model before training: that, with the command that trains with a lower learning rate.
@@ -319,8 +317,9 @@ def _leak_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _straggler_callouts(run: RecordedRun) -> list[Callout]:
-    """Warn of ranks that computed more slowly than the others, which had to wait for them; names each. None if there were
-    none.
+    """Warn of ranks that computed more slowly than the others, which had to wait for them; names each.
+
+    None if there were none.
     """
     outcome = run.record.outcome
     if outcome is None or not outcome.slow_ranks:
@@ -392,10 +391,10 @@ def _resumed_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _outlier_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader that steps stood out, such as by a very large gradient. If nothing was done, give the command that
-    skips such updates.
+    """Tell the reader that steps stood out, such as by a very large gradient.
 
-    Guards check the numbers of each step. `events.jsonl` also has findings of detectors, which have call-outs of their own.
+    If nothing was done, give the command that skips such updates. Guards check the numbers of each step. `events.jsonl`
+    also has findings of detectors, which have call-outs of their own.
     """
     outlier_events = [event for event in run.events if event.get("event") != DETECTOR_EVENT]
     if not outlier_events:
