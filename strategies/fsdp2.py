@@ -73,7 +73,7 @@ def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> 
     return share.full_shape(tensor.shape), share.first_own_element(tensor.shape) + start
 
 
-def refuse_fewer_experts_than_ranks(step_module: nn.Module, num_ranks: int, strategy: str) -> None:
+def check_experts_can_be_sharded(step_module: nn.Module, num_ranks: int, strategy: str) -> None:
     """Raise ConfigError if a layer has fewer experts than there are ranks (`num_ranks`) to shard them over, with what to do.
 
     FSDP2 shards parameters along their first dimension, which here is the expert. With more ranks than experts, some ranks would
@@ -285,7 +285,7 @@ class Fsdp2Strategy:
         What is sharded as one is gathered as one. `compute_dtype`: the type in which blocks are gathered. Returns the group of
         ranks that together hold one copy of the model. All ranks must call.
         """
-        refuse_fewer_experts_than_ranks(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
+        check_experts_can_be_sharded(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.num_replicas)
         fully_shard_settings = self._fully_shard_policies(compute_dtype)
         self._shard_experts(step_module, fully_shard_settings)  # over a mesh of their own

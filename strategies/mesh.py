@@ -64,8 +64,8 @@ def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> Dev
             return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
         ranks = torch.arange(runtime.world_size).view(num_replicas, -1)
         row, column = divmod(runtime.rank, ranks.shape[1])
-        replicate_group = _new_group_of(ranks[:, column].tolist(), device, runtime)
-        shard_group = _new_group_of(ranks[row].tolist(), device, runtime)
+        replicate_group = _new_process_group(ranks[:, column].tolist(), device, runtime)
+        shard_group = _new_process_group(ranks[row].tolist(), device, runtime)
         groups = [replicate_group, shard_group]  # in the order of the dimensions' names
         return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
@@ -87,11 +87,11 @@ def expert_mesh(
         ranks = torch.arange(runtime.world_size).view(num_replicas, -1, expert_ranks)
         own_position = torch.unravel_index(torch.tensor(runtime.rank), ranks.shape)
         replica, group, group_rank = (int(index) for index in own_position)
-        expert_group = _new_group_of(ranks[replica, group].tolist(), device, runtime)
-        shard_group = _new_group_of(ranks[replica, :, group_rank].tolist(), device, runtime)
+        expert_group = _new_process_group(ranks[replica, group].tolist(), device, runtime)
+        shard_group = _new_process_group(ranks[replica, :, group_rank].tolist(), device, runtime)
         if num_replicas == 1:
             return expert_group, DeviceMesh.from_group(shard_group, device.type, mesh_dim_names=("shard",))
-        replicate_group = _new_group_of(ranks[:, group, group_rank].tolist(), device, runtime)
+        replicate_group = _new_process_group(ranks[:, group, group_rank].tolist(), device, runtime)
         mesh = DeviceMesh.from_group(
             [replicate_group, shard_group],
             device.type,
@@ -101,7 +101,7 @@ def expert_mesh(
         return expert_group, mesh
 
 
-def _new_group_of(member_ranks: list[int], device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
+def _new_process_group(member_ranks: list[int], device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
     """Form a process group of `member_ranks`, of which this rank is one, with the run's timeout. Only its members must call."""
     group = dist.new_group(
         member_ranks,

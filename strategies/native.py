@@ -205,9 +205,9 @@ class NativeEngine:
         """This rank's part of a parameter or gradient, as a plain tensor."""
         return tensor
 
-    def _sum_squared_norm_over_ranks(self, squared: Tensor) -> Tensor:
+    def _sum_squared_norm_over_ranks(self, squared_norm_of_rank: Tensor) -> Tensor:
         """Sum the ranks' squared norms. Here the identity, because every rank holds everything."""
-        return squared
+        return squared_norm_of_rank
 
     def _grad_norm(self, grads: list[Tensor]) -> Tensor:
         """The global L2 norm. A rank without gradients takes part as well, since the sum may be a collective."""

@@ -12,7 +12,7 @@ GLOO_INTERFACES_VARIABLE = "GLOO_SOCKET_IFNAME"
 LOOPBACK = "127.0.0.1"
 
 
-def refuse_unknown_interface() -> None:
+def check_gloo_interfaces() -> None:
     """Raise ConfigError if the environment names a network interface for gloo (ranks on CPUs) that this host does not have.
 
     gloo itself would end with a message that does not name the variable.
@@ -28,7 +28,7 @@ def refuse_unknown_interface() -> None:
         )
 
 
-def refuse_without_loopback(processes: int) -> None:
+def check_loopback_address(processes: int) -> None:
     """Raise ConfigError if this host's ranks could not reach each other over its loopback address."""
     try:
         socket.create_server((LOOPBACK, 0)).close()
@@ -39,7 +39,7 @@ def refuse_without_loopback(processes: int) -> None:
         ) from error
 
 
-def refuse_taken_port(setting: str, port: int) -> None:
+def check_port_is_free(setting: str, port: int) -> None:
     """Raise ConfigError if the port on which the ranks are to meet is taken by another process of this host.
 
     `setting`: the key that has set it, for the message.

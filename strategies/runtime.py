@@ -25,7 +25,7 @@ from strategies.matmul import (
     choose_matmul_library,
     use_default_matmul_library,
 )
-from strategies.network import refuse_unknown_interface
+from strategies.network import check_gloo_interfaces
 
 MIN_RANKS_FOR_LAZY_CONNECTIONS = 64
 """From this many ranks on, gloo connects two ranks only when they first talk. Otherwise each opens a socket to every other."""
@@ -176,7 +176,7 @@ def _form_process_group(*, is_on_gpu: bool, rank: int, world_size: int, timeout:
     - A launcher has set the variables of a job (RANK and others): as they say.
     - Otherwise: a job of one, whose variables are set here.
     """
-    refuse_unknown_interface()
+    check_gloo_interfaces()
     enable_recorder()  # torch's flight recorder, which says after a timeout what each rank waited for
     backend = "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo"
     if store is not None:

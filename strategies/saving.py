@@ -72,7 +72,7 @@ class RankFileOutcome:
 class _FilesOfRank(NamedTuple):
     """The files that a rank has written."""
 
-    parts: dict[str, FilePart]
+    part_by_tensor: dict[str, FilePart]
     """Where each tensor lies in its file of tensors."""
     tensor_file: WrittenFile | None
     """None if the rank has no tensors, or could not write them."""
@@ -86,9 +86,9 @@ class RankState:
     can make it while training goes on.
     """
 
-    def __init__(self, flat_ranges: Iterable[FlatRange], header: bytes, runtime: Runtime) -> None:
+    def __init__(self, flat_ranges: Iterable[FlatRange], progress_json: bytes, runtime: Runtime) -> None:
         """`flat_ranges`: what this rank holds of each saved tensor; those that another rank writes (`is_written` is false) are
-        left out. `header`: the content of `progress.json`.
+        left out. `progress_json`: the content of `progress.json`.
         """
         self.local_elements: list[LocalElements] = []
         for flat_range in flat_ranges:
@@ -96,9 +96,9 @@ class RankState:
                 self.local_elements += flat_range.local_elements()
         self.runtime = runtime
         self._file = RANK_FILE_FORMAT.format(runtime.rank)
-        self._file_header, self.parts = planned_tensor_file(self.local_elements, self._file)
+        self._file_header, self.part_by_tensor = planned_tensor_file(self.local_elements, self._file)
         """The first bytes of this rank's file of tensors, and where each tensor lies in it."""
-        self.header = header
+        self.progress_json = progress_json
         """The content of `progress.json`."""
         self.attachments: dict[str, bytes] = {}
         """Further files of the state by name, on the rank that writes them: what a run must know beside its tensors."""
@@ -156,9 +156,9 @@ class RankState:
         call.
         """
         # Collect what the ranks have written.
-        own_files = _FilesOfRank(self.parts, outcome.written, outcome.attached)
+        own_files = _FilesOfRank(self.part_by_tensor, outcome.written, outcome.attached)
         files_by_rank: list[_FilesOfRank] = gather_objects(own_files, self.runtime)
-        parts_by_rank = [files_of_rank.parts for files_of_rank in files_by_rank]
+        parts_by_rank = [files_of_rank.part_by_tensor for files_of_rank in files_by_rank]
         files: list[WrittenFile] = []
         for files_of_rank in files_by_rank:
             files += files_of_rank.attached
@@ -171,7 +171,7 @@ class RankState:
         try:
             if self.runtime.is_main:
                 files.append(write_new_file(path / INDEX_FILE, index_json(parts_by_rank)))
-                files.append(write_new_file(path / PROGRESS_FILE, self.header))
+                files.append(write_new_file(path / PROGRESS_FILE, self.progress_json))
             elif self.local_elements:  # this rank has written a file
                 # On a network file system, each host has its own cache of the directory, which it must sync.
                 sync_directory(path)

@@ -34,31 +34,31 @@ _SEQUENCE_GROUPS: dict[int, _SequenceGroup] = {}
 """This rank's group for each degree of sequence parallelism that was set up."""
 
 
-def with_sequence_parallelism(runtime: Runtime, degree: int) -> Runtime:
-    """Set up sequence parallelism: `degree` neighbouring ranks (`parallel.sequence`) share each row of tokens.
+def with_sequence_parallelism(runtime: Runtime, sequence_parallel_size: int) -> Runtime:
+    """Set up sequence parallelism: `sequence_parallel_size` neighbouring ranks (`parallel.sequence`) share each row of tokens.
 
     Returns `runtime` with that degree. The process group of this rank's neighbours is made once for each degree, and lives as
     long as the group of all ranks: layers, which have no runtime, find it by the degree (`sequence_group_of`). All ranks must
     call.
     """
-    if degree == 1:
+    if sequence_parallel_size == 1:
         return replace(runtime, sequence_size=1)
-    assert runtime.world_size % degree == 0, "the config layer reports what does not divide"
-    runtime = replace(runtime, sequence_size=degree)
+    assert runtime.world_size % sequence_parallel_size == 0, "the config layer reports what does not divide"
+    runtime = replace(runtime, sequence_size=sequence_parallel_size)
     all_ranks = dist.group.WORLD
-    known_group = _SEQUENCE_GROUPS.get(degree)
+    known_group = _SEQUENCE_GROUPS.get(sequence_parallel_size)
     if known_group is not None and known_group.all_ranks is all_ranks:
         return runtime
-    first_rank = runtime.dp_rank * degree
+    first_rank = runtime.dp_rank * sequence_parallel_size
     with real_tensors():
         group = dist.new_group(
-            list(range(first_rank, first_rank + degree)),
+            list(range(first_rank, first_rank + sequence_parallel_size)),
             timeout=timedelta(seconds=runtime.timeout_s),
             backend="nccl" if runtime.device.type == "cuda" else None,  # without a second, unused one for CPUs
             # Each rank makes its own group only. Otherwise every rank would have to make all of them.
             use_local_synchronization=True,
         )
-    _SEQUENCE_GROUPS[degree] = _SequenceGroup(group, all_ranks)
+    _SEQUENCE_GROUPS[sequence_parallel_size] = _SequenceGroup(group, all_ranks)
     return runtime
 
 
@@ -67,8 +67,8 @@ def sequence_group_of(row_slices: list[int]) -> Any:
 
     `row_slices`: the borders of the ranks' slices of the row, such as [0, 4, 8] for two ranks; their number tells the group.
     """
-    degree = len(row_slices) - 1
-    sequence_group = _SEQUENCE_GROUPS[degree]
+    sequence_parallel_size = len(row_slices) - 1
+    sequence_group = _SEQUENCE_GROUPS[sequence_parallel_size]
     assert sequence_group.all_ranks is dist.group.WORLD, "the groups of a job that has ended"
     return sequence_group.group
 

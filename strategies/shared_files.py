@@ -27,9 +27,9 @@ def read_shared_file(path: Path) -> bytes:
         return atomic_io.read_bytes(path, max_bytes=MAX_BYTES)
 
 
-def replace_shared_file(path: Path, content: bytes, token: str) -> None:
-    """Replace the content of a file in one step. `token`: differs between writers, for the name of the temporary file."""
-    temporary = _write_temporary_file(path, content, token)
+def replace_shared_file(path: Path, content: bytes, writer_id: str) -> None:
+    """Replace the content of a file in one step. `writer_id`: differs between writers, for the name of the temporary file."""
+    temporary = _write_temporary_file(path, content, writer_id)
     try:
         atomic_io.disk.rename(temporary, path)
     except OSError:
@@ -38,15 +38,15 @@ def replace_shared_file(path: Path, content: bytes, token: str) -> None:
         raise
 
 
-def claim_shared_file(path: Path, content: bytes, token: str) -> bool:
+def claim_shared_file(path: Path, content: bytes, writer_id: str) -> bool:
     """Create the file `path`, unless it exists, also on a network disk: of several processes that claim it, one succeeds.
 
     Returns whether this call has created it. The content is complete from the first moment, because the file is written under
-    another name and linked. `token`: differs between writers, for that name. Raises OSError if it cannot be written.
+    another name and linked. `writer_id`: differs between writers, for that name. Raises OSError if it cannot be written.
     """
     # NFS may report an error for a hard link that was made, or success for one that was not. The number of links tells the
     # truth.
-    temporary = _write_temporary_file(path, content, token)
+    temporary = _write_temporary_file(path, content, writer_id)
     try:
         try:
             atomic_io.disk.link(temporary, path)
@@ -60,9 +60,9 @@ def claim_shared_file(path: Path, content: bytes, token: str) -> bool:
             temporary.unlink()
 
 
-def _write_temporary_file(path: Path, content: bytes, token: str) -> Path:
-    """Write `content` into a new file beside `path`, whose name has the `token`; returns its path."""
-    temporary = path.with_name(f".{path.name}.{token}")
+def _write_temporary_file(path: Path, content: bytes, writer_id: str) -> Path:
+    """Write `content` into a new file beside `path`, whose name has the `writer_id`; returns its path."""
+    temporary = path.with_name(f".{path.name}.{writer_id}")
     # A process that was killed here may have left one: in a container process ids, and so tokens, come again.
     with suppress(FileNotFoundError):
         temporary.unlink()

@@ -42,11 +42,11 @@ FILE_PATTERNS_BESIDE_JSON_OBJECTS = (
 """Other files that libraries read; names or patterns."""
 
 
-def refuse_unless_small_regular_file(path: Path, *, most_bytes: int | None = None) -> None:
-    """Raise ConfigError if a file of a model's directory is a pipe, a device or a directory, or is larger than `most_bytes`.
+def check_small_regular_file(path: Path, *, max_bytes: int | None = None) -> None:
+    """Raise ConfigError if a file of a model's directory is a pipe, a device or a directory, or is larger than `max_bytes`.
 
     Also if it cannot be looked at. Reading such a file would wait forever, or fill the memory. A link to a regular file will do.
-    `most_bytes`: None for no limit.
+    `max_bytes`: None for no limit.
     """
     try:
         status = path.stat()
@@ -54,13 +54,13 @@ def refuse_unless_small_regular_file(path: Path, *, most_bytes: int | None = Non
         raise _unreadable_file_error(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise ConfigError(f"{path}: is a pipe, a device or a directory, not a regular file; download it again")
-    if most_bytes is not None and status.st_size > most_bytes:
+    if max_bytes is not None and status.st_size > max_bytes:
         raise ConfigError(
-            f"{path}: has {status.st_size:,} bytes, and such a file has at most {most_bytes:,}; download it again"
+            f"{path}: has {status.st_size:,} bytes, and such a file has at most {max_bytes:,}; download it again"
         )
 
 
-def refuse_lfs_pointer(path: Path) -> None:
+def check_no_lfs_pointer(path: Path) -> None:
     """Raise ConfigError if a file is a pointer, the small text that git-lfs leaves in the place of a file it has not fetched.
 
     Some pointers would load without an error: a chat template is any text.
@@ -82,8 +82,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Anybody may have written it: raises ConfigError, which names the file and what to do, for anything else.
     """
-    refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_BY_FILE.get(path.name, MAX_BYTES))
-    refuse_lfs_pointer(path)
+    check_small_regular_file(path, max_bytes=MAX_BYTES_BY_FILE.get(path.name, MAX_BYTES))
+    check_no_lfs_pointer(path)
     try:
         json_value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -122,8 +122,8 @@ def check_files_read_by_libraries(directory: Path) -> None:
             read_json_object(path)
     for pattern in FILE_PATTERNS_BESIDE_JSON_OBJECTS:
         for path in directory.glob(pattern):
-            refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_BY_FILE.get(path.name, MAX_BYTES))
-            refuse_lfs_pointer(path)
+            check_small_regular_file(path, max_bytes=MAX_BYTES_BY_FILE.get(path.name, MAX_BYTES))
+            check_no_lfs_pointer(path)
 
 
 def _unreadable_file_error(path: Path, error: OSError) -> ConfigError:

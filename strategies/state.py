@@ -77,12 +77,12 @@ def read_state_header(path: Path, *, wait_until_visible: bool = False) -> StateH
             read_bytes(path / PROGRESS_FILE, max_bytes=MAX_PROGRESS_BYTES, wait_until_visible=wait_until_visible)
         )
         required = frozenset({"optimizer_steps", "world_size", "strategy", "progress"})
-        _require_dataclass_fields(StateHeader, header_fields, {}, required=required, except_field="progress")
-        _require_dataclass_fields(Progress, header_fields.get("progress"), PROGRESS_KEYS)
+        _check_dataclass_fields(StateHeader, header_fields, {}, required=required, except_field="progress")
+        _check_dataclass_fields(Progress, header_fields.get("progress"), PROGRESS_KEYS)
         loss_scale = header_fields.get("loss_scale")
         if loss_scale is not None and not 0 < loss_scale < math.inf:
             raise MalformedFile("has a loss_scale that is none")
-        _refuse_malformed_list_entries(header_fields["progress"])
+        _check_list_entries(header_fields["progress"])
     except OSError as error:
         raise StorageError(f"{path / PROGRESS_FILE}: {error_summary(error)}") from error
     except MalformedFile as error:
@@ -93,7 +93,7 @@ def read_state_header(path: Path, *, wait_until_visible: bool = False) -> StateH
     return StateHeader(**header_fields)
 
 
-def _require_dataclass_fields(
+def _check_dataclass_fields(
     dataclass_type: type,
     json_value: Any,
     key_by_field: Mapping[str, str],
@@ -122,7 +122,7 @@ def _require_dataclass_fields(
             raise MalformedFile(f"has a {key} that is none")  # such as: a step that is no step
 
 
-def _refuse_malformed_list_entries(progress: dict[str, Any]) -> None:
+def _check_list_entries(progress: dict[str, Any]) -> None:
     """Check the entries of the lists in `progress.json`, such as the last evaluations, before code reads them by key.
 
     `progress`: the part "progress" of the file. Each entry must have the keys of `KEYS_OF_LIST_ENTRIES`, and a range of skipped
@@ -221,7 +221,7 @@ def _read_saved_values(path: Path, ranges: list[FlatRange], visible_names: set[s
     the files that rank 0 sees in it. Raises ConfigError if the state is another run's, StorageError if it cannot be read.
     """
     index = read_index(path, wait_until_visible=INDEX_FILE in visible_names)
-    _refuse_state_of_other_run(path, index, ranges)
+    _check_saved_tensors_fit_run(path, index, ranges)
     files = {part.file for parts in index.values() for part in parts}
     missing_files = files - visible_names
     if missing_files:
@@ -236,7 +236,7 @@ def _read_saved_values(path: Path, ranges: list[FlatRange], visible_names: set[s
     return [_LiveAndSaved(elements.values, saved) for elements, saved in zip(local_elements, saved_values, strict=True)]
 
 
-def _refuse_state_of_other_run(path: Path, index: TensorIndex, ranges: list[FlatRange]) -> None:
+def _check_saved_tensors_fit_run(path: Path, index: TensorIndex, ranges: list[FlatRange]) -> None:
     """Raise ConfigError if the state in `path` was saved by a run that trains other tensors, or tensors of other sizes.
 
     `index`: the parts of each saved tensor, by names such as `h.0.attn.weight/exp_avg`. `ranges`: what this rank holds of the

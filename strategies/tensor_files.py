@@ -99,20 +99,20 @@ def planned_tensor_file(local_elements: Iterable[LocalElements], file: str) -> P
     # Eight bytes of length, then JSON, padded so that the data is aligned.
     table = json.dumps(entries, separators=(",", ":")).encode()
     table += b" " * (-len(table) % 8)
-    head = len(table).to_bytes(8, "little") + table
+    header_bytes = len(table).to_bytes(8, "little") + table
 
     parts = {}
     for elements in local_elements:
         data_start, _ = entries[elements.name]["data_offsets"]
-        offset = len(head) + data_start
+        offset = len(header_bytes) + data_start
         parts[elements.name] = FilePart(file, elements.start, elements.values.numel(), offset)
-    return PlannedFile(head, parts)
+    return PlannedFile(header_bytes, parts)
 
 
-def write_tensors(path: Path, head: bytes, local_elements: Iterable[LocalElements]) -> WrittenFile:
-    """Write a safetensors file: `head`, from `planned_tensor_file` of the same tensors, then their values. Raises OSError."""
+def write_tensors(path: Path, header_bytes: bytes, local_elements: Iterable[LocalElements]) -> WrittenFile:
+    """Write a safetensors file: `header_bytes`, as planned for the same tensors, then their values in float32. Raises OSError."""
     with NewFile(path) as file:
-        file.write(head)
+        file.write(header_bytes)
         for elements in local_elements:
             values = elements.values.detach().to("cpu", torch.float32).contiguous()
             file.write(values.numpy().data.cast("B"))
@@ -237,6 +237,6 @@ def _fill_targets(file: Path, targets: list[_ReadTarget]) -> None:
             read_exactly(descriptor, target.values.numpy().data.cast("B"), target.offset)
 
 
-def size_on_disk(head: bytes, local_elements: Iterable[LocalElements]) -> int:
+def size_on_disk(header_bytes: bytes, local_elements: Iterable[LocalElements]) -> int:
     """Bytes of the file that `write_tensors` makes."""
-    return len(head) + ELEMENT_BYTES * sum(elements.values.numel() for elements in local_elements)
+    return len(header_bytes) + ELEMENT_BYTES * sum(elements.values.numel() for elements in local_elements)

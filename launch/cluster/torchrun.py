@@ -28,7 +28,7 @@ from launch.cluster.killed_rank import record_killed_rank
 from launch.cluster.rendezvous import MissingHostsReport, StuckTorchrunGuard, rdzv_port
 from strategies import exit_codes
 from strategies.heartbeat import HEARTBEAT_DIRECTORY_VARIABLE
-from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
+from strategies.network import check_gloo_interfaces, check_loopback_address, check_port_is_free
 from strategies.parent_death import die_with_parent
 from strategies.runtime import num_out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
@@ -209,11 +209,11 @@ def _refuse_unusable_network(launcher: LauncherConfig, this_host: ThisHost | Non
     - one host with several ranks, and no loopback interface;
     - this is the first of several hosts, and another process listens at the port of `launcher.rdzv`.
     """
-    refuse_unknown_interface()
+    check_gloo_interfaces()
     if this_host is None:
-        refuse_without_loopback(launcher.processes or 1)
+        check_loopback_address(launcher.processes or 1)
     elif this_host.is_first:
-        refuse_taken_port(f"launcher.rdzv={launcher.rdzv}", rdzv_port(launcher))
+        check_port_is_free(f"launcher.rdzv={launcher.rdzv}", rdzv_port(launcher))
 
 
 def _multi_host_polls(

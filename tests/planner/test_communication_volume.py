@@ -32,7 +32,7 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
             parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS)
         )
         with count_communication() as counted:
-            step = simulate(parts, runtime, repeat=0)
+            step = simulate(parts, runtime, num_repeats=0)
     done = Counter()
     for each in step.collectives:
         if each.num_bytes > 1024:  # flags and norms are not expected
@@ -62,7 +62,7 @@ def test_as_much_is_exchanged_of_dealt_experts_as_is_expected(tmp_path, strategy
     with simulated_rank(0, world, local_world_size=2) as runtime:
         parts = build_step_parts(config, LENGTHS, runtime)
         expected = expected_bytes_by_collective(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
-        step = simulate(parts, runtime, repeat=0)
+        step = simulate(parts, runtime, num_repeats=0)
         after = expected_bytes_by_collective(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
     done = Counter()
     for each in step.collectives:
@@ -86,6 +86,6 @@ def test_as_much_of_shared_rows_is_exchanged_as_is_expected(tmp_path, mode, degr
         expected = expected_bytes_by_collective(
             parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS)
         )
-        step = simulate(parts, runtime, repeat=0)
+        step = simulate(parts, runtime, num_repeats=0)
     done = sum(each.num_bytes for each in step.collectives if each.name.startswith(SIMULATED_EXCHANGE))
     assert expected[ALL_TO_ALL] == pytest.approx(done, rel=0.05) and done > 0

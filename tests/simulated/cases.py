@@ -115,7 +115,7 @@ def simulated(
 ) -> SimulatedStep:
     """The case as rank `rank` of `world` on `device`: the simulated GPU, or a CPU as it is."""
     with simulated_rank(rank, world, device=device, expert_imbalance=imbalance) as runtime:
-        return simulate(build_step_parts(case.config(model, world), LENGTHS, runtime), runtime, repeat=repeat)
+        return simulate(build_step_parts(case.config(model, world), LENGTHS, runtime), runtime, num_repeats=repeat)
 
 
 def real_alone(case: Case, model: Path, world: int, rank: int = 0) -> SimulatedStep:

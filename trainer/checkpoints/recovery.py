@@ -33,24 +33,24 @@ class PartNote:
     """What one rank has written of a checkpoint."""
 
     world_size: int
-    parts: dict[str, FilePart]
+    part_by_tensor: dict[str, FilePart]
     """Where each tensor of the rank lies."""
-    file: WrittenFile | None
+    tensor_file: WrittenFile | None
     """None if the rank holds nothing that is written."""
-    progress: str
+    progress_json: str
     """What becomes `progress.json`."""
     attached: list[WrittenFile]
     """What was written beside it, see `RankState.attachments`."""
 
 
-def write_part_note(staging: Path, state: RankState, outcome: RankFileOutcome) -> None:
+def write_part_note(staging_dir: Path, state: RankState, outcome: RankFileOutcome) -> None:
     """Note beside this rank's file of a checkpoint what it holds, so that a start after a crash can publish the checkpoint.
 
-    `staging`: the directory of the unfinished checkpoint. `state`: this rank's part of the training state. `outcome`: what was
-    written of it. Durable when it returns. No collective. Raises OSError if that fails.
+    `staging_dir`: the directory of the unfinished checkpoint. `state`: this rank's part of the training state. `outcome`: what
+    was written of it. Durable when it returns. No collective. Raises OSError if that fails.
     """
     part_fields_by_tensor = {}
-    for name, part in state.parts.items():
+    for name, part in state.part_by_tensor.items():
         part_fields_by_tensor[name] = [part.file, part.start, part.length, part.offset]
     file_fields = None  # stays None if this rank holds nothing that is written
     if outcome.written is not None:
@@ -62,16 +62,16 @@ def write_part_note(staging: Path, state: RankState, outcome: RankFileOutcome) -
         "progress": state.header.decode(),
         "attached": [[attached.name, attached.size, attached.sha256] for attached in outcome.attached],
     }
-    write_new_file(staging / PART_NOTE_FILE_FORMAT.format(state.runtime.rank), json.dumps(note).encode())
+    write_new_file(staging_dir / PART_NOTE_FILE_FORMAT.format(state.runtime.rank), json.dumps(note).encode())
 
 
-def remove_part_notes(staging: Path, world_size: int) -> None:
+def remove_part_notes(staging_dir: Path, world_size: int) -> None:
     """Remove the notes by which a start after a crash would publish a checkpoint, since it is about to be published now.
 
     Raises OSError if that fails.
     """
     for rank in range(world_size):
-        (staging / PART_NOTE_FILE_FORMAT.format(rank)).unlink(missing_ok=True)
+        (staging_dir / PART_NOTE_FILE_FORMAT.format(rank)).unlink(missing_ok=True)
 
 
 def publish_complete_staging_dirs(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> None:
@@ -96,48 +96,47 @@ def publish_complete_staging_dirs(checkpoint_dirs: list[Path], print_line: Calla
                 print_line(f"warning: {checkpoint_dir / name}: could not be made a checkpoint ({error_summary(error)})")
 
 
-def _publish_if_complete(staging: Path, named_dir: Path) -> bool:
+def _publish_if_complete(staging_dir: Path, named_dir: Path) -> bool:
     """Finish a checkpoint in its staging directory and rename it to `named_dir`, if every rank had written its part.
 
     Each rank leaves a note of what it has written. From the notes come the files that rank 0 would have written: index,
     progress and manifest. Returns whether the checkpoint was complete. Raises OSError or MalformedFile if that fails.
     """
-    notes = _read_part_notes(staging)
+    notes = _read_part_notes(staging_dir)
     is_complete = bool(notes) and len(notes) == notes[0].world_size  # a note of each rank
     if not is_complete:
         return False
-    files = [note.file for note in notes if note.file is not None]
+    files = [note.tensor_file for note in notes if note.tensor_file is not None]
     for note in notes:
         files += note.attached
     # `write_new_file` returns name, size and hash of the file, for the manifest. All ranks have noted the same progress; their
     # notes together say where each tensor lies.
-    files.append(write_new_file(staging / INDEX_FILE, index_json(note.parts for note in notes)))
-    files.append(write_new_file(staging / PROGRESS_FILE, notes[0].progress.encode()))
-    write_manifest(staging, files)
-    remove_part_notes(staging, len(notes))
-    publish_directory(staging, named_dir)
+    files.append(write_new_file(staging_dir / INDEX_FILE, index_json(note.part_by_tensor for note in notes)))
+    files.append(write_new_file(staging_dir / PROGRESS_FILE, notes[0].progress_json.encode()))
+    write_manifest(staging_dir, files)
+    remove_part_notes(staging_dir, len(notes))
+    publish_directory(staging_dir, named_dir)
     return True
 
 
-def _read_part_notes(staging: Path) -> list[PartNote]:
+def _read_part_notes(staging_dir: Path) -> list[PartNote]:
     """Read the notes in which each rank says what it has written of a checkpoint: from rank 0 up to the first missing one.
 
-    `staging`: the directory of the unfinished checkpoint, such as `checkpoints/.step-000040.writing`. Raises OSError if a note
-    cannot be read, MalformedFile if it has another form than `write_part_note` writes.
+    `staging_dir`: the directory of the unfinished checkpoint, such as `checkpoints/.step-000040.writing`. Raises OSError if a
+    note cannot be read, MalformedFile if it has another form than `write_part_note` writes.
     """
     notes: list[PartNote] = []
-    while (path := staging / PART_NOTE_FILE_FORMAT.format(len(notes))).exists():
-        raw: Any = parse_json(atomic_io.read_bytes(path, max_bytes=MAX_NOTE_BYTES))
+    while (path := staging_dir / PART_NOTE_FILE_FORMAT.format(len(notes))).exists():
+        note_json: Any = parse_json(atomic_io.read_bytes(path, max_bytes=MAX_NOTE_BYTES))
         try:
-            notes.append(_part_note_from_json(raw))
+            notes.append(_part_note_from_json(note_json))
         except (KeyError, TypeError, AttributeError) as error:
             raise MalformedFile(f"{path.name} is no note of a rank") from error
     return notes
 
 
-def _part_note_from_json(raw: Any) -> PartNote:
-    """Parse the note in which a rank says what it has written of a checkpoint; `raw` is its JSON, as `write_part_note` wrote it.
-
+def _part_note_from_json(note_json: Any) -> PartNote:
+    """Parse the note in which a rank says what it has written of a checkpoint. `note_json`: as `write_part_note` wrote it,
     {"world_size": 4, "parts": {"h.0.attn.weight/exp_avg": ["rank-00003.safetensors", 0, 4096, 512]}, "file":
     ["rank-00003.safetensors", 16896, "<SHA-256>"], "progress": "<JSON>", "attached": []}; "file" is null for a rank without
     tensors.
@@ -145,13 +144,13 @@ def _part_note_from_json(raw: Any) -> PartNote:
     Raises KeyError, TypeError or AttributeError for anything else.
     """
     # Rows have the fields of `FilePart` and `WrittenFile` in their order.
-    file_row = raw["file"]
-    parts = {str(name): FilePart(*part_row) for name, part_row in raw["parts"].items()}
-    attached = [WrittenFile(*written_row) for written_row in raw.get("attached", ())]
+    file_row = note_json["file"]
+    part_by_tensor = {str(name): FilePart(*part_row) for name, part_row in note_json["parts"].items()}
+    attached = [WrittenFile(*written_row) for written_row in note_json.get("attached", ())]
     return PartNote(
-        world_size=raw["world_size"],
-        parts=parts,
-        file=None if file_row is None else WrittenFile(*file_row),
-        progress=raw["progress"],
+        world_size=note_json["world_size"],
+        part_by_tensor=part_by_tensor,
+        tensor_file=None if file_row is None else WrittenFile(*file_row),
+        progress_json=note_json["progress"],
         attached=attached,
     )

@@ -14,9 +14,9 @@ from strategies.runtime import Runtime, first_rank_error
 
 
 def create_staging_dir(
-    staging: Path, runtime: Runtime, check_room: Callable[[Path], None] = lambda staging: None
+    staging_dir: Path, runtime: Runtime, check_room: Callable[[Path], None] = lambda staging_dir: None
 ) -> None:
-    """Create the empty directory `staging`, in which a checkpoint is written before it gets its name. All ranks must call.
+    """Create the empty directory `staging_dir`, in which a checkpoint is written before it gets its name. All ranks must call.
 
     An old directory of that name, from a write that was cut short, is deleted. `check_room`: called on every rank with the new
     directory; raises StorageError if the disk has no room for the checkpoint.
@@ -25,24 +25,24 @@ def create_staging_dir(
     """
 
     def create_empty() -> None:
-        if staging.exists():
-            atomic_io.disk.remove_tree(staging)
-        make_directories(staging)
+        if staging_dir.exists():
+            atomic_io.disk.remove_tree(staging_dir)
+        make_directories(staging_dir)
 
-    run_on_rank_0(create_empty, staging, runtime)
+    run_on_rank_0(create_empty, staging_dir, runtime)
     error: StorageError | None = None
     try:
-        check_room(staging)
+        check_room(staging_dir)
     except StorageError as caught:
         error = caught
-    raise_if_any_rank_failed(error, staging, runtime)
+    raise_if_any_rank_failed(error, staging_dir, runtime)
 
 
-def run_on_rank_0(function: Callable[[], None], staging: Path, runtime: Runtime) -> None:
+def run_on_rank_0(function: Callable[[], None], staging_dir: Path, runtime: Runtime) -> None:
     """Call `function` on rank 0 alone, and let all ranks learn whether it failed, so that none goes on with a broken checkpoint.
 
-    `staging`: the directory of the unfinished checkpoint, into which it writes. All ranks must call. Raises StorageError on every
-    rank if `function` raised OSError.
+    `staging_dir`: the directory of the unfinished checkpoint, into which it writes. All ranks must call. Raises StorageError
+    on every rank if `function` raised OSError.
     """
     error: BaseException | None = None
     try:
@@ -50,13 +50,13 @@ def run_on_rank_0(function: Callable[[], None], staging: Path, runtime: Runtime)
             function()
     except OSError as caught:
         error = caught
-    raise_if_any_rank_failed(error, staging, runtime)
+    raise_if_any_rank_failed(error, staging_dir, runtime)
 
 
-def raise_if_any_rank_failed(error: BaseException | None, staging: Path, runtime: Runtime) -> None:
+def raise_if_any_rank_failed(error: BaseException | None, staging_dir: Path, runtime: Runtime) -> None:
     """Give up an unfinished checkpoint if any rank failed: rank 0 removes its directory, and every rank raises StorageError.
 
-    Returns if no rank failed. `error`: what went wrong on this rank; None if nothing. `staging`: the directory, such as
+    Returns if no rank failed. `error`: what went wrong on this rank; None if nothing. `staging_dir`: the directory, such as
     `checkpoints/.step-000040.writing`. All ranks must call.
     """
     own_error = None
@@ -69,10 +69,10 @@ def raise_if_any_rank_failed(error: BaseException | None, staging: Path, runtime
         return
     if runtime.is_main:
         with suppress(OSError):
-            atomic_io.disk.remove_tree(staging)
-    step = staging.name.removeprefix(".").removesuffix(".writing")
+            atomic_io.disk.remove_tree(staging_dir)
+    step = staging_dir.name.removeprefix(".").removesuffix(".writing")
     raise StorageError(
-        f"{failure.text}; checkpoint {step} was not written in {staging.parent}; free space or choose another disk"
+        f"{failure.text}; checkpoint {step} was not written in {staging_dir.parent}; free space or choose another disk"
     )
 
 

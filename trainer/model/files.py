@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strategies.errors import ConfigError
-from strategies.small_files import LFS_POINTER_START, read_json_object, refuse_unless_small_regular_file
+from strategies.small_files import LFS_POINTER_START, check_small_regular_file, read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 READ_AHEAD_BYTES = 128 << 10
@@ -179,7 +179,7 @@ def _open_safetensors(file: Path) -> Any:
     """
     from safetensors import safe_open
 
-    refuse_unless_small_regular_file(file)  # of any size: no bound is given
+    check_small_regular_file(file)  # of any size: no bound is given
     try:
         return safe_open(str(file), framework="pt").__enter__()
     except Exception as error:

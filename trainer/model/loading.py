@@ -7,7 +7,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, is_panic, tokenizer_panic
 from strategies.imports import importing_without_gc
-from strategies.small_files import check_files_read_by_libraries, read_json_object, refuse_lfs_pointer
+from strategies.small_files import check_files_read_by_libraries, check_no_lfs_pointer, read_json_object
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
 from trainer.model.known_shapes import config_of_shape, names_by_hub_id, shape_instead_of_files
@@ -243,7 +243,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if Path(path).is_dir():
         check_files_read_by_libraries(Path(path))
     if config.chat_template is not None:
-        refuse_lfs_pointer(Path(config.chat_template).expanduser())
+        check_no_lfs_pointer(Path(config.chat_template).expanduser())
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,

@@ -32,13 +32,13 @@ def expected_bytes_by_collective(
     strategy: StrategyConfig,
     precision: Precision,
     runtime: Runtime,
-    micro_batches: int,
-    tokens_of_row: float,
+    num_micro_batches: int,
+    row_tokens: float,
 ) -> dict[str, float] | None:
     """Compute from what is sharded how many bytes a step should exchange, by collective, to compare with what is measured.
 
-    {"all_gather": 3.2e9, "reduce_scatter": 1.6e9}, each by the size of the full tensor; {} for a single rank. `micro_batches`: of
-    a rank in a step. `tokens_of_row`: mean tokens of a micro-batch, all ranks that share a row together.
+    {"all_gather": 3.2e9, "reduce_scatter": 1.6e9}, each by the size of the full tensor; {} for a single rank.
+    `num_micro_batches`: of a rank in a step. `row_tokens`: mean tokens of a micro-batch, all ranks that share a row together.
 
     None if the bytes cannot be computed: for quantised bases, and for ZeRO-3, which decides while it runs how often it gathers.
     """
@@ -47,51 +47,51 @@ def expected_bytes_by_collective(
         return None
     if runtime.world_size == 1:
         return {}
-    bytes_by_collective = _parameter_bytes_by_collective(built, strategy, precision, runtime, micro_batches)
+    bytes_by_collective = _parameter_bytes_by_collective(built, strategy, precision, runtime, num_micro_batches)
     # All-to-alls in each micro-batch, between ranks that share rows or experts.
     token_bytes = 0.0
     if runtime.sequence_size > 1:
-        token_bytes += _sequence_parallel_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
+        token_bytes += _sequence_parallel_bytes(built, strategy, precision, runtime.sequence_size, row_tokens)
     if built.step_module.plan.expert_ranks > 1:  # a layer's experts are distributed over so many ranks
-        token_bytes += _expert_parallel_bytes(built, strategy, precision, tokens_of_row / runtime.sequence_size)
+        token_bytes += _expert_parallel_bytes(built, strategy, precision, row_tokens / runtime.sequence_size)
     if token_bytes:
-        bytes_by_collective[ALL_TO_ALL] = token_bytes * micro_batches
+        bytes_by_collective[ALL_TO_ALL] = token_bytes * num_micro_batches
     return bytes_by_collective
 
 
 def _parameter_bytes_by_collective(
-    built: BuiltModel, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
+    built: BuiltModel, strategy: StrategyConfig, precision: Precision, runtime: Runtime, num_micro_batches: int
 ) -> dict[str, float]:
     """Bytes that a step exchanges for parameters and gradients, by collective; they do not depend on its tokens.
 
     Weights are gathered in half precision unless the run is in fp32. Gradients are reduced in fp32, except under ZeRO in fp16.
-    `micro_batches`: of a rank in a step. {} for strategies without ranks to exchange with.
+    `num_micro_batches`: of a rank in a step. {} for strategies without ranks to exchange with.
     """
     trained_elements = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     gathered_itemsize = _compute_itemsize(precision)
     if isinstance(strategy, ZeroConfig):
         gradient_itemsize = 2 if precision is Precision.fp16 else REDUCED_GRADIENT_ITEMSIZE
         # Stage 2 shards gradients, and so reduces them in each micro-batch. Stage 1 adds them up first.
-        reductions = micro_batches if strategy.stage == 2 else 1
+        reductions = num_micro_batches if strategy.stage == 2 else 1
         return {
             ALL_REDUCE: trained_elements * gradient_itemsize * reductions,
             ALL_GATHER: gathered_itemsize * trained_elements,
         }
     if isinstance(strategy, Fsdp2Config):
-        return _fsdp2_bytes_by_collective(built, strategy, runtime, micro_batches, gathered_itemsize)
+        return _fsdp2_bytes_by_collective(built, strategy, runtime, num_micro_batches, gathered_itemsize)
     if isinstance(strategy, DdpConfig):
-        reductions = micro_batches if strategy.defer_sync is False else 1
+        reductions = num_micro_batches if strategy.defer_sync is False else 1
         return {ALL_REDUCE: REDUCED_GRADIENT_ITEMSIZE * trained_elements * reductions}
     return {}
 
 
 def _fsdp2_bytes_by_collective(
-    built: BuiltModel, strategy: Fsdp2Config, runtime: Runtime, micro_batches: int, gathered_itemsize: int
+    built: BuiltModel, strategy: Fsdp2Config, runtime: Runtime, num_micro_batches: int, gathered_itemsize: int
 ) -> dict[str, float]:
     """Bytes that a rank exchanges in a step for parameters and gradients under FSDP2 and HSDP, by collective.
 
     HSDP has several replicas, each of which is sharded. `gathered_itemsize`: bytes of a weight in the type in which it is
-    gathered. `micro_batches`: of a rank in a step. Parameters are told by their `id()`, since modules may share one.
+    gathered. `num_micro_batches`: of a rank in a step. Parameters are told by their `id()`, since modules may share one.
     """
     module = built.step_module
     num_replicas = replica_count(strategy, runtime.world_size, runtime.num_hosts)
@@ -108,9 +108,9 @@ def _fsdp2_bytes_by_collective(
     defers_reduction = module.plan.defer_sync
     if defers_reduction is None:  # nobody decided: deferred unless the user set `strategy.defer_sync=false`
         defers_reduction = strategy.defer_sync is not False
-    reductions = 1 if defers_reduction else micro_batches
+    reductions = 1 if defers_reduction else num_micro_batches
     bytes_by_collective: dict[str, float] = {
-        ALL_GATHER: gathered_itemsize * gathered_elements * micro_batches,
+        ALL_GATHER: gathered_itemsize * gathered_elements * num_micro_batches,
         REDUCE_SCATTER: REDUCED_GRADIENT_ITEMSIZE * trained_elements * reductions,
     }
     if num_replicas > 1:
@@ -157,13 +157,13 @@ def _sequence_parallel_bytes(
     replayed documents, which a reference model reads by themselves.
     """
     step = built.step_module
-    _, blocks = width_and_num_blocks(built.base_on_meta)  # the model without what the tuning method adds
+    _, num_blocks = width_and_num_blocks(built.base_on_meta)  # the model without what the tuning method adds
     # A backward pass exchanges the gradients of what a forward pass exchanges.
-    passes = _num_forward_passes(built, strategy) + 1
-    elements = _all_to_all_elements_per_layer(built.config, ranks_per_row, row_tokens) * passes * blocks
+    num_passes = _num_forward_passes(built, strategy) + 1
+    elements = _all_to_all_elements_per_layer(built.config, ranks_per_row, row_tokens) * num_passes * num_blocks
     if step.teacher is not None:  # one forward pass
-        _, teacher_blocks = width_and_num_blocks(step.teacher)
-        elements += _all_to_all_elements_per_layer(step.teacher.config, ranks_per_row, row_tokens) * teacher_blocks
+        _, num_teacher_blocks = width_and_num_blocks(step.teacher)
+        elements += _all_to_all_elements_per_layer(step.teacher.config, ranks_per_row, row_tokens) * num_teacher_blocks
     return elements * _compute_itemsize(precision)
 
 
@@ -197,16 +197,16 @@ def _num_forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
     Each of these passes exchanges tokens, where ranks share rows or experts.
     """
     step = built.step_module
-    _, blocks = width_and_num_blocks(built.base_on_meta)
+    _, num_blocks = width_and_num_blocks(built.base_on_meta)
     # The modes of the blocks if the run chose them by memory (`activation_checkpointing=auto`), else the one of the settings.
-    mode_by_block = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
+    mode_by_block = step.plan.recomputation or [strategy.activation_checkpointing] * num_blocks
     recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in mode_by_block)
     # Passes without gradients: of the reference model (if it is the base without its adapters), and of a look ahead (a mean that
     # the loss needs before the step), which the reference model takes as well.
     gradient_free_passes = 1 if step.objective.uses_reference and built.tuning.keeps_base else 0
     if step.objective.look_ahead_terms:
         gradient_free_passes += 1 + gradient_free_passes
-    return 1 + gradient_free_passes + recomputed_blocks / blocks
+    return 1 + gradient_free_passes + recomputed_blocks / num_blocks
 
 
 def _all_to_all_elements_per_layer(model_config: Any, ranks_per_row: int, row_tokens: float) -> float:

@@ -19,7 +19,11 @@ MAX_MICRO_BATCH = 1024
 
 def micro_batch_divisors(samples_per_rank: int) -> list[int]:
     """Micro-batches that divide a rank's part of a step, ascending."""
-    return [micro for micro in range(1, min(samples_per_rank, MAX_MICRO_BATCH) + 1) if samples_per_rank % micro == 0]
+    return [
+        micro_batch
+        for micro_batch in range(1, min(samples_per_rank, MAX_MICRO_BATCH) + 1)
+        if samples_per_rank % micro_batch == 0
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +55,15 @@ class DocumentLengths:
             sequences_per_sample=sequences_per_sample,
         )
 
-    def num_tokens_of_longest(self, count: int) -> float:
-        """Tokens of the `count` longest samples together: what the worst micro-batch of `count` samples holds."""
+    def num_tokens_of_longest(self, num_samples: int) -> float:
+        """Tokens of the `num_samples` longest samples together: what the worst micro-batch of `num_samples` samples holds."""
         if len(self.longest) == 1:
-            return float(count * self.longest[0])
-        return float(self.longest[:count].sum())
+            return float(num_samples * self.longest[0])
+        return float(self.longest[:num_samples].sum())
 
-    def size_of_longest(self, count: int, *, in_rows: bool) -> float:
-        """The size of a micro-batch of the `count` longest samples, as a cost model counts it: in rows, or in tokens."""
-        return float(count) if in_rows else self.num_tokens_of_longest(count)
+    def size_of_longest(self, num_samples: int, *, in_rows: bool) -> float:
+        """The size of a micro-batch of the `num_samples` longest samples, as a cost model counts it: in rows, or in tokens."""
+        return float(num_samples) if in_rows else self.num_tokens_of_longest(num_samples)
 
     def num_samples_within(self, tokens: float) -> int:
         """How many of the longest samples have at most `tokens` tokens together: the largest micro-batch that memory allows.

@@ -67,7 +67,7 @@ def resolve_micro_batch(
     """
     runtime = inputs.runtime
     batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO_BATCH_KEY)), runtime)
-    config = _with_micro(config, batch["micro"], earlier_resolution)
+    config = _with_micro_batch(config, batch["micro"], earlier_resolution)
     dp_rank_samples = samples_per_dp_rank(config, runtime.world_size)
     if batch["micro"] != AUTO:
         is_users_choice = requested_micro_batch(batch, config.substitutions) != AUTO
@@ -88,24 +88,26 @@ def resolve_micro_batch(
             DeviceMemory(runtime.kind, least_gib),
             timeout_s=TIMEOUT_SHARE * runtime.timeout_s,
         )
-    micro, plan_summary = broadcast_object(own_proposal, runtime)
+    micro_batch, plan_summary = broadcast_object(own_proposal, runtime)
 
     # The simulation may be too optimistic: try real steps, with a smaller micro-batch each time they run out of memory.
     failed_trials: list[OutOfMemoryTrial] = []
-    while probe_runs_out_of_memory(_with_micro(config, micro, note=None), inputs, _trial_description(micro)):
-        failed_trials.append(OutOfMemoryTrial(micro))
-        smaller_micros = [divisor for divisor in micro_batch_divisors(dp_rank_samples) if divisor < micro]
-        if not smaller_micros:
+    while probe_runs_out_of_memory(
+        _with_micro_batch(config, micro_batch, note=None), inputs, _trial_description(micro_batch)
+    ):
+        failed_trials.append(OutOfMemoryTrial(micro_batch))
+        smaller_micro_batches = [divisor for divisor in micro_batch_divisors(dp_rank_samples) if divisor < micro_batch]
+        if not smaller_micro_batches:
             raise DoesNotFit(
                 f"batch.micro=auto: a step of one document in each forward pass runs out of memory ({plan_summary}); shorten "
                 "them (data.max_length), recompute (strategy.activation_checkpointing=full), shard more or take "
                 "tuning=lora; `shardtune plan` compares them"
             )
-        announce(f"batch.micro={micro} runs out of memory; trying {smaller_micros[-1]}")
-        micro = smaller_micros[-1]
+        announce(f"batch.micro={micro_batch} runs out of memory; trying {smaller_micro_batches[-1]}")
+        micro_batch = smaller_micro_batches[-1]
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents held"
-    resolved_config = _with_micro(
-        config, micro, ResolvedSetting(MICRO_BATCH_KEY, AUTO, micro, reason, tuple(failed_trials))
+    resolved_config = _with_micro_batch(
+        config, micro_batch, ResolvedSetting(MICRO_BATCH_KEY, AUTO, micro_batch, reason, tuple(failed_trials))
     )
     write_config(resolved_config)
     return resolved_config
@@ -126,9 +128,9 @@ def with_proposed_micro_batch(config: RunConfig, prepared: PreparedData) -> RunC
     if device_kind == "cuda" and not torch.cuda.is_available():
         # Nothing is chosen, so that the run itself will choose: a text, and no `ResolvedSetting`.
         note = f"{AUTO} -> as memory allows, on the host with the GPUs; the figures here are for 1"
-        return _with_micro(config, 1, note)
+        return _with_micro_batch(config, 1, note)
     runtime = runtime_of_first_rank(config)  # as it would be; no process group is formed
-    micro, plan_summary = propose_micro_batch(
+    micro_batch, plan_summary = propose_micro_batch(
         config,
         prepared,
         config.precision,
@@ -137,17 +139,17 @@ def with_proposed_micro_batch(config: RunConfig, prepared: PreparedData) -> RunC
         timeout_s=TIMEOUT_SHARE * config.run.timeout_s,
     )
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents will be tried"
-    return _with_micro(config, micro, ResolvedSetting(MICRO_BATCH_KEY, AUTO, micro, reason))
+    return _with_micro_batch(config, micro_batch, ResolvedSetting(MICRO_BATCH_KEY, AUTO, micro_batch, reason))
 
 
-def _trial_description(micro: int) -> ProbeDescription:
+def _trial_description(micro_batch: int) -> ProbeDescription:
     """The trial of a micro-batch, as the messages of the trial name it."""
     return ProbeDescription(
-        MICRO_BATCH_KEY, f"{micro} documents in each forward pass", "give batch.micro a smaller number"
+        MICRO_BATCH_KEY, f"{micro_batch} documents in each forward pass", "give batch.micro a smaller number"
     )
 
 
-def _with_micro(config: RunConfig, micro: Any, note: ResolvedSetting | str | None) -> RunConfig:
+def _with_micro_batch(config: RunConfig, micro_batch: Any, note: ResolvedSetting | str | None) -> RunConfig:
     """Set `batch.micro` of a run that had `auto`, and record why (`note`); None removes an earlier reason.
 
     `note`: a `ResolvedSetting` is a choice that a later start takes again; a text is a placeholder for one that is made
@@ -158,7 +160,7 @@ def _with_micro(config: RunConfig, micro: Any, note: ResolvedSetting | str | Non
     substitutions.pop(MICRO_BATCH_KEY, None)
     if note:
         substitutions[MICRO_BATCH_KEY] = note
-    return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
+    return replace(config, batch={**config.batch, "micro": micro_batch}, substitutions=substitutions)
 
 
 def runtime_of_first_rank(config: RunConfig) -> Runtime:
@@ -207,12 +209,14 @@ def propose_micro_batch(
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
         # With one document in a micro-batch: the cost model holds for all sizes.
         config_of_mode = single_step_config(
-            _with_micro(config, 1, note=None), rank_counts.world_size, mode_if_auto=mode
+            _with_micro_batch(config, 1, note=None), rank_counts.world_size, mode_if_auto=mode
         )
         config_of_mode = replace(config_of_mode, precision=precision)
         cost_model = simulate_cost_model_in_process(config_of_mode, lengths, rank_counts, device.kind, timeout_s)
         if isinstance(cost_model, NotSimulated):
-            first_tried = max(micro for micro in micro_batches if micro <= FIRST_MICRO_BATCH_IF_UNPLANNED)
+            first_tried = max(
+                micro_batch for micro_batch in micro_batches if micro_batch <= FIRST_MICRO_BATCH_IF_UNPLANNED
+            )
             return MicroBatchProposal(first_tried, f"not planned: {cost_model.reason}")
         if cost_model.needs_single_rows:
             return MicroBatchProposal(1, "the model is right for one document at a time only")
@@ -232,19 +236,19 @@ def _largest_fitting(
     `cost_model`: memory of the step at any micro-batch. `lengths`: of the run's documents, of which the longest count.
     """
     fitting = [
-        micro
-        for micro in micro_batches
-        if needed_device_gib(cost_model, micro, lengths, available_gib) <= available_gib
+        micro_batch
+        for micro_batch in micro_batches
+        if needed_device_gib(cost_model, micro_batch, lengths, available_gib) <= available_gib
     ]
     return max(fitting, default=None)
 
 
-def needed_device_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, available_gib: float) -> float:
-    """GiB of device memory that a rank needs for micro-batches of the `micro` longest documents, with what its process takes.
+def needed_device_gib(cost_model: CostModel, micro_batch: int, lengths: DocumentLengths, available_gib: float) -> float:
+    """GiB of device memory that a rank needs for micro-batches of the `micro_batch` longest documents, libraries included.
 
     `cost_model`: memory of the step at any micro-batch. `available_gib`: memory of the device.
     """
-    num_rows_or_tokens = lengths.size_of_longest(micro, in_rows=cost_model.size_is_in_rows)
+    num_rows_or_tokens = lengths.size_of_longest(micro_batch, in_rows=cost_model.size_is_in_rows)
     live_bytes = cost_model.memory_peak_at(num_rows_or_tokens).total_bytes
     return device_memory_fit(live_bytes, num_rank_groups(cost_model), available_gib).needed_bytes / GIB
 

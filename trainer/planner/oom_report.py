@@ -145,12 +145,14 @@ def _remedies_line(config: RunConfig, runtime: Runtime, *, training: bool) -> st
     """
     if not training:
         return f"lower evaluation.batch (it is {config.evaluation.batch}); the result does not depend on it"
-    global_batch, micro = config.batch["global"], config.batch["micro"]
+    global_batch, micro_batch = config.batch["global"], config.batch["micro"]
     remedies = []
     # `dp_size`: ranks that read different samples; those that share a row read the same.
-    smaller_micros = [divisor for divisor in micro_batch_divisors(global_batch // runtime.dp_size) if divisor < micro]
-    if smaller_micros:
-        remedies.append(f"batch.micro={smaller_micros[-1]} (or auto), which keeps batch.global={global_batch}")
+    smaller_micro_batches = [
+        divisor for divisor in micro_batch_divisors(global_batch // runtime.dp_size) if divisor < micro_batch
+    ]
+    if smaller_micro_batches:
+        remedies.append(f"batch.micro={smaller_micro_batches[-1]} (or auto), which keeps batch.global={global_batch}")
     if config.strategy.activation_checkpointing is not ActivationCheckpointing.full:
         remedies.append("strategy.activation_checkpointing=full")
     if config.data.max_length:

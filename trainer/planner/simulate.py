@@ -113,29 +113,29 @@ class RecordedStep(NamedTuple):
         return {phase: peak.operation_index for phase, peak in self.peaks.items()}
 
 
-def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> SimulatedStep:
+def simulate(parts: StepParts, runtime: Runtime, *, num_repeats: int = 1) -> SimulatedStep:
     """Take training steps of one rank on fake tensors (which have shapes but no memory), to learn what a step of it needs.
 
     The first step creates the optimizer's state, the second finds after which operation the memory of each phase is highest, and
-    the third counts it there by kind (parameters, activations, ...). `repeat`: steps after the second; with 0 nothing is known by
-    kind.
+    the third counts it there by kind (parameters, activations, ...). `num_repeats`: steps after the second; with 0 nothing is
+    known by kind.
 
     The model of `parts` is on meta, and cannot be used afterwards. Raises what the engine raises, and ConfigError for what it
     refuses.
     """
     with fake_tensors(runtime.device):
         (batches,) = replace_tensors_by_fakes(parts.built, [parts.micro_batches])  # takes and returns a list of steps
-        return record_steps(replace(parts, micro_batches=batches), runtime, repeat=repeat)
+        return record_steps(replace(parts, micro_batches=batches), runtime, num_repeats=num_repeats)
 
 
-def record_steps(parts: StepParts, runtime: Runtime, *, warmup_steps: int = 1, repeat: int = 1) -> SimulatedStep:
+def record_steps(parts: StepParts, runtime: Runtime, *, warmup_steps: int = 1, num_repeats: int = 1) -> SimulatedStep:
     """Take training steps on the tensors of `parts`, real or fake, and report what one step takes. All ranks must call.
 
-    Tests compare real steps with simulated ones by it. The first `warmup_steps` steps do not count. Of the 1 + `repeat` steps
-    after them, the lowest peak of each phase counts: threads of real process groups free tensors late in some steps.
+    Tests compare real steps with simulated ones by it. The first `warmup_steps` steps do not count. Of the 1 + `num_repeats`
+    steps after them, the lowest peak of each phase counts: threads of real process groups free tensors late in some steps.
     """
     with recording_engine(parts, runtime) as recorded:
-        return _report_lowest_peaks(parts, recorded, warmup_steps, repeat)
+        return _report_lowest_peaks(parts, recorded, warmup_steps, num_repeats)
 
 
 @contextmanager
@@ -186,8 +186,10 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _report_lowest_peaks(parts: StepParts, recorded: RecordedEngine, warmup_steps: int, repeat: int) -> SimulatedStep:
-    """Take 1 + `repeat` steps after `warmup_steps`, and report what a step needs: of each phase the lowest peak memory of all.
+def _report_lowest_peaks(
+    parts: StepParts, recorded: RecordedEngine, warmup_steps: int, num_repeats: int
+) -> SimulatedStep:
+    """Take 1 + `num_repeats` steps after `warmup_steps`, and report what one needs: of each phase the lowest peak memory.
 
     Real steps differ, because threads of process groups free tensors late in some of them. Simulated steps must all have the same
     peaks; RuntimeError otherwise. Collectives and FLOPs are those of the first counted step.
@@ -196,7 +198,7 @@ def _report_lowest_peaks(parts: StepParts, recorded: RecordedEngine, warmup_step
         recorded.take_step(parts.micro_batches)
     first_step = recorded.take_step(parts.micro_batches)
     lowest = first_step
-    for _ in range(repeat):
+    for _ in range(num_repeats):
         # It is known now after which operation each phase peaks: there, bytes are also told apart by kind.
         repeated = recorded.take_step(parts.micro_batches, lowest.peak_operations())
         if recorded.runtime.simulated:

@@ -142,13 +142,14 @@ def simulate_depth(
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as a whole.
 
     `lengths`: tokens of each sequence of a micro-batch. `rank`: the rank to simulate; None for the one with most attention
-    heads (`busiest_rank`). `exact`: simulate the whole model. `device`: what tensors claim to lie on; `SIMULATED` is a GPU.
-    `expert_imbalance`: with `parallel.experts`, tokens that arrive at the rank's experts over the mean of its group.
+    heads (`rank_with_most_attention_heads`). `exact`: simulate the whole model. `device`: what tensors claim to lie on;
+    `SIMULATED` is a GPU. `expert_imbalance`: with `parallel.experts`, tokens that arrive at the rank's experts over the mean
+    of its group.
     """
     # Its period is the number of blocks after which their kinds repeat; None if they do not.
     pattern = block_pattern(config.model)
     rank_of_job = _RankOfJob(
-        rank=busiest_rank(config) if rank is None else rank,
+        rank=rank_with_most_attention_heads(config) if rank is None else rank,
         world_size=world_size,
         local_world_size=local_world_size,
         device=device,
@@ -341,7 +342,7 @@ def may_ends_overlap(config: RunConfig) -> bool:
     return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
 
 
-def busiest_rank(config: RunConfig) -> int:
+def rank_with_most_attention_heads(config: RunConfig) -> int:
     """Which rank's training step the memory simulation should run: one with as many attention heads as any rank.
 
     With sequence parallelism (`parallel.sequence` = n > 1), n ranks share each row of the batch, and in attention each computes
@@ -361,13 +362,12 @@ def busiest_rank(config: RunConfig) -> int:
 
 
 def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
-    """The rank whose step takes most memory, and so decides what fits: the last one under ZeRO-1 and 2, else `busiest_rank`."""
-    reduces_by_bucket = isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3
-    if reduces_by_bucket:
+    """The rank whose step takes most memory, so that it decides what fits."""
+    if isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3:
         # The last rank's part of the gradients is reduced first, when everything else is still live. It is also the last of the
         # ranks that share a row, which has as many heads and tokens as any.
         return world_size - 1
-    return busiest_rank(config)
+    return rank_with_most_attention_heads(config)
 
 
 def _with_full_trained_elements(parts: StepParts, full_pattern: BlockPattern) -> StepParts:

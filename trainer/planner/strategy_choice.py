@@ -197,8 +197,8 @@ def _with_placeholder_strategy(config: RunConfig, world_size: int) -> RunConfig:
 def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The batch settings for this start: an earlier start's choice of `batch.micro` is dropped if it is not possible any more.
 
-    With another number of ranks (`world_size`), it may not divide the samples of a data-parallel rank. `micro` is `auto` again
-    then, and is chosen anew after the strategy. What the user has set stays. {"global": 64, "micro": "auto"}, say.
+    With another number of ranks (`world_size`), it may not divide the samples of a data-parallel rank. `micro_batch` is `auto`
+    again then, and is chosen anew after the strategy. What the user has set stays. {"global": 64, "micro": "auto"}, say.
     """
     batch = config.batch
     is_earlier_choice = batch["micro"] != AUTO and requested_micro_batch(batch, config.substitutions) == AUTO
@@ -251,8 +251,10 @@ def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: P
     If `batch.micro` is `auto` too, which is resolved after the strategy, a micro-batch of one document is taken. Raises
     OutOfMemory, which names the strategy, if some ranks run out and others do not.
     """
-    micro = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
-    trial_config = replace(_with_strategy(config, proposal.strategy, note=None), batch={**config.batch, "micro": micro})
+    micro_batch = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
+    trial_config = replace(
+        _with_strategy(config, proposal.strategy, note=None), batch={**config.batch, "micro": micro_batch}
+    )
     remedy = "launcher.retry={out_of_memory: 3} would start with the next; or name a strategy that shards more"
     trial = ProbeDescription(STRATEGY_KEY, f"strategy={proposal.name}", remedy)
     try:

@@ -15,7 +15,7 @@ from trainer.config.run import RunConfig
 from trainer.config.validate import config_problems
 from trainer.model.config import ModelKind, Quantisation
 from trainer.objectives.registry import objective_family
-from trainer.planner.dealt_experts import with_expert_parallelism
+from trainer.planner.dealt_experts import configs_with_expert_parallelism
 from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerSetting, peer_setting_problems
 from trainer.tuning.base import TuningName
 
@@ -124,7 +124,7 @@ def _expert_parallel_variants(variants: list[RunVariant], world_size: int) -> li
     Those that cannot run are left out without a reason, since nobody asked for them. `world_size`: ranks of the run.
     """
     expert_parallel_variants = []
-    configs_by_variant = with_expert_parallelism([variant.config for variant in variants], world_size)
+    configs_by_variant = configs_with_expert_parallelism([variant.config for variant in variants], world_size)
     for variant, expert_parallel_configs in zip(variants, configs_by_variant, strict=True):
         for config in expert_parallel_configs:
             if not _plan_problems(config, world_size):

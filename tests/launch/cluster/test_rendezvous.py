@@ -57,7 +57,7 @@ def test_rendezvous_with_a_wrong_interface_port_or_rank_is_a_message(words, capf
 def test_ranks_of_a_host_without_a_loopback_address_are_refused(monkeypatch):
     monkeypatch.setattr(network, "LOOPBACK", "203.0.113.1")  # of documentation: nobody has it
     with pytest.raises(ConfigError, match=r"launcher\.processes=2: ranks of one host meet at .*ip link set lo up"):
-        network.refuse_without_loopback(2)
+        network.check_loopback_address(2)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from launch.plan.from_run import _measured_imbalance
 from strategies.base import Precision
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
-from trainer.planner.dealt_experts import with_expert_parallelism
+from trainer.planner.dealt_experts import configs_with_expert_parallelism
 from trainer.planner.hardware import find_card
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.plan import PlannedJob, with_imbalance
@@ -77,7 +77,7 @@ def test_what_cannot_deal_experts_is_left_out(model, tmp_path):
         return config
 
     dense = variants(model_dir(tmp_path, "llama"), "strategy=fsdp2", "launcher.nodes=1", "launcher.gpus_per_node=8")
-    assert with_expert_parallelism([dense], 8) == [[]]
+    assert configs_with_expert_parallelism([dense], 8) == [[]]
     config = variants(model, "launcher.nodes=1", "launcher.gpus_per_node=6")  # of a host's six ranks two can be a group
     possible, _ = list_variants(config, PlanConfig(), set(), 6)
     found = {(way.name, way.config.parallel.experts) for way in possible if way.config.parallel.experts > 1}
@@ -125,7 +125,7 @@ def test_a_plan_deals_no_experts_that_its_teacher_cannot(model, tmp_path):
         words += ["launcher.gpus_per_node=4", "objective=distillation", f"objective.teacher.path={teacher}"]
         config = compose_config(words, check=False).config
         config.batch.update({"micro": 1, "global": 8})
-        (dealt,) = with_expert_parallelism([config], 4)
+        (dealt,) = configs_with_expert_parallelism([config], 4)
         degrees[name] = [way.parallel.experts for way in dealt]
     assert degrees == {"six": [2], "dense": [2, 4]}
 
