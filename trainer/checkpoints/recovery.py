@@ -59,7 +59,7 @@ def write_part_note(staging_dir: Path, state: RankState, outcome: RankFileOutcom
         "world_size": state.runtime.world_size,
         "parts": part_fields_by_tensor,
         "file": file_fields,
-        "progress": state.header.decode(),
+        "progress": state.progress_json.decode(),
         "attached": [[attached.name, attached.size, attached.sha256] for attached in outcome.attached],
     }
     write_new_file(staging_dir / PART_NOTE_FILE_FORMAT.format(state.runtime.rank), json.dumps(note).encode())
