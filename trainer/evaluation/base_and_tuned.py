@@ -20,7 +20,7 @@ from trainer.step import BuiltModel
 
 @dataclass(frozen=True, slots=True)
 class FinishedTaskReporter:
-    """Reports each finished task: to the console, and on rank 0 to the unfinished report."""
+    """Reports each finished task of an evaluation: to the console, and on rank 0 to a report that survives a crash."""
 
     console: Console
     unfinished_report: UnfinishedReport | None
@@ -28,9 +28,10 @@ class FinishedTaskReporter:
     """False for the prompts of a review, which have no right answer."""
 
     def report_finished_task(self, arm: str, finished: FinishedTask) -> None:
-        """Print metrics and speed of a finished task, and add it to the unfinished report. Raises StorageError.
+        """Print metrics and speed of a task as soon as all its rows are answered, and save them in the unfinished report.
 
-        `arm`: which model has answered, "tuned" or "base".
+        The unfinished report lets users see what was measured if the evaluation fails in a later task. `arm`: which model has
+        answered, "tuned" or "base". Raises StorageError.
         """
         name = finished.prepared.task.name
         metrics = ""
@@ -40,13 +41,18 @@ class FinishedTaskReporter:
         self.console.print_line(f"{arm}: {name}:{metrics} ({len(finished.rows)} rows, {finished.seconds:.1f} s)")
         if finished.throughput is not None:
             self.console.print_line(f"{arm}: {name}: {finished.throughput}")
+        # None on all ranks but 0.
         if self.unfinished_report is not None:
             self.unfinished_report.add_finished_task(arm, finished)
 
 
 @contextmanager
 def printing_finished_tasks_if_it_fails(unfinished: UnfinishedReport | None, console: Console) -> Iterator[None]:
-    """If the evaluation ends early, say which tasks are already written, and where."""
+    """Run the tasks of an evaluation within this context: if it ends by an error or is stopped, a line says what is written
+    already.
+
+    `unfinished`: the report of the tasks that are finished; None on ranks that write none.
+    """
     try:
         yield
     except BaseException:
@@ -59,10 +65,13 @@ def printing_finished_tasks_if_it_fails(unfinished: UnfinishedReport | None, con
 def set_opponent_answers(
     job: EvaluationJob, evaluator: TaskEvaluator, earlier_rows_by_task: dict[str, list[TaskRow]]
 ) -> None:
-    """Give tasks that compare the answers of two models those of the other one, if an earlier report has them.
+    """Prepare tasks that compare the answers of two models, such as `preference`, before their rows are checked.
 
-    Else the other model, the opponent, is asked first: as the base in this evaluation (`job.base`), or in an evaluation of its
-    own (`job.is_opponent`). Tasks are told that they ask it, so that they miss no answers when their rows are checked.
+    The other model is called the opponent. If an earlier report has its answers, its tasks get them here. Else it is asked
+    first, as the base in this evaluation (`job.base`) or in an evaluation of its own (`job.is_opponent`): `asks_opponent` tells
+    the tasks so, and they miss no answers yet.
+
+    `earlier_rows_by_task`: the report rows of the earlier evaluation by task; empty if there is none.
     """
     for prepared in evaluator.tasks:
         prepared.task.asks_opponent = job.is_opponent or job.base
@@ -77,10 +86,14 @@ def evaluate_models(
     evaluator: TaskEvaluator,
     reporter: FinishedTaskReporter,
 ) -> dict[str, EvaluatedModel]:
-    """Evaluate the model ("tuned"), and before it the base ("base") if the job asks for it. All ranks must call.
+    """Run all tasks on the model ("tuned"), and on the model before training ("base") if the job compares the two. All ranks
+    must call.
 
-    `built`: the engine and what it was built from, into which the job's checkpoint is loaded; None for the model of a server.
-    `job.is_opponent`: whether this model is itself the opponent of another one, which is evaluated later.
+    Between the two, tasks that compare answers get those of the base. `built`: the engine and the model, into which the job's
+    checkpoint is loaded here; None for a model behind a server, which has no weights on this machine. `job.is_opponent`:
+    whether this model is itself the one that another model, evaluated later, is compared with.
+
+    Returns {"base": ..., "tuned": ...}, without "base" if it was not asked.
     """
     models: dict[str, EvaluatedModel] = {}
     if built is not None:
@@ -97,11 +110,12 @@ def evaluate_models(
 def _evaluate_base_and_load_checkpoint(
     job: EvaluationJob, engine: Engine, built: BuiltModel, evaluator: TaskEvaluator, reporter: FinishedTaskReporter
 ) -> dict[str, EvaluatedModel]:
-    """Load the job's checkpoint, and evaluate the base if the job asks for it. All ranks must call.
+    """Load the checkpoint that is evaluated, and evaluate the base while its weights are there. All ranks must call.
 
-    - Full tuning overwrites the base, as adapters do that rewrite it at their start (PiSSA): the base is evaluated before the
-      checkpoint is loaded.
-    - Other adapters can be switched off: the base is evaluated afterwards.
+    Full tuning overwrites the base, as do adapters that change it at their start (PiSSA): the base is evaluated before the
+    checkpoint is loaded. Other adapters can be switched off: the base is evaluated afterwards.
+
+    Returns {"base": ...}, or {} if the job does not compare with the base.
     """
     models: dict[str, EvaluatedModel] = {}
     for prepared in evaluator.tasks:
@@ -118,7 +132,10 @@ def _evaluate_base_and_load_checkpoint(
 
 
 def _evaluate_model(evaluator: TaskEvaluator, arm: str, reporter: FinishedTaskReporter) -> EvaluatedModel:
-    """Run every task on the model as it is now, and report each. `arm`: "tuned" or "base". All ranks must call."""
+    """Run every task on the model whose weights are loaded now, and report each as soon as it is finished. All ranks must call.
+
+    `arm`: the name of that model in reports, "tuned" or "base".
+    """
     model = EvaluatedModel()
     for finished in evaluator.run_tasks():
         name = finished.prepared.task.name

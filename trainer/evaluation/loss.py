@@ -67,9 +67,10 @@ class LossEvaluator:
         """Called after each evaluation with the sums of each micro-batch in the order of the documents, by metric."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Yield the metrics as (name, value), such as ("eval/loss", 2.31), first of all documents, then of single sources.
+        """Compute the held-out metrics of the model as it is now: yields (name, value), such as ("eval/loss", 2.31).
 
-        Values are equal on all ranks. All ranks must call. Raises Interrupted, on all ranks or none, if the run must stop.
+        First come the metrics of all documents, then those of single sources. Values are equal on all ranks. All ranks must
+        call. Raises Interrupted, on all ranks or none, if the run must stop.
         """
         means = self._means_for_loss(engine)
         own_sums = self._sum_own_micro_batches(engine, means)
@@ -85,7 +86,11 @@ class LossEvaluator:
                     yield full_name, values[metric]
 
     def _means_for_loss(self, engine: Engine) -> dict[str, torch.Tensor]:
-        """Means over all documents that the objective's loss needs, by term; empty for most objectives. All ranks must call."""
+        """A first pass over all documents, for the few objectives whose loss needs means over the whole set. All ranks must
+        call.
+
+        Returns these means by term (a value that the objective returns); empty for most objectives.
+        """
         if self._first_pass_batches is None:
             return {}
         return mean_terms_without_gradients(
@@ -93,21 +98,23 @@ class LossEvaluator:
         )
 
     def _sum_own_micro_batches(self, engine: Engine, means: dict[str, torch.Tensor]) -> _SumsOfRank:
-        """The sums over this rank's micro-batches of each term, that is, of each value that the objective returns.
+        """Run a forward pass on each micro-batch of this rank, and sum up what the objective returns. All ranks must call.
 
-        Terms are "loss", "accuracy" and others. Each micro-batch has a forward pass. `means`: what `_means_for_loss` returned.
-        All ranks must call. Raises Interrupted if the run must stop.
+        A term is one such value, summed over the micro-batch: "loss", "accuracy" and others. `means`: what `_means_for_loss`
+        returned. Raises Interrupted if the run must stop.
         """
         sums = _SumsOfRank()
         row_by_source = {reported.source: row for row, reported in enumerate(self._reported_sources)}
         num_source_rows = max(1, len(row_by_source))
         with engine.inference() as module:
             for batch in self._batches():
+                # All micro-batches go to row 0 if no source has metrics of its own.
                 source_row = row_by_source.get(batch.pop("source", None), 0)
                 terms = module({**batch, "step_means": means})  # "step_means": the means of a first pass
                 for term, value in {**terms, **position_group_counts(batch, terms)}.items():
                     if term not in sums.by_source:
                         sums.by_source[term] = value.new_zeros((num_source_rows, *value.shape), dtype=torch.float64)
+                    # In float64, so that the number of micro-batches does not change the result.
                     sums.by_source[term][source_row] += value.double()
                     if term in TERMS_KEPT_BY_BATCH:
                         sums.by_batch.setdefault(term, []).append(value.double())
@@ -115,10 +122,10 @@ class LossEvaluator:
         return sums
 
     def _reduce_and_report_batch_sums(self, own_sums: _SumsOfRank, engine: Engine) -> dict[str, torch.Tensor]:
-        """Add the sums of all ranks in one reduction. Returns the totals by term, float64 [sources, ...] as `by_source` has them.
+        """Add the sums of all ranks in one reduction; returns the totals by term, float64 [sources, ...]. All ranks must call.
 
         Also calls `on_batch_sums` with the sum of each micro-batch of all ranks, in the order of the documents, such as
-        {"eval/loss": [310.2, 287.9]}. All ranks must call.
+        {"eval/loss": [310.2, 287.9]}. With these, two evaluations of the same documents can be compared by a paired test.
         """
         terms = sorted(own_sums.by_source)
         batch_terms = sorted(own_sums.by_batch)
@@ -140,10 +147,10 @@ class LossEvaluator:
         }
 
     def _metrics(self, totals: dict[str, torch.Tensor], loss_denominator: float) -> dict[str, float]:
-        """The metrics by name, the loss first: {"loss": 2.31, "perplexity": 10.1, "accuracy": 0.52, ...}.
+        """Turn summed terms into metrics, the loss first: {"loss": 2.31, "perplexity": 10.1, "accuracy": 0.52, ...}.
 
-        `totals`: summed terms of all ranks. Scalars become means over `loss_denominator`; position groups have denominators of
-        their own, and `confusion` becomes F1 scores.
+        `totals`: the terms, summed over all ranks and the documents in question. Scalars become means over `loss_denominator`.
+        The losses by position in the document have denominators of their own. `confusion` (counts by label) becomes F1 scores.
         """
         denominator = loss_denominator or 1  # without targets the sums are 0, and so are the means
         totals = dict(totals)
@@ -180,12 +187,15 @@ class _SumsOfRank:
 def _place_micro_batch_sums(
     own_sums: list[torch.Tensor], rank: int, world_size: int, ranks_per_row: int
 ) -> torch.Tensor:
-    """float64 [micro-batches of all ranks]: this rank's sums at the indices of their micro-batches, zeros elsewhere.
+    """Lay out this rank's sums at the places of their micro-batches among all ranks', zeros elsewhere, ready for a sum over
+    ranks.
 
-    Consecutive micro-batches go to consecutive data-parallel groups: with 2 groups, rank group 1 has the micro-batches 1, 3, 5.
-    A group is the `ranks_per_row` neighbouring ranks that split each row; each of them puts its share of the sum at the same
-    index. So when the caller adds up these vectors over all ranks, every micro-batch has its full sum, in the order of the
-    documents. All ranks have the same number of micro-batches; some may be empty, and sum to 0. `own_sums`: a scalar for each.
+    `own_sums`: a scalar tensor for each micro-batch of this rank. All ranks have the same number of them; some may be empty,
+    and sum to 0. `ranks_per_row`: so many neighbouring ranks, a data-parallel group, split each row of tokens; each of them
+    puts its share of a sum at the same place.
+
+    Consecutive micro-batches go to consecutive groups: with 2 groups, group 1 has the micro-batches 1, 3, 5. After the sum
+    over ranks every micro-batch has its full sum, in the order of the documents. Returns float64 [micro-batches of all ranks].
     """
     stacked = torch.stack(own_sums)
     num_groups = world_size // ranks_per_row

@@ -59,12 +59,12 @@ class TrainedModel:
 
 
 def trained_shapes(built: BuiltModel) -> dict[str, torch.Size]:
-    """The shapes of the parameters that train, by plain name. `built`: not sharded."""
+    """The shapes of the parameters that train, by name in the run's module. `built`: not sharded."""
     return {name: parameter.shape for name, parameter in trainable_parameters(built.step_module)}
 
 
 class TrainedValues:
-    """`strategies.base.ParameterSource` of a model as it was trained, to compute with it."""
+    """Values of a model as it was trained, for an engine that computes with it (`strategies.base.ParameterSource`)."""
 
     def __init__(self, source: WeightSource, trained: Mapping[str, Tensor]) -> None:
         """`source`: of the model as the run began. `trained`: the parameters that trained, by plain name."""
@@ -72,7 +72,11 @@ class TrainedValues:
         self.trained = trained
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU: trained, or as the run began."""
+        """Elements `[start, stop)` of the full parameter `name` as if flattened, on the CPU; of `shape`, which a strategy may
+        need in shares.
+
+        The trained value if the parameter trained, else the one with which the run began.
+        """
         if name in self.trained:
             return self.trained[name].reshape(-1)[start:stop]
         return self.source.read_slice(name, shape, start, stop)
@@ -80,7 +84,9 @@ class TrainedValues:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A context in which torch computes with one thread, so that products and sums round alike on every host."""
+    """A context in which torch computes with one thread: sums round alike on every host, so an export has the same bytes
+    everywhere.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -98,7 +104,10 @@ class ModelValues:
     """
 
     def __init__(self, model: TrainedModel) -> None:
-        """Describes the values of `model` and opens the base's files. Sets `seed` of an adapter's tuning."""
+        """Open the base's files, and note under which names the parameters and buffers of the model are exported.
+
+        Reads no tensor yet. Sets `seed` of an adapter's tuning.
+        """
         self.model = model
         self.base = model.base_weights()
         """Also the reader of stored weights that the architecture ignores."""
@@ -111,6 +120,7 @@ class ModelValues:
         """The name of a parameter in the run's module, by its name in the base, in the order in which the model holds them."""
         for plain_name, _ in named_parameters(model.built.step_module):
             # peft keeps the original of a module that trains as a full copy; the copy is exported.
+            # True for such an original, whose copy stands beside it.
             is_replaced = self._merger is not None and ".original_module." in plain_name
             if not tuning.is_added_parameter(plain_name) and not is_replaced:
                 self._plain_name_by_base_name[tuning.base_name(plain_name)] = plain_name
@@ -123,15 +133,17 @@ class ModelValues:
                 self._buffers[tuning.base_name(plain_name)] = buffer.detach()
 
     def base_names(self) -> list[str]:
-        """Base names of all values: those of parameters, then of buffers, each in the order in which the model holds them."""
+        """Names of all tensors that an export has, as in the base model: parameters, then buffers, each in the model's order."""
         return [*self._plain_name_by_base_name, *self._buffers]
 
     def meta_tensor(self, base_name: str) -> Tensor:
-        """An empty tensor on the meta device with the shape of a value; nothing is read.
+        """What shape and type an exported tensor will have, as an empty tensor on the meta device; nothing is read.
 
-        - a buffer: of its own type;
-        - a parameter that the base holds quantised: float32, with its full shape;
-        - any other: float32, in which adapters are merged, if it is floating-point, else its own type.
+        `base_name`: the name in the base model, such as "model.norm.weight". The type is
+
+        - of a buffer: its own;
+        - of a parameter that the base holds quantised: float32, with its full shape;
+        - of any other: float32, in which adapters are merged, if it is floating-point, else its own type.
         """
         if base_name in self._buffers:
             return self._buffers[base_name].to("meta")
@@ -142,11 +154,15 @@ class ModelValues:
         return torch.empty(parameter.shape, dtype=dtype, device="meta")
 
     def full_tensor(self, base_name: str) -> Tensor:
-        """The full tensor of a buffer or parameter, on the CPU. Reads only what it needs.
+        """Read one whole tensor of the export, on the CPU. Only what this tensor needs is read, so that no host holds the whole
+        model.
 
-        - a buffer: that of the model;
-        - a parameter that trained: from the checkpoint;
-        - a frozen parameter: from the base, with the adapter merged in if there is one, by one thread: the same on every host.
+        - A buffer: that of the model.
+        - A parameter that trained in full: from the checkpoint.
+        - A frozen parameter: from the base, with the adapter merged in if there is one. One thread merges: the same bits on
+          every host.
+
+        `base_name`: the name in the base model. The plain name is that in the run's module, where an adapter may be around it.
         Raises StorageError if the checkpoint cannot be read, ConfigError if a conversion of the base's files fails.
         """
         if base_name in self._buffers:
@@ -169,11 +185,14 @@ class ModelValues:
         self.model.source.close()
 
     def _frozen_tensor(self, base_name: str, plain_name: str) -> Tensor:
-        """The value of a parameter that does not train, without an adapter.
+        """The value of a parameter that did not train, before an adapter is merged in.
 
-        - the base holds it quantised: its full-precision values;
-        - the base does not have it (a new head), or has it in another shape (a grown vocabulary): as the run began;
-        - else: that of the base, in the type of its files, which the run may hold rounded.
+        - The base's files hold it quantised: its full-precision values.
+        - They do not have it (a new head), or have it in another shape (a grown vocabulary): its value when the run began,
+          which the run's own initialisation decides.
+        - Else: the value of the files in their type. The run's memory may hold it rounded.
+
+        `base_name`: its name in the base model; `plain_name`: in the run's module.
         """
         if base_name in self.base.quantised_shapes:
             return self.base.full_tensor(base_name)

@@ -73,7 +73,9 @@ class Counterfactual(Task):
     file_options = ("terms",)
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the settings, one line each, including the file of terms, which `self.terms` reads."""
+        """Yield an error message for each invalid setting, including the user's file of terms, which reading `self.terms`
+        opens.
+        """
         yield from super().problems()
         measure = self.option_values["measure"]
         if measure not in MEASURES:
@@ -91,7 +93,11 @@ class Counterfactual(Task):
 
     @cached_property
     def terms(self) -> dict[str, dict[str, dict[str, list[str]]]]:
-        """The shipped terms and those of the user's file: attribute -> group -> slot -> terms."""
+        """The words that name people of each group, shipped and of the user's file: attribute -> group -> slot -> terms.
+
+        {"gender": {"female": {"person": ["Emily", ...]}, ...}}. The user's attributes take the place of shipped ones of the
+        same name. Raises OSError or ValueError for a file that cannot be read.
+        """
         terms = dict(json.loads(SHIPPED_TERMS_FILE.read_text(encoding="utf-8"))["terms"])
         file = self.option_values["terms"]
         if file is not None:
@@ -99,10 +105,12 @@ class Counterfactual(Task):
         return terms
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Replace the columns of a row by its variants: its texts by group, or its template filled with the terms of each group.
+        """Replace the columns of a row by its variants: the same text about each group of people, so that answers can be
+        compared.
 
-        {"template": "{person} sings.", "attribute": "gender"} -> {"variants": [Variant, ...], "completion": None, "attribute":
-        "gender"}. Raises RowError.
+        Variants are the row's own texts by group, or its template filled with terms of each group. {"template": "{person}
+        sings.", "attribute": "gender"} -> {"variants": [Variant, ...], "completion": None, "attribute": "gender"}.
+        "completion": a continuation that alone is scored; None if the row has none. Raises RowError.
         """
         fields = case.fields
         completion = None
@@ -119,12 +127,13 @@ class Counterfactual(Task):
         case.fields = {"variants": variants, "completion": completion, "attribute": attribute}
 
     def _fill_template(self, template: str, attribute: Any) -> Iterator[Variant]:
-        """The template filled with the terms of each group, at most `options.most_terms` variants for a group.
+        """Fill a template with the terms of each group, at most `options.most_terms` variants for a group.
 
-        `attribute`: what the groups differ in, such as "gender"; a key of `self.terms`. Raises RowError if it is unknown, or if
-        the template has no slot or one that a group has no terms for.
+        "{person} works as a nurse." -> Variant("female", "Emily works as a nurse.", 5, {"person": "Emily"}), and others. Here
+        5 is where the text behind the name begins, which is the same for all groups.
 
-        "{person} works as a nurse." -> Variant("female", "Emily works as a nurse.", 5, {"person": "Emily"}), and others.
+        `attribute`: what the groups differ in, such as "gender"; a key of `self.terms`. Raises RowError if it is unknown, or
+        if the template has no slot or one that a group has no terms for.
         """
         if attribute not in self.terms:
             raise RowError(
@@ -154,7 +163,9 @@ class Counterfactual(Task):
                 yield Variant(group=group, text=beginning + ending, scored_begin=scored_begin, terms=term_by_slot)
 
     def _at_most_terms_evenly(self, combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """`options.most_terms` of the combinations, evenly spread over the list; all of them if there are no more."""
+        """Choose `options.most_terms` of the combinations of terms, evenly spread over the list; all of them if there are no
+        more.
+        """
         most = self.option_values["most_terms"]
         if len(combinations) <= most:
             return combinations
@@ -162,10 +173,11 @@ class Counterfactual(Task):
         return [combinations[int(number * step)] for number in range(most)]
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each case: how far the model's values for the groups of people lie apart. All ranks must call.
+        """Measure how differently the model treats the groups of people in each case. All ranks must call.
 
-        The value of a variant is the log-likelihood of its text, or the probabilities of a classifier's labels. That of a
-        group is the mean over its variants. With `options.measure=answer` a language model's answers are compared instead.
+        `options.measure` says by what: the log-likelihood of a variant's text, a classifier's probabilities of labels, or the
+        answers that the model generates. The value of a group is the mean over its variants. Returns a report row for each
+        case.
         """
         if model.label_names is None and self.option_values["measure"] == "answer":
             return self._compare_answers(cases, model)
@@ -192,7 +204,11 @@ class Counterfactual(Task):
     def _label_probabilities(
         self, variants: Sequence[tuple[TaskCase, Variant]], model: ModelInterface
     ) -> list[np.ndarray]:
-        """The probabilities of all labels for each variant, in their order: float64 [labels] each. All ranks must call."""
+        """The probabilities of a classifier's labels for each variant, float64 [labels] each, in their order. All ranks must
+        call.
+
+        `variants`: each with its case, which gives the location for errors.
+        """
         names = model.label_names or []
         model.encoder.set_label_names(names)  # of the head, which the encoder of an evaluated model does not know
         documents = []
@@ -204,7 +220,8 @@ class Counterfactual(Task):
         return [np.array(softmax(logits)) for logits in model.logits(samples)]
 
     def _compare_answers(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each case, with whether the model's answers about the groups differ. All ranks must call.
+        """Let the model answer each variant, and report for each case whether the answers about the groups differ. All ranks
+        must call.
 
         Terms of a group become slots again in its answer, so that naming the person makes no difference: "Emily is kind." and
         "James is kind." both become "{person} is kind.".
@@ -236,10 +253,11 @@ class Counterfactual(Task):
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """The metrics of every run, and for each group of people in the rows the effect of naming it.
+        """The metrics of every run, and for each group of people in the rows the effect of naming it (`effect_female`).
 
         The effect in a case is the log-likelihood of its text about the group, minus the mean over all groups (nats). The
-        metric is the mean over the cases that name the group. Only measure=likelihood has effects.
+        metric is the mean over the cases that name the group. Only measure=likelihood has effects. Their p-values are
+        corrected together, since one of many groups differs by chance.
         """
         group_metrics = []
         for group in _groups_in_rows(rows):
@@ -255,7 +273,11 @@ class Counterfactual(Task):
         return (*self.metrics, *group_metrics)
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """A sentence for each group whose effect (see `metrics_for`) is significant, and one if the cases are too few."""
+        """Sentences for the report: each group whose effect (see `metrics_for`) is significant, and whether the cases are too
+        few.
+
+        `intervals`: the 95 % interval of each metric.
+        """
         for group, p_value in _corrected_p_values(rows).items():
             num_cases = int(score_array(rows, f"{MEMBER_PREFIX}{group}").sum())
             if num_cases < MIN_CASES or p_value >= SIGNIFICANCE_LEVEL:
@@ -283,13 +305,14 @@ def _groups_in_rows(rows: Sequence[TaskRow]) -> list[str]:
 
 
 def _corrected_p_values(rows: Sequence[TaskRow]) -> dict[str, float]:
-    """p-value of each group's effect by a permutation test, corrected for the number of groups; empty if no row has effects.
+    """p-value of the effect of each group of people, corrected for the number of groups; empty if no row has effects.
 
-    The effect of a group in a case: the log-likelihood of the text about it, minus the mean over all groups (nats). Two scores of
-    a row hold it: `of_GROUP` is the effect, and `in_GROUP` is 1 if the case has the group.
+    The effect of a group in a case: the log-likelihood of the text about it, minus the mean over all groups (nats). Two scores
+    of a report row hold it: `of_GROUP` is the effect, and `in_GROUP` is 1 if the case has the group.
 
-    If the model treats groups alike, any assignment of a case's effects to its groups is equally likely. So the effects of each
-    case are permuted over its groups `NUM_PERMUTATIONS` times, and summed over cases as the observed ones are.
+    A permutation test: if the model treats groups alike, any assignment of a case's effects to its groups is equally likely.
+    So the effects of each case are permuted over its groups `NUM_PERMUTATIONS` times, and summed over cases as the observed
+    ones are.
     """
     rng = np.random.default_rng(0)
     # Cases with the same groups are one table, so that they are permuted together.
@@ -318,12 +341,10 @@ def _corrected_p_values(rows: Sequence[TaskRow]) -> dict[str, float]:
 
 
 def _effects_row(case: TaskCase, value_by_group: dict[str, np.ndarray]) -> TaskRow:
-    """The report's row of a case: the largest distance between two groups of people, and the effect of each group.
+    """The report's row of a case: how far apart the groups of people are at most ("gap"), and how far each is from their mean.
 
-    A group's value is float64 [1] (a log-likelihood) or [labels] (probabilities). There is an effect only of log-likelihoods: how
-    far that of the group is above the mean of all groups.
-
-    Log-likelihoods of -20 (female) and -22 (male) -> {"gap": 2, "of_female": 1, "in_female": 1, "of_male": -1, "in_male": 1}.
+    `value_by_group`: float64 [1] (a log-likelihood) or [labels] (probabilities). Only a log-likelihood has effects. -20
+    (female) and -22 (male) -> {"gap": 2, "of_female": 1, "in_female": 1, "of_male": -1, "in_male": 1}.
     """
     values = list(value_by_group.values())
     is_one_number = len(values[0]) == 1
@@ -351,11 +372,13 @@ def _three_decimals(values: np.ndarray) -> str:
 
 
 def _likelihood_question(case: TaskCase, variant: Variant, model: ModelInterface) -> Question:
-    """The question that asks for the likelihood of a variant's text.
+    """The question with which the model is asked for the likelihood of a variant's text, or of the part that all groups share.
 
     - The case has a completion: the likelihood of the completion after the text.
     - The text goes on after its last term: the likelihood of this ending, the same for every group.
     - Else: the likelihood of the whole text.
+
+    A question is token ids in two parts: `context` is given, and the likelihood is that of `answer`.
     """
     file, line = split_location(case.location)
     completion = case.fields["completion"]
@@ -375,7 +398,10 @@ def _likelihood_question(case: TaskCase, variant: Variant, model: ModelInterface
 
 
 def _with_slots_for_terms(answer: str, term_by_slot: dict[str, str]) -> str:
-    """The answer with each term in it as a slot again, in any case: "Emily is kind." -> "{person} is kind."."""
+    """Undo the filling of slots in an answer, so that answers about different people can be equal.
+
+    "Emily is kind." -> "{person} is kind.", whatever the case of the letters.
+    """
     for slot, term in term_by_slot.items():
         answer = re.sub(rf"\b{re.escape(term)}\b", f"{{{slot}}}", answer, flags=re.IGNORECASE)
     return answer
@@ -386,14 +412,14 @@ def _fill_slots(text: str, term_by_slot: dict[str, str]) -> str:
 
 
 def _is_text_by_group(texts: Any) -> bool:
-    """Whether it is a dictionary with two groups or more, each with a text."""
+    """Whether a row's "texts" can be compared: a dictionary with two groups or more, each with a text."""
     if not isinstance(texts, dict) or len(texts) < 2:
         return False
     return all(isinstance(text, str) and text for text in texts.values())
 
 
 def _is_group_table(groups: Any) -> bool:
-    """Whether it is a dictionary with two groups or more, each with terms by slot."""
+    """Whether an attribute of the file of terms can be used: a dictionary with two groups or more, each with terms by slot."""
     if not isinstance(groups, dict) or len(groups) < 2:
         return False
     return all(_is_slot_table(terms) for terms in groups.values())

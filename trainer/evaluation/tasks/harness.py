@@ -36,7 +36,7 @@ MAX_NOTES = 10
 
 
 class Harness(Task):
-    """A task of the harness, a group of tasks, or the user's own YAML."""
+    """A task of lm-evaluation-harness, a group of its tasks, or the user's own YAML, as one task of shardtune."""
 
     kind = "lm_eval"
     metrics: tuple[TaskMetric, ...] = ()
@@ -58,7 +58,11 @@ class Harness(Task):
     pip_extra = "lm_eval"
 
     def __init__(self, name: str, config: TaskConfig) -> None:
-        """Find the harness's task by its name or in the user's YAML. What is wrong with either is kept in `load_problem`."""
+        """Find the harness's task by its name or in the user's YAML, without its data.
+
+        Raises nothing for a task that is not found: `problems` yields it later (`load_problem`), together with all other
+        mistakes.
+        """
         super().__init__(name, config)
         self.task_files: TaskFiles | None = None
         self.load_problem = ""
@@ -67,6 +71,7 @@ class Harness(Task):
         """The harness's tasks with their data; set by `load_cases`."""
         self.warnings: list[str] = []
         """What the harness and the model's adapter warned of in the last run."""
+        # `task_problems` says that the library is missing.
         if find_spec("lm_eval") is None:
             return
 
@@ -85,7 +90,11 @@ class Harness(Task):
             self.load_problem = f"{self.config_key}.{setting}={error}"
 
     def problems(self) -> Iterator[str]:
-        """An error message for each invalid setting. Settings of `write` that the harness's task decides are refused."""
+        """Yield an error message for each invalid setting of the task, before any row is read.
+
+        Settings of `write` (how answers are generated) are refused, except those in `APPLIED_WRITE_SETTINGS`: the harness's
+        task decides how it generates.
+        """
         for problem in super().problems():
             # The metrics of a task in Python are not known before it is loaded, so its limits cannot be checked yet.
             if self.metrics or not problem.startswith(f"{self.config_key}.limit."):
@@ -115,9 +124,10 @@ class Harness(Task):
 
     @property
     def data_source(self) -> str | None:
-        """`hub:` and the data set that all tasks of the harness read, if it is the same one; else the path of the YAML.
+        """Where the rows come from, for the report: "hub:allenai/ai2_arc" if all tasks read this data set, else the path of the
+        YAML.
 
-        None if the tasks read several data sets and are named, not given as a YAML.
+        None if the tasks are named, not given as a YAML, and read several data sets.
         """
         settings_by_task = {} if self.task_files is None else self.task_files.single_tasks
         data_sets = set()
@@ -130,10 +140,10 @@ class Harness(Task):
         return None if self.config.path is None else str(self.config.path)
 
     def load_cases(self) -> list[TaskCase]:
-        """A case for each row that the harness reads, at most `max_rows` of each of its tasks. Sets `loaded_tasks` and `metrics`.
+        """Let the harness load its data, and return a case for each row, at most `max_rows` of each of its tasks.
 
-        A case has nothing but its location, such as "arc_easy:0", since the harness keeps the rows. Raises ConfigError or
-        DataError if a task cannot be loaded.
+        The harness keeps the rows, so a case has nothing but its location, such as "arc_easy:0". Sets `loaded_tasks`, and
+        `metrics` to those of the loaded tasks. Raises ConfigError or DataError if a task cannot be loaded.
         """
         from trainer.evaluation.harness.loading import load_tasks
 
@@ -157,7 +167,11 @@ class Harness(Task):
         """Nothing to do: the harness has read the row."""
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """Let the harness score its rows with our model. Raises DataError if the harness fails. All ranks must call."""
+        """Let the harness ask our model about all its rows, and turn its results into report rows. All ranks must call.
+
+        `cases` are not read: the harness has its rows itself. Sets `warnings`. Raises DataError if the harness fails; an error
+        of our own model or a stop of the run is raised as it is.
+        """
         from lm_eval import evaluator
 
         from trainer.evaluation.harness.isolation import collect_warnings, harness_seeds
@@ -180,12 +194,14 @@ class Harness(Task):
                     fewshot_as_multiturn=True,
                 )
             except Exception as error:
-                if lm.ended_by is not None:  # an error of our own model in a request, which the harness passes on
+                # What our model has raised in a request (an error, or the wish to stop), which the harness passes on.
+                if lm.ended_by is not None:
                     raise
                 one_line = " ".join(str(error).split())[:300]
                 raise DataError(
                     f"{self.name}: lm-eval cannot score its rows ({type(error).__name__}: {one_line})"
                 ) from error
+        # The model's notes first, such as requests that were cut.
         self.warnings = [*lm.notes(), *warnings][:MAX_NOTES]
         rows = []
         for name in self.loaded_tasks.tasks:
@@ -193,10 +209,12 @@ class Harness(Task):
         return complete_scores_in_place(rows, self.loaded_tasks)
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """The metrics that these rows have values of: a task of the harness may score other things than its YAML says.
+        """The metrics that these rows have values of, since a task of the harness may score other things than its YAML
+        declares.
 
-        Scores of a row, and items (values that are no numbers, such as a pair of labels), have the name of their metric. A name
-        with a dot is a part of one (`LOSS_PREFIX`, `HAS_VALUE_PREFIX`).
+        A report row has the value of a metric as a score of that name, or as an item if it is no number, such as a pair of
+        labels for F1. A score with a dot in its name is only a part of a metric: `loss.word_perplexity`, or `rows.acc`, which
+        is 1 for each row with a value of `acc` if other rows have none.
         """
         known = {metric.name: metric for metric in self.metrics}
         row_names = _score_and_item_names(rows)
@@ -216,6 +234,7 @@ class Harness(Task):
             if metric is None:  # only the rows have it
                 description = "mean over rows, as lm-eval has it"
                 metric = TaskMetric(name, description, greater_is_better=None, ratio_of_sums=RatioOfSums(name))
+            # Then the harness's own function computes the metric from all items.
             has_items = any(name in row.items for row in rows)
             some_rows_lack_it = f"{HAS_VALUE_PREFIX}{name}" in row_names
             if has_items:  # values that are no numbers cannot be summed
@@ -227,7 +246,11 @@ class Harness(Task):
         return tuple(metrics)
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """The metrics that lm-eval computes by functions of its own, each as a function of row weights (float64 [rows])."""
+        """The metrics that lm-eval computes by functions of its own, such as corpus BLEU, as functions that the bootstrap
+        calls.
+
+        Each takes row weights, float64 [rows]: how often a row counts in a resample.
+        """
         assert self.loaded_tasks is not None
         weighted = {}
         for metric in self.metrics_for(rows):
@@ -236,6 +259,7 @@ class Harness(Task):
         return weighted
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+        """The metrics of all rows, and of several tasks also those of each: {"acc": 0.6, "acc/arc_easy": 0.8, ...}."""
         return self.metrics_by_source(rows)
 
     def standard_errors(self, rows: Sequence[TaskRow]) -> dict[str, float]:
@@ -243,7 +267,10 @@ class Harness(Task):
         return lm_eval_standard_errors(self.loaded_tasks, self.metrics_for(rows), rows)
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """lm-eval's own standard errors, metrics with fewer resamples, and warnings of the last run; needs no `intervals`."""
+        """Sentences for the report: lm-eval's own standard errors, metrics with few resamples, and warnings of the last run.
+
+        `intervals`: not used here.
+        """
         errors = []
         for name, error in self.standard_errors(rows).items():
             if "/" not in name:  # those of single tasks are METRIC/TASK
@@ -259,10 +286,10 @@ class Harness(Task):
         yield from self.warnings
 
     def signatures(self) -> dict[str, str]:
-        """What must be equal for numbers to be comparable: versions of lm-eval and its tasks, and what changes prompts and
+        """What must be equal for two reports to be comparable: versions of lm-eval and its tasks, and what changes prompts and
         answers.
 
-        The same text for all metrics: "lm-eval:0.4.13|arc_easy:version 1.0, 5-shot|no chat template".
+        The same text for all metrics, {"acc": "lm-eval:0.4.13|arc_easy:version 1.0, 5-shot|no chat template"}.
         """
         from importlib.metadata import version
 
@@ -275,7 +302,7 @@ class Harness(Task):
 
 
 def _score_and_item_names(rows: Sequence[TaskRow]) -> dict[str, None]:
-    """Names of all scores and items of the rows, in the order in which they appear."""
+    """Names of all scores and items of the rows, in the order in which they appear; a dict serves as an ordered set."""
     names: dict[str, None] = {}
     for row in rows:
         names |= dict.fromkeys((*row.scores, *row.items))

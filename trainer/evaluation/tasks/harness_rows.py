@@ -32,15 +32,20 @@ OF_ROW_PREFIX = "each."
 
 
 def metric_name(metric: str, filter_key: str) -> str:
-    """`exact_match_strict_match` of lm-eval's `exact_match,strict-match`; `acc` of `acc,none`."""
+    """Our name of a metric of lm-eval, which a setting and a file can hold: "exact_match,strict-match" ->
+    "exact_match_strict_match".
+
+    `filter_key`: lm-eval's filter of the answers, such as "strict-match"; "none" adds nothing: "acc,none" -> "acc".
+    """
     name = metric if filter_key == "none" else f"{metric}_{filter_key}"
     return re.sub(r"\W+", "_", name)
 
 
 def declared_metrics(task_files: TaskFiles) -> tuple[TaskMetric, ...]:
-    """The metrics that the YAMLs of lm-eval tasks declare, known before data is loaded: names and directions, no ratios.
+    """The metrics that the YAMLs of lm-eval tasks declare, for checks of settings before any data is loaded.
 
-    A task that is written in Python declares none.
+    They have names and directions, and no ratios yet. A task that is written in Python declares none. `task_files`: the YAMLs
+    of the tasks that are run.
     """
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, is_higher_better
 
@@ -87,7 +92,9 @@ class LoadedTasks:
     """The harness's function that computes a metric from the values of its rows, by our name of the metric."""
 
     def __post_init__(self) -> None:
-        """Collect the metrics of all tasks, one for each metric and filter. The first task that has a metric defines it."""
+        """Collect the metrics of all tasks, one for each metric and filter of the answers. The first task that has a metric
+        defines it.
+        """
         metrics: dict[str, TaskMetric] = {}
         self.aggregate_by_metric = {}
         for task in self.tasks.values():
@@ -101,10 +108,12 @@ class LoadedTasks:
         self.metrics = tuple(metrics.values())
 
     def _task_metric(self, name: str, aggregate: Any, greater_is_better: bool | None) -> TaskMetric:
-        """Our metric of that name for lm-eval's aggregation function `aggregate`.
+        """Our description of a metric of lm-eval, from lm-eval's function that computes it of all rows (`aggregate`).
 
-        It is a ratio of sums if the function is known to compute one, since ratios are resampled fast. `contribution_of_value`
-        makes the scores of the rows that are summed: the value itself, or `LOSS_PREFIX` and `COUNT_PREFIX`.
+        It is a ratio of sums over rows if the function is known to compute one, since the bootstrap resamples ratios fast. The
+        scores that are summed come from `contribution_of_value`: the value itself, or `loss.NAME` and `count.NAME`.
+
+        `greater_is_better`: None if the task does not say.
         """
         from lm_eval.api import metrics
 
@@ -132,9 +141,10 @@ class LoadedTasks:
         )
 
     def contribution_of_value(self, name: str, value: Any) -> MetricContribution:
-        """What one document contributes to a metric.
+        """Turn what lm-eval logs for one document and metric into what a report row keeps: scores to sum, or an item for
+        lm-eval's function.
 
-        `value`: what lm-eval logs for the document and the metric. Examples, as (scores, item):
+        Examples of (name, value) -> (scores, item):
 
         - A number that can be summed: ("acc", True) -> ({"acc": 1.0}, None).
         - A pair of sums: ("word_perplexity", (-50.0, 12)) -> ({"loss.word_perplexity": 50.0, "count.word_perplexity": 12.0},
@@ -160,7 +170,10 @@ class LoadedTasks:
         return MetricContribution(item=_as_json_value(value, name))
 
     def weighted_metric(self, name: str, rows: Sequence[TaskRow]) -> Callable[[np.ndarray], float]:
-        """A metric that is no ratio, as a function of row weights (float64 [rows], whole numbers): see `_metric_of_weights`."""
+        """A metric that is no ratio of sums, as a function that the bootstrap calls for each resample of the rows.
+
+        The function takes row weights, float64 [rows] of whole numbers: how often each row counts (see `_metric_of_weights`).
+        """
         from lm_eval.api import metrics
 
         row_items = [row.items.get(name) for row in rows]
@@ -176,7 +189,7 @@ class LoadedTasks:
         )
 
     def version_notes(self) -> Iterator[str]:
-        """Versions and numbers of few-shot examples, of the first three tasks."""
+        """For the signature of a report: "arc_easy:version 1.0, 5-shot" for each of the first three tasks."""
         first_tasks = [*self.tasks.items()][:3]  # a group may have dozens, and the signature is read by people
         for name, task in first_tasks:
             yield f"{name}:version {task.VERSION}, {task.get_config('num_fewshot') or 0}-shot"
@@ -220,11 +233,11 @@ def _metric_of_weights(
 
 
 def report_rows_of_task(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTasks) -> list[TaskRow]:
-    """A report row for each document of the lm-eval task `name`, sorted by the document's number.
+    """Turn what lm-eval logged for one of its tasks into report rows, one for each document, sorted by its number.
 
-    `samples`: what lm-eval logged, one for each document and filter. Samples of one document share a row. If there are several
-    tasks, the row's source is the task, so that metrics can be reported for each. Each row gets what its document contributes to
-    each metric: scores that can be summed, or an item for a function of all items.
+    `name`: the lm-eval task; the row's `source` if there are several, so that metrics can be reported for each. `samples`:
+    lm-eval's log, one entry for each document and filter of the answers; those of one document share a row. Each row gets what
+    its document contributes to each metric: scores that can be summed, or an item for a function of all items.
     """
     has_several_tasks = len(all_tasks.tasks) > 1
     rows: dict[int, TaskRow] = {}  # by the document's number
@@ -240,12 +253,12 @@ def report_rows_of_task(name: str, samples: Sequence[dict[str, Any]], all_tasks:
 
 
 def complete_scores_in_place(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow]:
-    """Add to the scores of each row, in place, what depends on all rows; returns the same list.
+    """Add to the scores of the report rows, in place, what depends on all rows; returns the same list.
 
-    - If some rows have no value of a metric, the others get the score `rows.METRIC` = 1, the denominator of a mean over these
-      rows (`Harness.metrics_for`). If all have one, the number of rows is the denominator.
-    - The score of the first metric is put first, since the first score sorts the rows. If the metric is no ratio of sums, that
-      is a new score `each.METRIC`: the metric of the row alone.
+    - If some rows have no value of a metric, the others get the score `rows.METRIC` = 1. Its sum, and not the number of rows,
+      is what the metric's mean divides by (`Harness.metrics_for`).
+    - The score of the first metric is put first, since the report sorts rows by the first score. If that metric is no ratio of
+      sums, it is a new score `each.METRIC`: the metric of the row alone.
     """
     counts: Counter[str] = Counter()  # rows that have a value, by metric; names with a dot are parts of a metric
     for row in rows:
@@ -274,20 +287,20 @@ def complete_scores_in_place(rows: list[TaskRow], all_tasks: LoadedTasks) -> lis
 
 
 def _has_value_of_metric(name: str, row: TaskRow) -> bool:
-    """Whether a row has a value of this metric, in any of the forms that `contribution_of_value` returns."""
+    """Whether a row has a value of this metric, as an item, as a score, or as the loss of a perplexity."""
     return name in row.items or name in row.scores or f"{LOSS_PREFIX}{name}" in row.scores
 
 
 def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bool) -> TaskRow:
-    """The report's row of one document, with prompt, answer and reference, without the scores of metrics.
+    """The report's row of one document of lm-eval: prompt, answer and reference, without the scores of metrics.
 
-    By the kind of the model's responses:
-    - (log-probability, is greedy) of each choice: the answer is the likeliest choice; scores are `logprob.0`, `logprob.1` ...
-    - A generated text: the answer is that text after lm-eval's filter.
-    - A number, the log-probability of a whole document: the score `logprob.0`, and no answer.
+    What the model's responses are decides the answer:
+    - (log-probability, is greedy) of each choice: the likeliest choice; scores are `logprob.0`, `logprob.1` ...
+    - A generated text: that text after lm-eval's filter.
+    - A number, the log-probability of a whole document: no answer, and the score `logprob.0`.
 
     `task_name`: the lm-eval task, which becomes the row's source if there are several. `sample`: what lm-eval logged of the
-    document.
+    document: its requests ("arguments"), their responses ("resps", "filtered_resps"), and the right answer ("target").
     """
     responses = [response[0] for response in sample["resps"]]  # of each request, the first of lm-eval's repeats
     # Arguments of a request are (context, continuation), or (prompt, generation settings).
@@ -322,9 +335,10 @@ def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bo
 
 
 def _choice_texts(requests: Sequence[tuple[Any, Any]]) -> list[str]:
-    """The choices of a document, from the (context, continuation) of each request that lm-eval made for it.
+    """The choices of a multiple-choice document, read from the requests that lm-eval made for it: (context, continuation)
+    each.
 
-    They are the continuations; if these are all the same, as in WinoGrande, the contexts are the choices.
+    The continuations are the choices. If these are all the same, as in WinoGrande, the contexts are.
     """
     continuations = {continuation for _, continuation in requests}
     contexts_are_choices = len(continuations) == 1 and len(requests) > 1
@@ -337,11 +351,12 @@ def _choice_texts(requests: Sequence[tuple[Any, Any]]) -> list[str]:
 def lm_eval_standard_errors(
     all_tasks: LoadedTasks, metrics: Sequence[TaskMetric], rows: Sequence[TaskRow]
 ) -> dict[str, float]:
-    """Standard errors of the metrics that are means, by lm-eval's own functions.
+    """Standard errors of the metrics that are means, by lm-eval's own functions, for readers who compare with its published
+    numbers.
 
     Of one task: {"acc": 0.012}. Of several: {"acc": 0.009, "acc/arc_easy": 0.01, "acc/arc_challenge": 0.014}, where "acc" is
-    lm-eval's pooled error; it is missing if all tasks weigh the same, whatever their number of rows. A metric is left out if one
-    of its tasks has only one row.
+    lm-eval's pooled error; it is missing if all tasks weigh the same, whatever their number of rows. A metric is left out if
+    one of its tasks has only one row.
     """
     from lm_eval.api.metrics import mean, mean_stderr, pooled_sample_stderr
 

@@ -61,9 +61,11 @@ class TaskContext:
         return cls(data, data_spec_of(objective), writes_answers, is_language_model, date)
 
     def build_encoder(self, tokenizer: Any) -> Encoder:
-        """An encoder that tokenises prompts and answers as the run does. Which turns the run learns from does not matter.
+        """Make the encoder with which tasks turn their prompts and answers into tokens, in the same way as the run's training
+        data.
 
-        Chat templates that write today's date write that of the run.
+        Which turns the run learns from does not matter here, so `learn` keeps its defaults. A chat template that writes today's
+        date writes that of the run, so that an evaluation months later has the same prompts.
         """
         data_spec = self.data_spec
         if self.is_language_model and not self.writes_answers:
@@ -78,10 +80,13 @@ class TaskContext:
 
 
 def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_out: bool, trained: bool = True) -> None:
-    """Read the rows of every task that has a file, before a model is loaded, so that bad rows end a run at its start.
+    """Read the rows of every task that has a file of its own, before a model is loaded, so that bad rows end a run within
+    seconds.
 
-    `held_out`: whether there are evaluation documents. `trained`: whether there is training data. Needs no tokenizer. Raises
-    ConfigError if a task fits neither the objective nor the data, DataError for bad rows.
+    `tasks`: `evaluation.tasks` by name. `held_out`: whether the run has evaluation documents. `trained`: whether it has
+    training data. Needs no tokenizer, and no GPU.
+
+    Raises ConfigError if a task fits neither the objective nor the data, DataError for bad rows.
     """
     for task in build_tasks(tasks):
         _check_objective(task, context)
@@ -91,7 +96,7 @@ def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_o
 
 
 def _check_membership_has_untrained_rows(task: Task, context: TaskContext, *, held_out: bool) -> None:
-    """Check that a membership task has rows that were not trained on.
+    """Check that a membership task, which guesses whether rows were trained on, also has rows that were not.
 
     They are the rows of `options.others`, which are read here, else the run's evaluation documents. Raises ConfigError if there
     are neither, DataError for bad rows.
@@ -106,16 +111,16 @@ def _check_membership_has_untrained_rows(task: Task, context: TaskContext, *, he
 
 
 def _check_rows_are_readable(task: Task, context: TaskContext, *, held_out: bool, trained: bool) -> None:
-    """Read the rows of one task, and raise ConfigError or DataError if it has none or they cannot be used.
+    """Check that one task has rows, and read those that stand in a file; what is read is thrown away. The first case that fits:
 
-    - The task loads its rows by itself: they are loaded.
+    - The task loads its rows by itself, as lm_eval does: they are loaded.
     - It has no path and needs training documents: ConfigError without training data.
-    - It has no path: ConfigError without evaluation documents, unless shardtune ships rows, which are read.
-    - It computes losses of a file: the file's readers are opened, as for training data.
+    - It has no path: the rows that shardtune ships are read, else ConfigError without evaluation documents.
+    - It computes losses of a file: the file is opened as training data would be.
     - It has a path: its rows are read.
 
     Documents of the run are not read here: they are checked when the run's data is prepared. `held_out`: whether there are
-    evaluation documents. `trained`: whether there is training data.
+    evaluation documents. `trained`: whether there is training data. Raises ConfigError, or DataError with file and line.
     """
     if task.loads_own_rows:
         read_cases(task)
@@ -140,7 +145,7 @@ def _check_rows_are_readable(task: Task, context: TaskContext, *, held_out: bool
 
 
 def keys_of_tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
-    """Keys (`evaluation.tasks.NAME`) of the tasks that use documents of the run, because they have no file of their own."""
+    """The settings (`evaluation.tasks.NAME`) of the tasks that need the run's data, because they have no file of their own."""
     return [task.config_key for task in build_tasks(tasks) if task.uses_run_documents]
 
 
@@ -151,11 +156,13 @@ def prepare_tasks(
     tokenizer: Any,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[PreparedTask]:
-    """The tasks with their cases, read and checked on this rank; no collective.
+    """Read the rows of all tasks into cases, ready to be asked, once the tokenizer and the run's data are there. No collective.
 
-    `run_data`: the run's prepared data, of training and evaluation; None if no task needs it. `stop`: asked now and then
-    whether to end early. Raises ConfigError if a task does not fit the objective or the data, DataError with file and line for
-    bad rows, Preempted if `stop` says so.
+    A case is one row of a task before the model is asked. `tasks`: `evaluation.tasks` by name. `run_data`: the run's training
+    and evaluation documents; None if no task needs them. `stop`: asked now and then whether to end early.
+
+    Raises ConfigError if a task does not fit the objective or the data, DataError with file and line for bad rows, Preempted if
+    `stop` says so.
     """
     prepared = []
     for task in build_tasks(tasks):
@@ -186,12 +193,13 @@ def _open_loss_task_data(
     tokenizer: Any,
     stop: Callable[[], bool],
 ) -> _LossTaskData:
-    """The documents of a task that computes losses, as tokens.
+    """Get the documents whose loss a task measures, as tokens and as texts.
 
-    - The task has a path: its file is tokenised as training data would be.
+    - The task has a path: its file is tokenised, or taken from the cache, as training data would be.
     - Else: the run's evaluation documents, which are tokenised already. Raises ConfigError if there are none.
     """
     if task.config.path is not None:
+        # If the chat template writes today's date: that of the run.
         choose_date = keep_or_first_date(context.date)
 
         def prepare_data(data: DataConfig) -> PreparedData:
@@ -206,10 +214,13 @@ def _open_loss_task_data(
 
 
 def _read_task_cases(task: Task, run_data: PreparedData | None, *, remote: bool) -> list[TaskCase]:
-    """The cases of a task that computes no losses, from its file or from documents of the run.
+    """Read the cases of a task that computes no losses, from its file or from documents of the run.
 
-    A membership task needs rows that were trained on and rows that were not: the former come first, and `fields` of each case
-    become {"member": True} or {"member": False}.
+    A membership task guesses which rows were trained on. Its cases are those rows first, then rows that were not; `fields` of a
+    case become {"member": True} or {"member": False}, and the columns are dropped.
+
+    `run_data`: the run's training and evaluation documents; None if no task needs them. `remote`: whether paths may be
+    addresses.
     """
     documents = None
     if run_data is not None and not task.loads_own_rows:
@@ -230,7 +241,7 @@ def _read_task_cases(task: Task, run_data: PreparedData | None, *, remote: bool)
 
 
 def _check_objective(task: Task, context: TaskContext) -> None:
-    """Raise ConfigError if the task computes losses of a language model, but the run's objective has another loss."""
+    """Refuse a task that computes losses of a language model, such as `bits_per_byte`, if the run has another loss."""
     if isinstance(task, HeldOutLossTask) and not context.is_language_model:
         raise ConfigError(
             f"{task.config_key}.kind={task.kind}: is of language models, and the objective's loss is another one; eval/loss and "
@@ -239,11 +250,14 @@ def _check_objective(task: Task, context: TaskContext) -> None:
 
 
 def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult], context: TaskContext) -> DataResult:
-    """Call `read` with data settings that read the task's file as the run reads its training data. Returns its result.
+    """Call `read` with settings that make it read the task's file as the run reads its training data; returns what `read`
+    returns.
 
-    Path, format and columns are the task's. Settings that say how a row is read, cleaned and stored are the run's; those that
-    say how sources are mixed, split and drawn keep their defaults, since the task has one file. A ConfigError of `read` is
-    raised again with the names of the task's settings (`evaluation.tasks.NAME.path` instead of `data.path`).
+    Path, format and columns are the task's. Settings that say how a row is read, cleaned and stored are the run's. Those that
+    say how several sources are mixed, split and drawn keep their defaults, since the task has one file.
+
+    A ConfigError of `read` is raised again with the names of the task's settings: `evaluation.tasks.NAME.path` in place of
+    `data.path`.
     """
     data = context.data
     own_data = DataConfig(
@@ -275,10 +289,11 @@ def _with_task_keys(problem: str, task: Task) -> str:
 
 
 def _documents_of_split(dataset: TokenDataset | None, task: Task, directory: Path) -> list[Document]:
-    """The documents of one split of the run's data, each once and in the order of the data; empty if `dataset` is None.
+    """The texts of one split of the run's data, each document once and in the order of the data, for a task without a file.
 
-    `dataset`: the split, as tokens. `directory`: the run's prepared data, which has the documents themselves. A task with
-    `options.sample` gets that many documents, sampled with `options.seed`.
+    `dataset`: the split as tokens; None, which gives [], if the run has none. `directory`: the run's prepared data, which has
+    the documents themselves. A task with `options.sample` gets that many documents at random, the same in every evaluation
+    (`options.seed`).
     """
     if dataset is None:
         return []
@@ -294,9 +309,10 @@ def _documents_of_split(dataset: TokenDataset | None, task: Task, directory: Pat
 
 
 def _sequence_cases(data: _LossTaskData) -> list[TaskCase]:
-    """One case for each sequence of a data set, with the location of its document."""
+    """Make a case for each sequence whose loss is measured, so that the report can name the document and show what was asked."""
     table = DocumentTable(data.directory)
     cases = []
+    # The number of its document, for each sequence.
     for number in data.dataset.documents.tolist():
         document = table.document(int(number))
         # Not the document itself: a data set may have a million of them, and the report needs only what was asked.
