@@ -325,9 +325,9 @@ def _command_arguments(arguments: tuple[str, ...], settings: dict[str, Any], *, 
     key_by_name = {key.replace(".", "_").rstrip("_"): key.rstrip("_") for key in keys}
     for name, value in settings.items():
         key = name
-        if name not in choices_by_group() and find_setting(settings_by_key, name) is None:
+        if name not in choices_by_group() and find_setting(name) is None:
             key = key_by_name.get(name.rstrip("_"), _verb_argument_key(name))
-        setting = find_setting(settings_by_key, key)
+        setting = find_setting(key)
         takes_list = setting is None or setting.type is Any or "list" in str(setting.type)
         if key in choices_by_group():
             takes_list = False

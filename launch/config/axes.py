@@ -108,7 +108,7 @@ class Axes:
         `tuning=full,lora tuning.rank=8` gives {"tuning.rank": RequiredChoices("tuning", ("lora", ...))}, since `full` has no
         rank. Settings that every choice of the axis has, or none, are left out.
         """
-        from launch.config.known_settings import all_settings, find_setting
+        from launch.config.known_settings import find_setting
 
         values_by_axis = self.values_by_axis  # of a group its choices: {"tuning": ("full", "lora")}
         required_choices_by_key = {}
@@ -118,7 +118,7 @@ class Axes:
             if key == group or group not in values_by_axis:
                 continue
             # Under which choices of its group a setting exists; None for a mistyped key, which composing the points reports.
-            setting = find_setting(all_settings(), key)
+            setting = find_setting(key)
             if setting is None:
                 continue
             choices = values_by_axis[group]

@@ -28,7 +28,7 @@ from launch.config.choices import (
 from launch.config.earlier_overrides import earlier_config_of_same_overrides, keep_first_budget
 from launch.config.frozen import ComposedConfig, default_run_dir, is_finished, load_frozen_config
 from launch.config.host_devices import device_problems, resolve_auto_for_this_host
-from launch.config.known_settings import Setting, all_settings, find_setting
+from launch.config.known_settings import Setting, find_setting
 from launch.config.learning_rate import keep_learning_rate_of_run, learning_rate_problems, set_usual_learning_rate
 from launch.config.resume import keep_learning_rate_of_checkpoint
 from launch.config.reward_copies import use_copies_of_missing_reward_files
@@ -184,9 +184,8 @@ def _unsettable_override_problem(key: str, override: str, allowed_groups: frozen
 
     `override`: such as `optim.lr=1`, whose key is `key`. `allowed_groups`: the groups that may be set, for the message.
     """
-    settings_by_key = all_settings()
-    if find_setting(settings_by_key, key) is None and key not in settings_classes_by_group():
-        return hints.explain_unknown_key(key, override, settings_by_key).problem
+    if find_setting(key) is None and key not in settings_classes_by_group():
+        return hints.explain_unknown_key(key, override).problem
     return (
         f"{override}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed_groups))}"
     )
@@ -299,50 +298,62 @@ def hydra_arguments(choices: dict[str, str]) -> list[str]:
 def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[str]:
     """Set the values of the command line and the user's files in the composed `tree`, in their order.
 
-    Returns a problem for each value that cannot be set:
-
-    - its key does not exist;
-    - its setting needs another choice of its group, as `tuning.rank` needs `tuning=lora`;
-    - it names the choice of a group as a setting: `tuning.name=lora`, which must be typed as `tuning=lora`;
-    - it is of the wrong type.
-
-    Adds the keys of unknown and mistyped values to `parsed.probably_meant_keys`.
+    Tables that were typed as a whole and settings that were set back (`~key`) come first, so that an override of one entry is set
+    after them. Returns a problem for each value that cannot be set, and adds the settings that were probably meant to
+    `parsed.probably_meant_keys`.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    settings_by_key = all_settings()
     problems: list[str] = []
     choice_by_group = {group: str(tree[group].name) for group in (*settings_classes_by_group(), "schedule")}
     run_has_begun = _run_has_begun(parsed)
-    # Tables and defaults first, so that an override of one entry of the table is set after them.
     for table in parsed.replaced_tables:
         OmegaConf.update(tree, table, {}, merge=False)
     for key, _ in parsed.resets:
         _reset_to_default(tree, key, choice_by_group)
-
     for setting_value in parsed.values:
-        key = setting_value.key
-        value = setting_value.value
-        source_text = setting_value.source_text
-        setting = find_setting(settings_by_key, key)
-        if setting is None:
-            message = hints.explain_unknown_key(key, source_text, settings_by_key)
-            problems.append(message.problem)
-            parsed.probably_meant_keys |= message.probably_meant_keys
-        elif _needs_another_choice(setting, key, value, choice_by_group, run_has_begun=run_has_begun):
-            problems.append(overrides.needed_choice_problem(key, source_text, setting))
-        elif key.endswith(".name") and key.split(".")[0] in settings_classes_by_group():
-            # `tuning.name=lora` would keep the settings class of another choice; `tuning=lora` is what works.
-            problems.append(hints.explain_unknown_key(key, source_text, settings_by_key).problem)
-        else:
-            try:
-                _set_value(tree, key, value)
-            except (OmegaConfBaseException, ValueError):
-                problems.append(f"{source_text}: {key} must be {overrides.describe_type(setting.type)}")
-                parsed.probably_meant_keys.add(key)
+        refused = _apply_value(tree, setting_value, choice_by_group, run_has_begun=run_has_begun)
+        if refused is not None:
+            problems.append(refused.problem)
+            parsed.probably_meant_keys |= refused.probably_meant_keys
     _drop_outranked_budgets(tree, parsed)
     return problems
+
+
+def _apply_value(
+    tree: DictConfig, setting_value: overrides.SettingValue, choice_by_group: dict[str, str], *, run_has_begun: bool
+) -> hints.RefusedOverride | None:
+    """Set one value of the command line or a user's file in the composed `tree`; returns why that cannot be, or None.
+
+    `choice_by_group`: the chosen settings classes, such as {"tuning": "lora"}. `run_has_begun`: the run's directory has a
+    configuration already. Refused is a value whose
+
+    - key does not exist;
+    - setting needs another choice of its group, as `tuning.rank` needs `tuning=lora`;
+    - key names the choice of a group: `tuning.name=lora`, which must be typed as `tuning=lora`;
+    - type is wrong.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    key = setting_value.key
+    source_text = setting_value.source_text
+    setting = find_setting(key)
+    if setting is None:
+        return hints.explain_unknown_key(key, source_text)
+    if _needs_another_choice(setting, key, setting_value.value, choice_by_group, run_has_begun=run_has_begun):
+        needed_choice = hints.needed_choice(key, setting.available_under)
+        return hints.RefusedOverride(
+            source_text, f"needs {needed_choice}; add it, or leave {key.removesuffix('_')} out"
+        )
+    if key.endswith(".name") and key.split(".")[0] in settings_classes_by_group():
+        # It would keep the settings class of another choice.
+        return hints.explain_unknown_key(key, source_text)
+    try:
+        _set_value(tree, key, setting_value.value)
+    except (OmegaConfBaseException, ValueError):
+        reason = f"{key} must be {overrides.describe_type(setting.type)}"
+        return hints.RefusedOverride(source_text, reason, probably_meant_keys=frozenset({key}))
+    return None
 
 
 def _reset_to_default(tree: DictConfig, key: str, choice_by_group: dict[str, str]) -> None:
@@ -373,7 +384,7 @@ def _drop_outranked_budgets(tree: DictConfig, parsed: overrides.ParsedOverrides)
 
     budgets = {"budget.steps", "budget.epochs", "budget.tokens"}
     file_keys = {value.key for value in parsed.values[: parsed.num_file_values]}
-    cli_keys = {value.key for value in parsed.values[parsed.num_file_values :]}
+    cli_keys = {value.key for value in parsed.cli_values}
     budgets_to_keep = (budgets & cli_keys) or (budgets & file_keys)
     if budgets_to_keep:  # otherwise the experiment's stays
         for budget in budgets - budgets_to_keep:

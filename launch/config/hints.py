@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from launch.config import misspelled
 from launch.config.choices import MODEL_GROUP, choices_by_group
 from launch.config.importers.equivalent import OtherTrainerSettings, TranslatedSetting, parse_number
 from launch.config.importers.names import RULE_BY_NORMALISED_NAME, normalised_name, translate_by_rule
 from launch.config.importers.rules import RULE_BY_GROUP
+from launch.config.known_settings import all_settings, find_setting
 from launch.config.removed import REASON_BY_NOT_OFFERED_KEY, SUCCESSOR_BY_REMOVED_KEY
 
-SettingsByKey = Mapping[str, Any]
-"""Every setting of a run (`known_settings.Setting`) by its full key, such as `optim.lr`."""
 KNOWN_FLAGS = ("--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version")
 NAMES_SHARED_WITH_SUBMITIT = (
     "partition",
@@ -31,13 +29,13 @@ NAMES_SHARED_WITH_SUBMITIT = (
 
 
 @dataclass(frozen=True, slots=True)
-class OverrideHint:
-    """What to type instead of a command-line override that is a setting of another trainer."""
+class RefusedOverride:
+    """Why a command-line override cannot be used, and what was probably meant."""
 
     override: str
     reason: str
-    probably_meant_keys: frozenset[str]
-    """The settings that the override was probably meant for.
+    probably_meant_keys: frozenset[str] = frozenset()
+    """The settings that it was probably meant for, such as `optim.lr`; empty if nothing is similar.
 
     Validation complains about them as well, because they are not set; that would only repeat this problem and is not shown.
     """
@@ -54,11 +52,11 @@ class OverridesOfOtherTrainers:
     They are collected first, because the translation of one may depend on another: a batch size on the number of ranks.
     """
 
-    def __init__(self, overrides: list[str], is_ours: Callable[[str], bool]) -> None:
+    def __init__(self, overrides: list[str]) -> None:
         """Collect the settings of other trainers among command-line arguments.
 
-        `overrides`: the arguments as typed, in which `--name value` may be one setting. `is_ours`: whether a key is a setting of
-        shardtune, whose meaning goes before that of another trainer.
+        `overrides`: the arguments as typed, in which `--name value` may be one setting. A name that shardtune has itself means
+            shardtune's setting.
         """
         self.overrides: list[str] = []
         """All arguments in their order, in which `--name value` of another trainer has become one argument."""
@@ -84,7 +82,7 @@ class OverridesOfOtherTrainers:
             self.overrides.append(override)
             name = normalised_name(key)
             bare_key = key.lstrip("-+~")
-            is_our_key = is_ours(bare_key) or bare_key in choices_by_group()
+            is_our_key = find_setting(bare_key) is not None or bare_key in choices_by_group()
             if name in RULE_BY_NORMALISED_NAME and not is_our_key:
                 self._value_by_other_name[name] = value.strip("'\"")
                 self._other_name_by_override[override] = name
@@ -96,7 +94,7 @@ class OverridesOfOtherTrainers:
             cli_values[key] = value
         self._ranks = num_requested_ranks(cli_values, self._value_by_other_name)
 
-    def hint(self, override: str) -> OverrideHint | None:
+    def explain(self, override: str) -> RefusedOverride | None:
         """What to type instead of an override that is another trainer's setting; None if it is none, or has no translation.
 
         `override`: one of `self.overrides`. `--learning_rate 1e-4` gives the reason `here it is optim.lr=1e-4`.
@@ -109,7 +107,7 @@ class OverridesOfOtherTrainers:
             return None
         # Validation will say that no budget or batch size is set, which repeats this problem as well.
         groups = {key.split(".")[0] for key in translation.overrides if key.startswith(("budget.", "batch."))}
-        return OverrideHint(
+        return RefusedOverride(
             override,
             reason=translation_sentence(translation),
             probably_meant_keys=frozenset(translation.overrides) | groups,
@@ -245,15 +243,11 @@ def explain_argument_without_value(argument: str) -> str:
     return f"{argument}: not of the form key=value{hint}"
 
 
-def separate_settings_split_at_spaces(
-    arguments: list[str], settings_by_key: SettingsByKey
-) -> tuple[list[str], list[str]]:
+def separate_settings_split_at_spaces(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Take settings typed with spaces out of a command line, and explain each, since their pieces alone would confuse.
 
-    `optim.lr = 1e-4` is three arguments; `optim.lr= 1e-4`, `optim.lr =1e-4` and `--optim.lr 1e-4` are two.
-
-    `settings_by_key`: all settings of shardtune by key. Returns the other arguments in their order, and for each setting taken
-        out a message that says how to type it.
+    `optim.lr = 1e-4` is three arguments; `optim.lr= 1e-4`, `optim.lr =1e-4` and `--optim.lr 1e-4` are two. Returns the other
+    arguments in their order, and for each setting taken out a message that says how to type it.
     """
     other_arguments: list[str] = []
     problems: list[str] = []
@@ -261,23 +255,23 @@ def separate_settings_split_at_spaces(
     while unread:
         argument = unread.pop(0)
         next_argument = unread[0] if unread else ""
-        if argument in settings_by_key and next_argument.startswith("="):
+        if argument in all_settings() and next_argument.startswith("="):
             # `key =value`, or `key = value`.
             value = unread.pop(0)[1:]
             if not value and unread:
                 value = unread.pop(0)
             problems.append(f"{argument} = {value}: no spaces around the equals sign; type {argument}={value}")
-        elif argument.endswith("=") and argument[:-1] in settings_by_key and _can_be_value(next_argument):
+        elif argument.endswith("=") and argument[:-1] in all_settings() and _can_be_value(next_argument):
             unread.pop(0)
             problems.append(
                 f"{argument} {next_argument}: no spaces around the equals sign; type {argument}{next_argument}"
             )
-        elif _is_setting_typed_as_flag(argument, settings_by_key) and _can_be_value(next_argument):
+        elif _is_setting_typed_as_flag(argument) and _can_be_value(next_argument):
             unread.pop(0)
             key = argument.lstrip("-").replace("-", "_")
             hint = f"type {key}={next_argument}"
-            if key not in settings_by_key:
-                hint = explain_unknown_key(key, f"{key}={next_argument}", settings_by_key).reason
+            if key not in all_settings():
+                hint = explain_unknown_key(key, f"{key}={next_argument}").reason
             problems.append(f"{argument} {next_argument}: settings have no dashes; {hint}")
         else:
             other_arguments.append(argument)
@@ -289,48 +283,27 @@ def _can_be_value(argument: str) -> bool:
     return bool(argument) and "=" not in argument and not argument.startswith("-")
 
 
-def _is_setting_typed_as_flag(argument: str, settings_by_key: SettingsByKey) -> bool:
+def _is_setting_typed_as_flag(argument: str) -> bool:
     """Whether an argument is a setting of shardtune typed with dashes, such as `--optim.lr` or `--lr`, followed by its value.
 
     False for a flag of another trainer or launcher, which is translated or refused with its own advice, and for a near miss of
-    one of our flags (`--dryrun`), which `explain_argument_without_value` explains. `settings_by_key`: all settings by key.
+    one of our flags (`--dryrun`), which `explain_argument_without_value` explains.
     """
     key = argument.lstrip("-").replace("-", "_")
     is_of_other_trainer = normalised_name(argument) in RULE_BY_NORMALISED_NAME
     is_of_other_launcher = key in misspelled.ADVICE_BY_FLAG_OF_OTHER_LAUNCHERS
     if not argument.startswith("--") or "=" in argument or is_of_other_trainer or is_of_other_launcher:
         return False
-    last_names = {setting_key.rpartition(".")[2] for setting_key in settings_by_key}
-    is_setting = key in settings_by_key or key in last_names
+    last_names = {setting_key.rpartition(".")[2] for setting_key in all_settings()}
+    is_setting = key in all_settings() or key in last_names
     is_near_miss_of_flag = bool(difflib.get_close_matches(argument, KNOWN_FLAGS, n=1, cutoff=0.8))
     return is_setting and not is_near_miss_of_flag
 
 
-@dataclass(frozen=True, slots=True)
-class UnknownKeyMessage:
-    """Why a command-line override with a key that does not exist is refused, and what was probably meant."""
-
-    override: str
-    reason: str
-    probably_meant_key: str | None = None
-    """The setting that was probably meant, such as `optim.lr`; None if nothing is similar."""
-
-    @property
-    def problem(self) -> str:
-        """The line for the user."""
-        return f"{self.override}: {self.reason}"
-
-    @property
-    def probably_meant_keys(self) -> set[str]:
-        """The setting that was probably meant, as a set: validation then does not complain that it is not set."""
-        return set() if self.probably_meant_key is None else {self.probably_meant_key}
-
-
-def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey) -> UnknownKeyMessage:
+def explain_unknown_key(key: str, override: str) -> RefusedOverride:
     """Write the message about an override whose key does not exist, with what was probably meant.
 
-    `override`: what was typed, with which the message begins; `settings_by_key`: all settings of shardtune by key. The first of
-    these that applies:
+    `override`: what was typed, with which the message begins. The first of these that applies:
 
     - The setting was removed, is not offered, or is commonly confused with one of ours: what there is instead.
     - It is the `name` of a group, or a whole block of settings: how these are typed.
@@ -340,45 +313,45 @@ def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey)
     no_such_setting = f"there is no setting {key}"
     value = override.partition("=")[2]
     if key in SUCCESSOR_BY_REMOVED_KEY:
-        return UnknownKeyMessage(override, f"{no_such_setting} any more: {SUCCESSOR_BY_REMOVED_KEY[key]}")
+        return RefusedOverride(override, f"{no_such_setting} any more: {SUCCESSOR_BY_REMOVED_KEY[key]}")
     if key in REASON_BY_NOT_OFFERED_KEY:
-        return UnknownKeyMessage(override, f"{no_such_setting}: {REASON_BY_NOT_OFFERED_KEY[key]}")
+        return RefusedOverride(override, f"{no_such_setting}: {REASON_BY_NOT_OFFERED_KEY[key]}")
     replacement = misspelled.replacement_text(key, value)
     if replacement is not None:
-        return UnknownKeyMessage(override, f"{no_such_setting}; {replacement}")
+        return RefusedOverride(override, f"{no_such_setting}; {replacement}")
     group = key.split(".")[0]
     last_name = key.split(".")[-1]
     if last_name == "name" and group in choices_by_group():
         choices = ", ".join(choices_by_group()[group])
-        return UnknownKeyMessage(override, f"chosen as a group; type {group}=<choice>, one of {choices}")
-    settings_below = sorted(name for name in settings_by_key if name.startswith(f"{key}."))
+        return RefusedOverride(override, f"chosen as a group; type {group}=<choice>, one of {choices}")
+    settings_below = sorted(name for name in all_settings() if name.startswith(f"{key}."))
     if settings_below:
-        return UnknownKeyMessage(override, f"{key} is not one value; set {', '.join(settings_below[:8])}")
-    group_suggestion = _group_suggestion(key, value, settings_by_key)
+        return RefusedOverride(override, f"{key} is not one value; set {', '.join(settings_below[:8])}")
+    group_suggestion = _group_suggestion(key, value)
     if group_suggestion is not None:
-        return UnknownKeyMessage(override, f"{no_such_setting}; {group_suggestion}")
+        return RefusedOverride(override, f"{no_such_setting}; {group_suggestion}")
 
-    similar_keys = _similar_keys(key, settings_by_key)
+    similar_keys = _similar_keys(key)
     if not similar_keys:
-        return UnknownKeyMessage(override, no_such_setting)
-    suggestions = [_suggested_key_text(similar_key, settings_by_key) for similar_key in similar_keys[:3]]
-    return UnknownKeyMessage(
+        return RefusedOverride(override, no_such_setting)
+    suggestions = [_suggested_key_text(similar_key) for similar_key in similar_keys[:3]]
+    return RefusedOverride(
         override,
         reason=f"{no_such_setting}; did you mean {' or '.join(suggestions)}?",
-        probably_meant_key=similar_keys[0],
+        probably_meant_keys=frozenset({similar_keys[0]}),
     )
 
 
-def _suggested_key_text(key: str, settings_by_key: SettingsByKey) -> str:
+def _suggested_key_text(key: str) -> str:
     """A key as a message suggests it: `optim.lr`, or `tuning.rank (with tuning=lora|dora)` if only some choices have it."""
-    choices_with_key = settings_by_key[key].available_under
+    choices_with_key = all_settings()[key].available_under
     return f"{key} (with {needed_choice(key, choices_with_key)})" if choices_with_key else key
 
 
-def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
+def _similar_keys(key: str) -> list[str]:
     """The full keys of settings that a mistyped key may mean, the likeliest first; empty if nothing is similar.
 
-    `settings_by_key`: all settings by key. The first of these that finds any, from strict to loose:
+    The first of these that finds any, from strict to loose:
 
     - keys that are nearly the same, then keys with the same last name (`optim.lr` for `learning.lr`);
     - a less similar key;
@@ -386,22 +359,22 @@ def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
     """
     last_name = key.split(".")[-1]
     # `cutoff`: the least similarity, from 0 to 1 (equal).
-    nearly_same_keys = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.75)
+    nearly_same_keys = difflib.get_close_matches(key, all_settings(), n=1, cutoff=0.75)
     keys_of_same_last_name = []
-    for known_key in settings_by_key:
+    for known_key in all_settings():
         if known_key.split(".")[-1] == last_name and known_key not in nearly_same_keys:
             keys_of_same_last_name.append(known_key)
     if nearly_same_keys or keys_of_same_last_name:
         return [*nearly_same_keys, *keys_of_same_last_name]
-    less_similar_keys = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.5)
+    less_similar_keys = difflib.get_close_matches(key, all_settings(), n=1, cutoff=0.5)
     if less_similar_keys:
         return less_similar_keys
-    known_last_names = [known_key.split(".")[-1] for known_key in settings_by_key]
+    known_last_names = [known_key.split(".")[-1] for known_key in all_settings()]
     similar_last_names = difflib.get_close_matches(last_name, known_last_names, n=1, cutoff=0.7)
-    return [known_key for known_key in settings_by_key if known_key.split(".")[-1] in similar_last_names]
+    return [known_key for known_key in all_settings() if known_key.split(".")[-1] in similar_last_names]
 
 
-def _group_suggestion(key: str, value: str, settings_by_key: SettingsByKey) -> str | None:
+def _group_suggestion(key: str, value: str) -> str | None:
     """Suggest a choice of a group for a mistyped key without dots: `tunning=lora` and `method=lora` give `tuning=lora`.
 
     A group, such as `tuning`, has named choices. The key may be similar to a group's name, or the value may be a choice of just
@@ -410,7 +383,7 @@ def _group_suggestion(key: str, value: str, settings_by_key: SettingsByKey) -> s
     if "." in key:
         return None
     # Settings compete too: a key nearer to a setting than to any group is none of these.
-    similar = difflib.get_close_matches(key, [*choices_by_group(), *settings_by_key], n=1, cutoff=0.7)
+    similar = difflib.get_close_matches(key, [*choices_by_group(), *all_settings()], n=1, cutoff=0.7)
     groups_with_value = [name for name in choices_by_group() if value in choices_by_group()[name]]
     if similar and similar[0] in choices_by_group():
         group = similar[0]

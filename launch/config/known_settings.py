@@ -77,26 +77,27 @@ def _settings_under_choices(group: str) -> dict[str, Setting]:
     return settings_by_key
 
 
-def key_with_underscore(settings_by_key: dict[str, Setting], key: str) -> str:
+def key_with_underscore(key: str) -> str:
     """The key of the dataclass field behind a typed key: `tuning.from` -> `tuning.from_`; nearly always the key itself.
 
     A field whose name would be a keyword of Python ends in an underscore; it is typed without.
     """
-    if key not in settings_by_key and f"{key}_" in settings_by_key:
+    if key not in all_settings() and f"{key}_" in all_settings():
         return f"{key}_"
     return key
 
 
-def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
+def find_setting(key: str) -> Setting | None:
     """The setting that a key on the command line or in a file means, with its type; None if there is none.
 
-    `settings_by_key`: those of `all_settings`. For example:
+    For example:
 
     - `optim.lr`: the setting of this key;
     - `data.sources.chat.path`: the setting `data.sources.*.path`, because the user chooses the name `chat`;
     - `data.columns.text`: an entry of the dictionary `data.columns`, with the type of its values.
     """
-    key = key_with_underscore(settings_by_key, key)
+    settings_by_key = all_settings()
+    key = key_with_underscore(key)
     names = key.split(".")
     # Any name but the first may be the user's own.
     wildcard_keys = [".".join([*names[:n], "*", *names[n + 1 :]]) for n in range(1, len(names))]

@@ -19,7 +19,7 @@ from launch.config.choices import (
     choices_by_group,
     is_published_shape_choice,
 )
-from launch.config.known_settings import Setting, all_settings, find_setting, key_with_underscore
+from launch.config.known_settings import all_settings, find_setting, key_with_underscore
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import parse_gate_argument
 from trainer.model.known_shapes import read_shape
@@ -71,6 +71,11 @@ class ParsedOverrides:
     probably_meant_keys: set[str] = field(default_factory=set)
     """Settings that a wrong override was probably meant for. Validation complains that they are not set, which is not shown."""
 
+    @property
+    def cli_values(self) -> list[SettingValue]:
+        """The values that were typed on the command line, without those of the user's settings files."""
+        return self.values[self.num_file_values :]
+
     def add_problem(self, problem: str, probably_meant: Iterable[str] = ()) -> None:
         """Add the message about an override that cannot be used. `probably_meant`: settings that validation need not miss."""
         self.problems.append(problem)
@@ -99,13 +104,12 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
         the values in the file and, behind them, that of `optim.lr`. Nothing is raised: what cannot be read becomes a problem, so
         that all are shown together.
     """
-    settings_by_key = all_settings()
-    overrides, split_problems = hints.separate_settings_split_at_spaces(overrides, settings_by_key)
+    overrides, split_problems = hints.separate_settings_split_at_spaces(overrides)
     from_files = ParsedOverrides(problems=split_problems)
     for override in overrides:
         if user_files.is_settings_file(override):
-            from_files = _join_overrides(from_files, _parse_settings_file(override, settings_by_key))
-    from_command_line = _parse_command_line(overrides, settings_by_key)
+            from_files = _join_overrides(from_files, _parse_settings_file(override))
+    from_command_line = _parse_command_line(overrides)
     parsed = _join_overrides(from_files, from_command_line)
     # Those of files come first, wherever the file stood on the command line: what is typed always counts more.
     parsed.num_file_values = len(parsed.values) - len(from_command_line.values)
@@ -113,27 +117,24 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     return parsed
 
 
-def _parse_command_line(overrides: list[str], settings_by_key: dict[str, Setting]) -> ParsedOverrides:
+def _parse_command_line(overrides: list[str]) -> ParsedOverrides:
     """Sort the overrides that are no settings files into choices of groups, values of settings, and problems.
 
-    `settings_by_key`: all settings that a run can have, by full key. Settings of other trainers, such as `--learning_rate 1e-4`,
-        become problems that say what to type here.
+    Settings of other trainers, such as `--learning_rate 1e-4`, become problems that say what to type here.
     """
     parsed = ParsedOverrides()
-    of_other_trainers = hints.OverridesOfOtherTrainers(
-        overrides, is_ours=lambda key: find_setting(settings_by_key, key) is not None
-    )
+    of_other_trainers = hints.OverridesOfOtherTrainers(overrides)
     # Here `--learning_rate 1e-4` has become one argument.
     for override in of_other_trainers.overrides:
         if user_files.is_settings_file(override):
             continue
-        hint = of_other_trainers.hint(override)
-        if hint is not None:  # a setting of another trainer, such as `--learning_rate 1e-4`
-            parsed.add_problem(hint.problem, hint.probably_meant_keys)
+        refused = of_other_trainers.explain(override)
+        if refused is not None:  # a setting of another trainer, such as `--learning_rate 1e-4`
+            parsed.add_problem(refused.problem, refused.probably_meant_keys)
         elif override.startswith("~"):
-            _add_reset(parsed, settings_by_key, override)
+            _add_reset(parsed, override)
         else:
-            _add_override(parsed, settings_by_key, override)
+            _add_override(parsed, override)
     return parsed
 
 
@@ -156,18 +157,17 @@ def _join_overrides(earlier: ParsedOverrides, later: ParsedOverrides) -> ParsedO
     )
 
 
-def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
+def _add_override(parsed: ParsedOverrides, override: str) -> None:
     """Add one argument `key=value` of a command line to `parsed`: as a choice of a group, a value of a setting, or a problem.
 
     Problems are text that is no `key=value`, settings of Hydra itself, and `_target_`, with which Hydra would call a function.
-    `settings_by_key`: all settings that a run can have, by full key.
     """
     match = OVERRIDE_REGEX.fullmatch(override)
     if match is None or override.startswith("-"):
         parsed.add_problem(hints.explain_argument_without_value(override))
         return
     # `tuning.from` means the field `from_`, since `from` is a keyword of Python.
-    key = key_with_underscore(settings_by_key, match["key"])
+    key = key_with_underscore(match["key"])
     value = match["value"]
     if re.match(r"hydra([./]|$)", key):
         parsed.add_problem(hints.explain_hydra_setting(key, value, override))
@@ -176,7 +176,7 @@ def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], 
     elif key in choices_by_group():
         _add_choice(parsed, key, value, override)
     else:
-        _add_setting(parsed, settings_by_key, key, value, override)
+        _add_setting(parsed, key, value, override)
 
 
 def _contradiction_problems(parsed: ParsedOverrides) -> list[str]:
@@ -184,10 +184,9 @@ def _contradiction_problems(parsed: ParsedOverrides) -> list[str]:
 
     Values of files are left out: to override a file is what the command line is for.
     """
-    cli_values = parsed.values[parsed.num_file_values :]
-    problems = _two_models_problems(cli_values)
+    problems = _two_models_problems(parsed.cli_values)
     for reset_key, reset_override in parsed.resets:
-        for cli_value in cli_values:
+        for cli_value in parsed.cli_values:
             if cli_value.key == reset_key or cli_value.key.startswith(f"{reset_key}."):
                 problems.append(f"{reset_override}: {cli_value.source_text} sets the same; leave one of the two out")
     return problems
@@ -211,11 +210,6 @@ def _two_models_problems(values: list[SettingValue]) -> list[str]:
     ]
 
 
-def needed_choice_problem(key: str, override: str, setting: Setting) -> str:
-    """The message about a setting that exists only under another choice of its group."""
-    return f"{override}: needs {hints.needed_choice(key, setting.available_under)}; add it, or leave {key.removesuffix('_')} out"
-
-
 def describe_type(annotation: Any) -> str:
     """What a value of a setting's type looks like, in words: `a whole number or null`."""
     if isinstance(annotation, type) and issubclass(annotation, Enum):
@@ -230,11 +224,11 @@ def describe_type(annotation: Any) -> str:
     return names.get(annotation, "a value")
 
 
-def _parse_settings_file(override: str, settings_by_key: dict[str, Setting]) -> ParsedOverrides:
+def _parse_settings_file(override: str) -> ParsedOverrides:
     """Read a user's settings file, as named on the command line, into choices, values and problems.
 
-    `override`: the file, `my.yaml`. `settings_by_key`: all settings that a run can have, by full key. Problems: a file that
-    cannot be read, an unknown group, a value that cannot be used, and two names of the model.
+    `override`: the file, `my.yaml`. Problems: a file that cannot be read, an unknown group, a value that cannot be used, and two
+        names of the model.
     """
     parsed = ParsedOverrides()
     try:
@@ -249,40 +243,35 @@ def _parse_settings_file(override: str, settings_by_key: dict[str, Setting]) -> 
             parsed.add_problem(
                 f"{override}: defaults: there is no group {group}; one of {', '.join(choices_by_group())}"
             )
-    _add_file_values(parsed, settings_by_key, override, values)
+    _add_file_values(parsed, override, values)
     parsed.problems += _two_models_problems(parsed.values)
     return parsed
 
 
-def _add_file_values(
-    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], file_name: str, values: list[tuple[str, Any]]
-) -> None:
+def _add_file_values(parsed: ParsedOverrides, file_name: str, values: list[tuple[str, Any]]) -> None:
     """Add the values of a user's settings file to `parsed`, or problems that name the file and what stands there.
 
     `values`: (full key, value) pairs in the file's order. Problems: a setting of another trainer, an interpolation that differs
         between processes, and `_target_`. Whether a key exists is checked later, when the values are applied.
     """
-    of_other_trainers = hints.OverridesOfOtherTrainers(
-        [f"{key}={value}" for key, value in values],
-        is_ours=lambda key: find_setting(settings_by_key, key) is not None,
-    )
+    of_other_trainers = hints.OverridesOfOtherTrainers([f"{key}={value}" for key, value in values])
     for key, value in values:
         source_text = f"{file_name}: {key}: {value}"
-        hint = of_other_trainers.hint(f"{key}={value}")
-        if hint is not None:  # a setting of another trainer, such as `learning_rate: 1e-4`
-            parsed.add_problem(f"{source_text}: {hint.reason}", hint.probably_meant_keys)
+        refused = of_other_trainers.explain(f"{key}={value}")
+        if refused is not None:  # a setting of another trainer, such as `learning_rate: 1e-4`
+            parsed.add_problem(f"{source_text}: {refused.reason}", refused.probably_meant_keys)
         elif RESOLVED_BY_EACH_RANK_REGEX.search(str(value)):
             parsed.add_problem(f"{source_text}: {RANKS_DISAGREE_REASON}")
         elif "_target_" in source_text:
             parsed.add_problem(f"{source_text}: {NO_TARGET_REASON}")
         elif key in (TASKS_TABLE, REWARDS_TABLE) and isinstance(value, list):
             # Such a list has a syntax of its own, which is read in the form that it has on the command line.
-            _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source_text)
+            _add_setting(parsed, key, f"[{','.join(map(str, value))}]", source_text)
         else:
-            parsed.add_value(key_with_underscore(settings_by_key, key), value, source_text)
+            parsed.add_value(key_with_underscore(key), value, source_text)
 
 
-def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
+def _add_reset(parsed: ParsedOverrides, override: str) -> None:
     """Add an argument `~key` of the command line to `parsed`: it takes back what a file or an experiment sets.
 
     By what the key names:
@@ -292,18 +281,18 @@ def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], ove
     - `~optim.lr`, a setting, or `~data.columns`, a table of settings: it is set back to its default;
     - anything else: a problem.
     """
-    key = key_with_underscore(settings_by_key, override.lstrip("~").partition("=")[0])
-    is_table = any(setting_key.startswith(f"{key}.") for setting_key in settings_by_key)
+    key = key_with_underscore(override.lstrip("~").partition("=")[0])
+    is_table = any(setting_key.startswith(f"{key}.") for setting_key in all_settings())
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
     elif key in choices_by_group():
         example = "model.path=<directory or hub id>" if key == MODEL_GROUP else f"{key}={choices_by_group()[key][0]}"
         parsed.add_problem(f"{override}: cannot be removed; choose another one, for example {example}")
-    elif key in settings_by_key or is_table:
+    elif key in all_settings() or is_table:
         parsed.resets.append((key, override))
     else:
-        message = hints.explain_unknown_key(key, override, settings_by_key)
-        parsed.add_problem(message.problem, message.probably_meant_keys)
+        refused = hints.explain_unknown_key(key, override)
+        parsed.add_problem(refused.problem, refused.probably_meant_keys)
 
 
 def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: str) -> None:
@@ -324,9 +313,7 @@ def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: s
         parsed.add_problem(hints.explain_unknown_choice(group, choice, source_text), [group])
 
 
-def _add_setting(
-    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, source_text: str
-) -> None:
+def _add_setting(parsed: ParsedOverrides, key: str, text: str, source_text: str) -> None:
     """Add the value of one setting to `parsed`, read from its text by the syntax that the key calls for.
 
     `key`, `text`: the halves of `optim.lr=1e-4`. `source_text`: what sets it, for messages: the override, or file, key and value.
@@ -337,7 +324,7 @@ def _add_setting(
     - a setting of text: as typed, because paths hold spaces, colons and equals signs that Hydra's grammar would take apart;
     - anything else: by Hydra's grammar.
     """
-    setting = find_setting(settings_by_key, key)
+    setting = find_setting(key)
     task_entries = _list_entries(text) if key == TASKS_TABLE else None
     if RESOLVED_BY_EACH_RANK_REGEX.search(text):
         parsed.add_problem(f"{source_text}: {RANKS_DISAGREE_REASON}")
@@ -351,7 +338,7 @@ def _add_setting(
     elif setting is not None and _is_text_type(setting.type) and not _is_hydra_syntax(text):
         parsed.add_value(key, text, source_text)  # as typed
     else:
-        _add_setting_by_grammar(parsed, settings_by_key, key, text, source_text)
+        _add_setting_by_grammar(parsed, key, text, source_text)
 
 
 def _add_gates(parsed: ParsedOverrides, source_text: str) -> None:
@@ -421,9 +408,7 @@ def _add_reward_entry(parsed: ParsedOverrides, entry: str, source_text: str) -> 
         parsed.add_value(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", source_text)
 
 
-def _add_setting_by_grammar(
-    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, source_text: str
-) -> None:
+def _add_setting_by_grammar(parsed: ParsedOverrides, key: str, text: str, source_text: str) -> None:
     """Add a value to `parsed` that Hydra's own parser reads: a number, a list, a dictionary or null.
 
     `key`, `text`: the halves of `optim.betas=[0.9,0.95]`. `source_text`: what sets it, for messages. Several values, as for a
@@ -442,12 +427,11 @@ def _add_setting_by_grammar(
         parsed.values += _values_of_override(key, parsed_override.value(), source_text)
     except (HydraException, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(" See https")[0]
-        _add_unparsable_setting(parsed, settings_by_key, key, text, source_text, reason=reason)
+        _add_unparsable_setting(parsed, key, text, source_text, reason=reason)
 
 
 def _add_unparsable_setting(
     parsed: ParsedOverrides,
-    settings_by_key: dict[str, Setting],
     key: str,
     text: str,
     source_text: str,
@@ -462,10 +446,10 @@ def _add_unparsable_setting(
     - a setting of text, and the value is a list: the paths in it, whose characters the grammar would want quoted;
     - another setting: a problem, with the type that the value must have.
     """
-    setting = find_setting(settings_by_key, key)
+    setting = find_setting(key)
     if setting is None:
-        message = hints.explain_unknown_key(key, source_text, settings_by_key)
-        parsed.add_problem(message.problem, message.probably_meant_keys)
+        refused = hints.explain_unknown_key(key, source_text)
+        parsed.add_problem(refused.problem, refused.probably_meant_keys)
     elif _is_text_type(setting.type) and text.startswith("["):
         paths = [entry.strip().strip("'\"") for entry in text[1:-1].split(",")]
         parsed.add_value(key, paths, source_text)

@@ -203,9 +203,9 @@ def _with_range(argument: str, setting: SearchedSetting, start: float, stop: flo
 
 def _setting_types(key: str) -> set[Any]:
     """The types that a setting of the configuration takes, None left out; empty if there is no such setting."""
-    from launch.config.known_settings import all_settings, find_setting
+    from launch.config.known_settings import find_setting
 
-    setting = find_setting(all_settings(), key)
+    setting = find_setting(key)
     if setting is None:
         return set()
     union_members = get_args(setting.type) or (setting.type,)

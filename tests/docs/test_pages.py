@@ -316,7 +316,7 @@ def test_every_setting_named_exists():
                 and not (page.parent / key).exists()
                 and not key.endswith((".json", ".yaml", ".html", ".csv"))
             ):
-                assert find_setting(known, key) or key in parts or (ROOT / key).exists(), f"{page.name}: {key}"
+                assert find_setting(key) or key in parts or (ROOT / key).exists(), f"{page.name}: {key}"
 
 
 def test_every_file_of_ours_named_exists():
