@@ -170,7 +170,7 @@ def _left_out_headings(comparison: Comparison) -> set[str]:
     headings = set()
     if len(comparison.points) == 1:
         headings.add(LOSS_DIFFERENCE_HEADING)
-    begun_points = comparison.begun_points
+    begun_points = comparison.begun_points  # those that took a step
     is_mfu_unknown = all(point.measured.mfu is None for point in begun_points)
     if begun_points and (is_mfu_unknown or not comparison.has_comparable_mfu):
         headings.add(MFU_HEADING)
@@ -255,7 +255,9 @@ def _loss_curve_lines(comparison: Comparison) -> list[str]:
 
 
 def _held_out_metric_lines(comparison: Comparison) -> list[str]:
-    """Show how each held-out metric changed in training: a line `eval/loss  ddp: 2.8700 -> 2.3400` for each point that has it."""
+    """Show how each held-out metric changed in training: a line `eval/loss  ddp: 2.8700 -> 2.3400` for each point that has
+    it.
+    """
     lines = []
     for metric in comparison.held_out_metrics:
         for point in comparison.points:

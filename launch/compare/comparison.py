@@ -65,7 +65,9 @@ class Comparison:
 
     @property
     def has_comparable_mfu(self) -> bool:
-        """Whether all runs with an MFU divide their speed by the same peak. A peak measured on a busy CPU is that run's alone."""
+        """Whether all runs with an MFU divide their speed by the same peak. A peak measured on a busy CPU is that run's
+        alone.
+        """
         runs: list[RecordedRun] = []
         for point in self.points:
             runs += point.repeats
@@ -113,7 +115,8 @@ def compare_points(
 def _compared_point(
     measured_points: list[MeasuredPoint], names: list[str], index: int, default_index: int
 ) -> ComparedPoint:
-    """Put the point at `index` beside its baseline: how far its losses are from the baseline's, or why they cannot be compared.
+    """Put the point at `index` beside its baseline: how far its losses are from the baseline's, or why they cannot be
+    compared.
 
     The baseline is the earliest point that trains the same job, or else the default baseline at `default_index`. The
     default baseline itself has none, nor has a point before it, or a refused point, which has no losses. The verdict is
@@ -190,7 +193,7 @@ def _notes_on_measuring(points: list[MeasuredPoint], runs: list[RecordedRun]) ->
 
 
 def _notes_on_unreadable_lines(runs: list[RecordedRun]) -> list[str]:
-    """A caveat for each run with lines in its metrics or events that cannot be read."""
+    """Warn the reader of each run with lines in its metrics or events that cannot be read."""
     notes = []
     for run in runs:
         if run.unreadable_lines == 1:
@@ -203,7 +206,7 @@ def _notes_on_unreadable_lines(runs: list[RecordedRun]) -> list[str]:
 
 
 def _notes_on_repeats(points: list[MeasuredPoint], names: list[str]) -> list[str]:
-    """A caveat for each point whose repeats have different losses. `names`: the name of each point."""
+    """Warn the reader of each point whose repeats have different losses. `names`: the name of each point."""
     notes = []
     for point, name in zip(points, names, strict=True):
         difference = _largest_difference_of_repeats(point)
@@ -228,7 +231,7 @@ def _are_one_peak(peaks: list[float]) -> bool:
 
 
 def _notes_on_peaks(runs: list[RecordedRun]) -> list[str]:
-    """A caveat if runs measured their MFU against different peaks; empty if not."""
+    """Warn the reader if runs measured their MFU against different peaks, so that MFUs cannot be compared; empty if not."""
     peaks = _mfu_peaks(runs)
     if _are_one_peak(peaks):
         return []
@@ -240,7 +243,8 @@ def _notes_on_peaks(runs: list[RecordedRun]) -> list[str]:
 
 
 def _notes_on_machines(records: list[RunRecord]) -> list[str]:
-    """Warn the reader if the runs were on different hosts, devices or revisions of shardtune: their speeds are not comparable.
+    """Warn the reader if the runs were on different hosts, devices or revisions of shardtune: their speeds are not
+    comparable.
 
     `records`: the `run.json` of each run that has one.
     """
@@ -269,6 +273,8 @@ def _has_few_steps(measured: RunMeasurements) -> bool:
 
 
 def _largest_difference_of_repeats(point: MeasuredPoint) -> float:
-    """How far repeats of the same point differ: the largest relative difference of a loss from that of the first repeat, or 0."""
+    """How far repeats of the same point differ: the largest relative difference of a loss from that of the first repeat, or
+    0.
+    """
     differences = [compare_losses(point.first_repeat, repeat) for repeat in point.repeats[1:]]
     return max((difference.all_steps_difference for difference in differences if difference is not None), default=0.0)

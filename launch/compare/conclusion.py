@@ -88,6 +88,7 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
     A comparison of a single point has nothing to conclude: its answer is empty. `differences`: the settings in which the
     points differ.
     """
+    # Only of points that took a step.
     jobs = group_points_into_jobs(points)
     if len(points) < 2:
         return Conclusion((), "note")

@@ -213,7 +213,7 @@ def quality_against_cost_plot(comparison: Comparison) -> PagePlot | None:
     Quality is the held-out metric by which quality is judged, if every point has it, else the last training loss. None if
     fewer than two points have a quality, or no cost is known.
     """
-    points = comparison.begun_points
+    points = comparison.begun_points  # those that took a step
     metric = quality_metric_name(points)
     is_held_out = metric is not None and all(metric in point.measured.metrics_at_end for point in points)
     rows: list[dict[str, Any]] = []

@@ -122,7 +122,8 @@ def _curve_spec(
 
 
 def difference_plot(comparison: Comparison) -> PagePlot | None:
-    """The plot that shows whether points compute the same: how far each one's loss is from its baseline's, on a logarithmic axis.
+    """The plot that shows whether points compute the same: how far each one's loss is from its baseline's, on a logarithmic
+    axis.
 
     A point is one combination of settings. Its baseline is the point that its loss is compared with: an earlier one that
     trains the same job with another strategy, else the first. None if no losses are comparable.
@@ -194,7 +195,7 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
 
     Steps that stood out are marked by dotted lines, if there are at most `MAX_NOTABLE_STEPS` of them.
     """
-    points = comparison.begun_points
+    points = comparison.begun_points  # those that took a step
     rows = []
     for point_index, point in enumerate(points):
         for step_metrics in thinned_step_rows(point, len(points)):
@@ -262,7 +263,7 @@ def _notable_steps_layer(rows: list[dict[str, Any]]) -> Spec:
 
 def held_out_plot(comparison: Comparison) -> PagePlot | None:
     """The plot of a held-out metric over training, which the reader chooses in a menu; None if nothing was evaluated."""
-    points = comparison.begun_points
+    points = comparison.begun_points  # those that took a step
     metrics = _held_out_menu_metrics(comparison)
     if not metrics:
         return None
@@ -337,7 +338,7 @@ def course_plot(comparison: Comparison) -> PagePlot | None:
 
     None if no step has any of them.
     """
-    points = comparison.begun_points
+    points = comparison.begun_points  # those that took a step
     rows = []
     known_metrics: set[str] = set()
     for point_index, point in enumerate(points):

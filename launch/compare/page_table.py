@@ -177,7 +177,7 @@ def _number_columns(comparison: Comparison) -> list[NumberColumn]:
 
     A column with a `best` marks its largest or smallest number with a star, so only differences that are shown get one.
     """
-    begun_points = comparison.begun_points
+    begun_points = comparison.begun_points  # those that took a step
     # No star if no difference is shown: it would contradict the answer.
     speed_best: BestDirection = "largest" if is_speed_difference_shown(begun_points) else ""
     memory_best: BestDirection = "smallest" if is_memory_difference_shown(begun_points) else ""

@@ -11,15 +11,13 @@ from launch.compare.curves import NUM_FIRST_STEPS, first_non_finite_loss_step, f
 from launch.compare.metric_meaning import keys_measured_differently
 from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME
 from launch.compare.quality import (
-    SIGNIFICANCE_LEVEL,
     ComparedJob,
-    QualityDifference,
     bonferroni_level,
     comparable_jobs,
     group_points_into_jobs,
-    quality_difference,
     quality_metric,
 )
+from launch.compare.quality_evidence import SIGNIFICANCE_LEVEL, QualityDifference, quality_difference
 from launch.compare.recommendation import ranges_overlap
 from trainer.reporting.numbers import format_metric
 
@@ -62,7 +60,8 @@ class VerdictContext:
 
 
 def point_verdict(point: ComparedPoint, context: VerdictContext, *, is_default_baseline: bool) -> str:
-    """Write the verdict on a point in one sentence: `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s, 0.6 x its memory`.
+    """Write the verdict on a point in one sentence: `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s, 0.6 x its
+    memory`.
 
     A point is one combination of settings, a job all points that train the same with other strategies or seeds. The
     baseline of a point is an earlier point, of the same job if there is one. The sentence begins with how the point ended,
@@ -114,7 +113,8 @@ def _single_point_job(point: ComparedPoint) -> ComparedJob:
 
 
 def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: VerdictContext) -> str:
-    """A clause on whether a point is better than its baseline by a held-out metric: `eval/loss 2.31, better than ddp (2.4; ...)`.
+    """A clause on whether a point is better than its baseline by a held-out metric: `eval/loss 2.31, better than ddp (2.4;
+    ...)`.
 
     The two are of different jobs, seeds or data. The first case that applies:
 
@@ -163,7 +163,9 @@ def _judgement_text(difference: QualityDifference, *, greater_is_better: bool) -
 
 
 def _verdict_without_metric(baseline: ComparedPoint, point: ComparedPoint) -> str:
-    """A clause on two points without a common held-out metric: why their losses cannot be compared, or how their jobs differ."""
+    """A clause on two points without a common held-out metric: why their losses cannot be compared, or how their jobs
+    differ.
+    """
     if point.incomparable_settings:
         return _loss_verdict(point)
     differing_settings = _differing_settings_text(baseline, point)

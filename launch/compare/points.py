@@ -81,7 +81,9 @@ class PointsPlan:
         return f"(optim.lr={rate:g})"
 
     def point_sources(self, comparison_dir: Path) -> list[PointSource]:
-        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was refused."""
+        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was
+        refused.
+        """
         return [self._point_source(point, comparison_dir) for point in self.points]
 
     def _run_dirs(self, point: PlannedPoint, comparison_dir: Path) -> tuple[Path, ...]:
@@ -156,6 +158,7 @@ def plan_points(arguments: list[str]) -> PointsPlan:
     if len(arguments_of_points) < 2 and settings.repeats < 2:
         reason = "the conditions leave no two points" if any(is_left_out) else "no setting has several values"
         raise ConfigError(f"nothing to compare: {reason}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
+    # Each run may become a task of a SLURM job array, and a cluster limits their number.
     refuse_large_arrays(arguments_of_points, num_repeats=settings.repeats)
 
     # Points are named by these values, such as {"strategy": "ddp", "tuning": "lora"}.

@@ -99,7 +99,7 @@ def wandb_address(argument: str) -> str | None:
     """The address `wandb:<entity>/<project>/<run id>` if a command-line argument names a run on W&B's server, else None.
 
     `argument`: such an address, or the URL of the run's page in W&B; anything else, such as a directory, gives None. Raises
-        ConfigError for an incomplete `wandb:...`.
+    ConfigError for an incomplete `wandb:...`.
     """
     if match := RUN_PAGE_REGEX.fullmatch(argument):
         return f"{SERVER_PREFIX}{match['entity']}/{match['project']}/{match['run']}"
@@ -117,7 +117,7 @@ def read_from_wandb_server(address: Path) -> RecordedRun:
     """Download a run's settings and metrics from W&B's server, to compare a run whose files are not here.
 
     `address`: `wandb:<entity>/<project>/<run id>`; it is no path, but takes the place of the run's directory. What a run
-        does not log to W&B stays empty. Raises ConfigError if the run cannot be fetched, or is not shardtune's.
+    does not log to W&B stays empty. Raises ConfigError if the run cannot be fetched, or is not shardtune's.
     """
     entity, project, run_id = str(address).removeprefix(SERVER_PREFIX).split("/")
     fetched = fetch_wandb_run(entity, project, run_id)
@@ -286,7 +286,7 @@ class _WandbContents:
     """Unix time of the last start."""
 
     def add_record(self, record: dict[str, Any]) -> None:
-        """Add one record of W&B's files, such as {"type": "history", "history": {"item": {"train/loss": 2.3}}}.
+        """Take over one record of W&B's files, such as {"type": "history", "history": {"item": {"train/loss": 2.3}}}.
 
         A record of a run, a summary or an exit completes or replaces an earlier one; a history record adds what was logged
         at a step. Other types are ignored.

@@ -220,7 +220,7 @@ def workspace_script_source(
 
 
 def python_source(value: object) -> str:
-    """The value as Python source. A long list of texts has one on each line."""
+    """Write a value as Python source for the script. A long list of texts has one on each line, so that people can edit it."""
     source = repr(value)
     if not isinstance(value, list) or len(source) <= MAX_LINE_LENGTH:
         return source

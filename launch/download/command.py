@@ -112,7 +112,7 @@ def _print_plan(assets: list[HubAsset], *, as_json: bool) -> None:
 def _print_fetched(
     fetched_assets: list[FetchedAsset], settings_path: Path, manifest_path: Path, *, as_json: bool
 ) -> None:
-    """Print what was fetched, and where the settings file and the manifest are."""
+    """Print what was fetched, and where the settings file with the pinned commits and the manifest are."""
     if as_json:
         paths = {"settings": str(settings_path), "manifest": str(manifest_path)}
         print(json.dumps({**paths, **_manifest_contents(fetched_assets)}))

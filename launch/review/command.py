@@ -83,7 +83,7 @@ def make_review(argv: list[str]) -> int:
 
 
 def _write_and_announce_sheet(sheet: ReviewSheet, request: ReviewRequest) -> None:
-    """Write the page, the table and the key of a review into the output directory, and say what is to be sent to whom."""
+    """Write the page, the table and the key of a review into the output directory, and tell the user what to send to whom."""
     from launch.review.sheet import KEY_FILE, PAGE_FILE, TABLE_FILE, review_csv, review_page, write_key
     from trainer.reporting.status import write_text_atomic
 

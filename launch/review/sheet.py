@@ -117,6 +117,7 @@ def make_review_sheet(
     rng = random.Random(f"sides {config.seed} {salt}")
     # The order of the draws from `rng` must not change: the same seed and salt give the same review.
     pairs, equal_pairs = _pair_answers(prompts, answers_by_arm, rng)
+    # The order in which reviewers see the pairs.
     pair_order = list(range(len(pairs)))
     rng.shuffle(pair_order)
     num_repeated = min(len(pair_order), round(config.repeats * len(pair_order)))
@@ -124,6 +125,7 @@ def make_review_sheet(
 
     items: list[ReviewSheetItem] = []
     key_items: list[Any] = []  # `KeyItem`s
+    # The repeated pairs come last, with their sides exchanged.
     for item_number, pair_index in enumerate([*pair_order, *repeated_pairs]):
         pair = pairs[pair_index]
         key_item: dict[str, Any] = dict(pair.key_item)
@@ -131,6 +133,7 @@ def make_review_sheet(
         if is_repeat:
             key_item["repeats"] = key_items[pair_order.index(pair_index)]["id"]
             key_item["tuned"] = "b" if key_item["tuned"] == "a" else "a"
+        # Reviewers see the id: it must not tell model or side.
         key_item["id"] = hashlib.sha256(f"{salt} {item_number}".encode()).hexdigest()[:12]
         is_tuned_on_side_a = key_item["tuned"] == "a"
         item = ReviewSheetItem(

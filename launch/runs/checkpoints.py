@@ -185,7 +185,7 @@ class _CheckpointSettings(NamedTuple):
 
 
 def _read_settings(run_dir: Path) -> _CheckpointSettings:
-    """Read the settings from the run's `config.yaml`. Never raises."""
+    """Read where a run keeps checkpoints and how it judges them, from its `config.yaml`. Never raises."""
     try:
         tree = read_settings_tree(run_dir / "config.yaml")
     except ConfigError:

@@ -255,7 +255,7 @@ def _ask_sacct(job_id: str) -> _SacctAnswer:
 
 
 def _call_sacct(job_id: str) -> _SacctAnswer:
-    """Call sacct once; `problem` if it is missing, does not answer, or fails."""
+    """Ask sacct once; `problem` of the answer says if it is missing, does not answer, or fails."""
     command = ["sacct", "--jobs", job_id, "--noheader", "--parsable2", f"--format={','.join(SACCT_FIELDS)}"]
     try:
         completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SACCT_TIMEOUT_S)

@@ -93,7 +93,7 @@ def _cached_slurm_end_text(job_id: str, cache_period: int) -> str | None:
 
 
 def _slurm_output(command: list[str]) -> str:
-    """What a command of SLURM prints; empty if the command fails or takes longer than `SLURM_TIMEOUT_S`."""
+    """Run a command of SLURM and return what it prints; empty if it fails or takes longer than `SLURM_TIMEOUT_S`."""
     # The user's SACCT_FORMAT and the like would change what is printed.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SACCT_")}
     try:

@@ -57,8 +57,8 @@ class LeaseHolder:
 def read_lease_holder(run_dir: Path) -> LeaseHolder:
     """Find out who runs a run: its newest attempt, and whether the process that makes it is alive.
 
-    A process that trains holds the run's lease, a file in the directory `lease` that it renews by heartbeats. Raises
-    OSError if the lease cannot be read.
+    A process that trains holds the run's lease: a file in the directory `lease` by which it claims the run, with its
+    heartbeats beside it. Raises OSError if the lease cannot be read.
     """
     attempt_number, owner = latest_claim(run_dir / "lease")  # attempts are numbered from 1
     if owner is None:

@@ -158,7 +158,8 @@ def _may_hold_runs(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def read_run_views(search: RunSearch, queue: JobQueue) -> list[RunView]:
-    """Read the state of each run that a search found, then add a row of state `unknown` for each directory that cannot be read.
+    """Read the state of each run that a search found, then add a row of state `unknown` for each directory that cannot be
+    read.
 
     A directory whose `config.yaml` is not shardtune's is left out if nothing was started in it. `search.unreadable`: by
     directory, why it could not be searched.
@@ -173,11 +174,10 @@ def read_run_views(search: RunSearch, queue: JobQueue) -> list[RunView]:
 
 
 def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
-    """Find out the state of one run now, from its status, its lease, its job in the queue, `run.json`, and the end of its
-    metrics.
+    """Find out the state of one run now, from its files and from SLURM's queue.
 
-    The lease is a file by which a process that trains claims the run; it renews it by heartbeats. Never raises: what cannot
-    be read is left out, or is the reason of the state `unknown`.
+    The files are its status, its lease (the claim and the heartbeats of the process that trains it), `run.json`, and the
+    end of its metrics. Never raises: what cannot be read is left out, or is the reason of the state `unknown`.
     """
     # What the run's own files and SLURM's queue say of it.
     status = read_status(run_dir)
@@ -290,7 +290,8 @@ def _state_from_files(
 
 
 def _correct_state_by_last_job(run_dir: Path, queue: JobQueue, state: str, reason: str | None) -> StateAndReason:
-    """Correct the state of a run that is lost or has not started, by how its last SLURM job ended. The first case that applies:
+    """Correct the state of a run that is lost or has not started, by how its last SLURM job ended. The first case that
+    applies:
 
     - It was never submitted: unchanged.
     - Its job ended: a run that has not started has failed; a lost run gets the end as a further reason.
@@ -317,7 +318,7 @@ def _correct_state_by_last_job(run_dir: Path, queue: JobQueue, state: str, reaso
 
 
 def _correct_state_by_pipeline(parts: list[PipelinePart], state: str, reason: str | None) -> StateAndReason:
-    """The state of a run, corrected by the other jobs of its pipeline (those that prepare or evaluate, for example).
+    """Correct the state of a run by the other jobs of its pipeline, which prepare its data or evaluate it, for example.
 
     If one of them failed, the reason names it, and a run that has not begun has failed. Otherwise the state is unchanged.
     """
@@ -332,12 +333,14 @@ def _correct_state_by_pipeline(parts: list[PipelinePart], state: str, reason: st
 
 
 def _lost_reason(lease_holder: LeaseHolder) -> str:
-    """Why a run is lost that should be running. The first case that applies:
+    """Say why a run is lost: its status says running, and nothing shows that it runs. The first case that applies:
 
     - No process holds the lease: it ended without a message.
     - The process is on this host and has ended: it was killed.
     - The process is on this host and lives, without heartbeats: it was stopped, or hangs.
     - The process is on another host: since when it sends no heartbeat.
+
+    `lease_holder`: the process that claims the run, and how old its last heartbeat is.
     """
     owner = lease_holder.owner
     if owner is None:
@@ -363,9 +366,9 @@ def has_shardtune_config(run_dir: Path) -> bool:
 
 
 def _last_held_out_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The metrics of the last evaluation among the rows of `metrics.jsonl`, with its `step`; empty if there is none.
+    """The metrics of the last evaluation among the last rows of `metrics.jsonl`: {"step": 40, "eval/loss": 2.31}.
 
-    Metrics that are not finite are left out.
+    Metrics that are not finite are left out. Empty if none of the rows is of an evaluation.
     """
     evaluation_rows = [row for row in rows if "loss" not in row]  # only a row of a training step has `loss`
     if not evaluation_rows:

@@ -100,7 +100,7 @@ class StopResult(NamedTuple):
 def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> StopResult:
     """Ask a run to save and to end, and wait up to `wait_s` seconds until it has; with `dry_run`, only print how.
 
-    Raises CannotStopError if it cannot be stopped from here.
+    A run that nobody runs is left alone. Raises CannotStopError if it cannot be stopped from here.
     """
     from launch.runs.queue import read_queue_twice
     from launch.runs.status import read_run_view
@@ -230,7 +230,7 @@ class StoppingRun:
         return queue.problem is None
 
     def _print_end(self) -> int:
-        """Print how the run ended and what was saved; returns the exit code: 70 if it failed, else 0."""
+        """Print how the run ended and what it saved; returns the exit code: 70 if it failed, else 0."""
         from launch.runs.status import one_line
         from launch.runs.stop import CancelJob
         from trainer.reporting.status import RunState, read_failure, read_status

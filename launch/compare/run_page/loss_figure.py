@@ -60,7 +60,8 @@ Vega cannot change the type of an axis, so `_loss_y_transforms` computes logarit
 
 
 def loss_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
-    """The plot of training and held-out loss, with the best step and steps that stood out marked; None without a training loss.
+    """The plot of training and held-out loss, with the best step and steps that stood out marked; None without a training
+    loss.
 
     `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}, among which the reader chooses the x
     axis.
@@ -137,7 +138,8 @@ def _training_loss_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> l
 
 
 def _loss_y_transforms(loss_expression: str) -> list[Spec]:
-    """Vega-Lite transforms that add `y` to each row: a loss, or its logarithm if the reader chose that in the menu of the axis.
+    """Vega-Lite transforms that add `y` to each row: a loss, or its logarithm if the reader chose that in the menu of the
+    axis.
 
     `loss_expression`: reads the loss, such as `datum.value`. `scale` is the parameter of `SCALE_MENU`. A row whose `y` is
     not valid, such as the logarithm of 0, is left out.
@@ -159,7 +161,8 @@ LOSS_AXIS: Spec = {
 
 
 def _training_loss_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
-    """Vega-Lite layers of the training loss: a pale line of each step's loss, the smoothed line over it, points for the pointer.
+    """Vega-Lite layers of the training loss: a pale line of each step's loss, the smoothed line over it, points for the
+    pointer.
 
     `rows`: {"step": 5, ..., "loss": 2.3, "none": 2.3, "some": 2.4, "much": 2.5}, by the names in the menu of smoothings.
     `has_held_out`: whether the held-out loss is drawn in another colour.
@@ -194,7 +197,10 @@ def _training_loss_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
 
 
 def _held_out_loss_layer(rows: list[Row]) -> Spec:
-    """The Vega-Lite layer of the held-out loss: a line with points. A row has the loss as `value`, and its x values."""
+    """The Vega-Lite layer of the held-out loss, a line with points.
+
+    `rows`: {"step": 40, ..., "value": 2.31} for each evaluation.
+    """
     tooltip = tooltip_fields("value", "held-out loss")
     return {
         "data": {"values": rows},

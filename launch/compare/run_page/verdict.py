@@ -52,7 +52,9 @@ LOWER_LEARNING_RATE_FACTOR = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RunVerdict:
-    """What came of a run, as the head of its page shows it: `heading` in the colour of `tone`, a text, and commands to copy."""
+    """What came of a run, as the head of its page shows it: `heading` in the colour of `tone`, a text, and commands to
+    copy.
+    """
 
     tone: Tone
     heading: str
@@ -251,14 +253,14 @@ def _export_command(run: RecordedRun) -> str:
 
 
 def _has_exported_best(run: RecordedRun) -> bool:
-    """Whether the run exported its best checkpoint by itself."""
+    """Whether the run exported its best checkpoint at its end, as `run.json` says, and not its last one."""
     return (run.record.exported_checkpoint or {}).get("which") == "best"
 
 
 def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
-    """The command that exports the best checkpoint.
+    """The command that exports the best checkpoint, as a tuple for a call-out; empty if that would gain nothing.
 
-    Empty if the run exported it itself, if the last step is as good, or if no step is better than the model before
+    That is so if the run exported it itself, if the last step is as good, or if no step is better than the model before
     training.
     """
     best = best_step(run)
@@ -268,7 +270,8 @@ def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
 
 
 def _best_step_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader which step had the best value of the monitored metric, if it was not the last. The first case that applies:
+    """Tell the reader which step had the best value of the monitored metric, if it was not the last. The first case that
+    applies:
 
     - The best step is not known, or the last evaluation has no value: none.
     - No step was better than the model before training: that, with the command that trains with a lower learning rate.
