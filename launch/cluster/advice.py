@@ -108,7 +108,7 @@ def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]
     """
     assert isinstance(config.launcher, SlurmConfig)
     slurm = settings_as_submitted(config.launcher)
-    _refuse_lead_of_whole_time_limit(slurm)
+    refuse_lead_of_whole_time_limit(slurm)
     partitions = query_partitions()
     candidates = partitions_of_job(slurm, partitions)
     _refuse_job_that_never_starts(slurm, partitions, candidates)
@@ -118,14 +118,14 @@ def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]
         step_s = longest_step_s(config, gpu_kinds_of_job(slurm, candidates))
     return [
         *rank_layout_notes(slurm),
-        *_time_limit_lines(slurm, candidates),
+        *time_limit_lines(slurm, candidates),
         *(f"note    {note}" for note in long_step_notes(config, step_s)),
         *_restart_lines(slurm, run_dirs),
         *_price_lines(slurm, candidates, len(run_dirs)),
     ]
 
 
-def _refuse_lead_of_whole_time_limit(slurm: SlurmConfig) -> None:
+def refuse_lead_of_whole_time_limit(slurm: SlurmConfig) -> None:
     """Raise ConfigError if a job would be told to save as soon as it starts.
 
     SLURM sends that signal `signal_lead_s` seconds before the time limit, which must be longer.
@@ -262,7 +262,7 @@ def memory_mib_of_setting(memory: str | None) -> float:
     return kibibytes / 1024
 
 
-def _time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
+def time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     """Notes for the user on what happens at the job's time limit, on a partition that is down, and on a long `signal_lead_s`.
 
     The first is always there: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued". `candidates`: groups of

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 JOB_ID_REGEX = re.compile(r"\d+(;.*)?")
 """What `sbatch --parsable` prints of a job."""
+UNREACHABLE_CONTROLLER_REGEX = re.compile(
+    r"Unable to contact slurm controller|Could not establish a configuration source"
+)
+"""What sbatch says if SLURM's controller does not answer, or this host is not set up to use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ def submit_runs(config: RunConfig, run_dirs: list[Path], *, print_only: bool) ->
     scripts = script_text_by_part(config, run_dirs, code_dir)
     assert isinstance(slurm, SlurmConfig)  # else no script was rendered
     if print_only:
+        advice.refuse_lead_of_whole_time_limit(slurm)
         _print_scripts(slurm, scripts)
         return []
 
@@ -126,10 +131,11 @@ def _print_scripts(slurm: SlurmConfig, script_by_part: dict[str, str]) -> None:
     """Print the job scripts of a run instead of submitting them. `script_by_part`: {"train": "#!/bin/bash ..."} or more.
 
     Each script of a chain of jobs stands below the sbatch command that would submit it, with its dependency on the part before.
-    Notes on the ranks go to stderr, so that stdout is a script alone.
+    Notes on ranks and time go to stderr, so that stdout is a script alone.
     """
-    for note in advice.rank_layout_notes(slurm):
+    for note in [*advice.rank_layout_notes(slurm), *advice.time_limit_lines(slurm, [])]:
         print(f"# {note}", file=sys.stderr)
+    print("# note    only `shardtune submit` without --print writes the files that the script reads", file=sys.stderr)
     previous_part: str | None = None
     for part, script in script_by_part.items():
         if len(script_by_part) > 1:
@@ -242,6 +248,11 @@ def submit_script(script: Path, options: list[str]) -> str:
     if process.returncode:
         output = (process.stderr or process.stdout).strip()
         lines = [line.removeprefix("sbatch: error: ") for line in output.splitlines()]
+        if UNREACHABLE_CONTROLLER_REGEX.search(output):
+            raise ConfigError(
+                f"sbatch cannot reach SLURM from this host: {'; '.join(lines)}; {script} is written: submit again where `sinfo` "
+                "answers, such as a login node"
+            )
         raise ConfigError(
             f"sbatch refused {script}: {'; '.join(lines)}; what it asks for is launcher.* (docs/slurm.md)"
         )

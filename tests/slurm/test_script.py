@@ -17,7 +17,8 @@ from launch.config.frozen import config_yaml
 from launch.main import main
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
-from trainer.config.run import Code, LauncherConfig, RunConfig, SlurmConfig
+from trainer.config.launching import launcher_problems
+from trainer.config.run import Code, Device, LauncherConfig, RunConfig, RunSettings, SlurmConfig
 from trainer.reporting.status import RunState, write_status
 
 CLONE = Path(__file__).parents[2]
@@ -191,6 +192,25 @@ def test_refused_settings_name_the_knob(launcher: LauncherConfig, run: str, said
         rendered(launcher, run)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        (SlurmConfig(gres="gpu:h100:4", gpus_per_node=8), "launcher.gres=gpu:h100:4: asks for 4 GPUs of a node"),
+        (SlurmConfig(gpus_per_node=8, processes=16), "launcher.processes=16: each rank needs a GPU of its own"),
+        (SlurmConfig(mem="lots"), "launcher.mem=lots: must be the memory of a node, such as 512G"),
+    ],
+)
+def test_resources_that_contradict_each_other_are_refused(launcher: SlurmConfig, said: str) -> None:
+    assert [problem for problem in launcher_problems(RunConfig(launcher=launcher)) if said in problem]
+
+
+def test_resources_that_agree_are_not_refused() -> None:
+    on_cpus = SlurmConfig(gpus_per_node=1, processes=4, mem="0")
+    assert not [*launcher_problems(RunConfig(launcher=on_cpus, run=RunSettings(device=Device.cpu)))]
+    assert not [*launcher_problems(RunConfig(launcher=SlurmConfig(gres="gpu:h100:8", gpus_per_node=8, mem="512000")))]
+    assert not [*launcher_problems(RunConfig(launcher=full()))]
+
+
 class TestSubmit:
     """With a stand-in for sbatch that tells what it was given."""
 
@@ -224,6 +244,20 @@ class TestSubmit:
         assert not (run / "pipeline.json").exists()
         assert "job 17:" in said and f"{code}: a copy of the code" in said
         assert f"tail -F {run}/logs/run-17-0.log" in said
+
+    def test_print_shows_the_time_limit_and_refuses_one_that_is_too_short(
+        self, sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        submit_runs(RunConfig(launcher=SlurmConfig(time="12:00")), [tmp_path / "run"], print_only=True)
+        assert "# time    0:12:00 a start, 180 s before its end it saves" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=r"signal_lead_s=180: launcher\.time=2:00"):
+            submit_runs(RunConfig(launcher=SlurmConfig(time="2:00")), [tmp_path / "run"], print_only=True)
+
+    def test_slurm_that_does_not_answer_is_no_wrong_setting(self, sbatch: Path, tmp_path: Path) -> None:
+        sbatch.write_text("#!/bin/sh\necho 'sbatch: error: Unable to contact slurm controller (x)' >&2; exit 1\n")
+        with pytest.raises(ConfigError, match="cannot reach SLURM from this host: Unable to contact") as refusal:
+            submit_runs(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)
+        assert "launcher." not in str(refusal.value)
 
     def test_json_leaves_stdout_to_the_answer(
         self, sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

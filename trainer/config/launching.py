@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from trainer.config.run import RETRY_CAUSES, LauncherConfig, RunConfig, SlurmConfig
-from trainer.config.sbatch_options import gpus_of_whole_job, parse_sbatch_options
+from trainer.config.run import RETRY_CAUSES, Device, LauncherConfig, RunConfig, SlurmConfig
+from trainer.config.sbatch_options import gpus_in_gres, gpus_of_whole_job, parse_sbatch_options
 
 SLURM_TIME_REGEX = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+SLURM_MEMORY_REGEX = re.compile(r"\d+([KMGT]B?)?", re.IGNORECASE)
+"""`launcher.mem`: `64G`, `512000M`, `512000` (megabytes), or `0` for all memory of a node."""
 JOB_NAME_REGEX = re.compile(r"[\w.-]+")
 PIPELINE_JOB_NAMES = ("prepare", "train", "evaluate", "export")
 HOST_REGEX = re.compile(r"[\w\[][\w.@:%\[\]-]*")
@@ -39,6 +41,7 @@ def launcher_problems(config: RunConfig) -> Iterator[str]:
         yield f"launcher.stage={launcher.stage}: must be the same on every node: an absolute path, or a variable of the node's"
     if isinstance(launcher, SlurmConfig):
         yield from _slurm_problems(launcher)
+        yield from _gpu_problems(config, launcher)
         yield from _pipeline_problems(config, launcher)
     else:
         yield from _local_launcher_problems(config, launcher)
@@ -96,6 +99,8 @@ def _slurm_problems(launcher: SlurmConfig) -> Iterator[str]:
         yield f"launcher.hosts=[{','.join(launcher.hosts)}]: SLURM chooses the nodes; launcher=local takes hosts, over ssh"
     if not SLURM_TIME_REGEX.fullmatch(launcher.time):
         yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
+    if launcher.mem is not None and not SLURM_MEMORY_REGEX.fullmatch(launcher.mem):
+        yield f"launcher.mem={launcher.mem}: must be the memory of a node, such as 512G; 0 takes all of it"
     if launcher.address is not None:
         yield (
             f"launcher.address={launcher.address}: is the address of one host, and SLURM starts all of them; name the first "
@@ -110,6 +115,24 @@ def _slurm_problems(launcher: SlurmConfig) -> Iterator[str]:
     if launcher.mail_user is not None and launcher.mail is None:
         yield f"launcher.mail_user={launcher.mail_user}: nothing is mailed; say what: launcher.mail=END,FAIL"
     yield from _sbatch_option_problems(launcher)
+
+
+def _gpu_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
+    """Error messages if two settings ask for different numbers of GPUs, or if a node has fewer GPUs than ranks."""
+    num_gpus_in_gres = gpus_in_gres(launcher.gres)
+    if launcher.gpus_per_node and num_gpus_in_gres not in (0, launcher.gpus_per_node):
+        yield (
+            f"launcher.gres={launcher.gres}: asks for {num_gpus_in_gres} GPUs of a node, and launcher.gpus_per_node="
+            f"{launcher.gpus_per_node}; leave one of the two out"
+        )
+    request = launcher.gpus_per_node_request
+    if request is None or launcher.processes is None or config.run.device is Device.cpu:
+        return
+    if launcher.processes > request.count:
+        yield (
+            f"launcher.processes={launcher.processes}: each rank needs a GPU of its own, and {request.setting}; leave "
+            "launcher.processes out to train on all of them"
+        )
 
 
 def _sbatch_option_problems(launcher: SlurmConfig) -> Iterator[str]:

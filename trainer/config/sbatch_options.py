@@ -111,6 +111,11 @@ def gpus_per_node_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
     return None
 
 
+def gpus_in_gres(gres: str | None) -> int:
+    """The GPUs that `launcher.gres` asks for on each node: 4 for `gpu:h100:4`; 0 if it is not set, or asks for none."""
+    return _parse_gres(gres or "").num_gpus
+
+
 def ranks_per_node(launcher: Mapping[str, Any]) -> int:
     """Ranks of each node: `launcher.processes`, else one for each GPU that the job asks for, else 1."""
     if launcher.get("processes"):
