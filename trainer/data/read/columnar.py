@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from strategies.errors import DataError
 from trainer.data.document import RejectedRow, SourceRow
@@ -50,9 +50,9 @@ def read_table(path: InputPath, needed_columns: Collection[str] | None = None) -
     damaged, or not what its name says.
     """
     _raise_if_content_contradicts_name(path)
-    with _open_table(path) as (schema, read_batches):
-        read_columns, unread_columns = split_columns(_column_names(schema, str(path)), needed_columns)
-        batches = _check_buffers(batch.select(read_columns) for batch in read_batches(read_columns))
+    with _open_table(path) as table:
+        read_columns, unread_columns = split_columns(_column_names(table.schema, str(path)), needed_columns)
+        batches = _check_buffers(batch.select(read_columns) for batch in table.read_batches(read_columns))
         yield from table_rows(_small_batches(batches), str(path), unread_columns=unread_columns)
 
 
@@ -65,8 +65,8 @@ def _small_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 def count_rows(path: Path) -> int:
     """Count the rows of a Parquet or Arrow file without reading values. Raises DataError if it is damaged."""
-    with _open_table(path) as (_, read_batches):
-        return sum(batch.num_rows for batch in read_batches([]))
+    with _open_table(path) as table:
+        return sum(batch.num_rows for batch in table.read_batches([]))
 
 
 def _format_by_name(path: InputPath) -> str:
@@ -74,12 +74,20 @@ def _format_by_name(path: InputPath) -> str:
     return "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
 
 
-@contextmanager
-def _open_table(path: InputPath) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]]:
-    """Give the body (schema of a table file, a function that reads its batches, given the columns that are wanted).
+class _OpenTable(NamedTuple):
+    """An open Parquet or Arrow file."""
 
-    Of Parquet, only these columns are read. Batches of Arrow have all columns: they are mapped, and those that nobody looks at
-    cost nothing. Raises DataError if the file is damaged, also while the body reads batches.
+    schema: pa.Schema
+    read_batches: Callable[[list[str]], Iterator[pa.RecordBatch]]
+    """Reads the rows, given the columns that are wanted."""
+
+
+@contextmanager
+def _open_table(path: InputPath) -> Iterator[_OpenTable]:
+    """Open a Parquet or Arrow file for the body of the `with` statement.
+
+    Of Parquet, only the wanted columns are read. Batches of Arrow have all columns: they are mapped, and those that nobody looks
+    at cost nothing. Raises DataError if the file is damaged, also while the body reads batches.
     """
     import pyarrow as pa
 
@@ -88,11 +96,11 @@ def _open_table(path: InputPath) -> Iterator[tuple[pa.Schema, Callable[[list[str
             import pyarrow.parquet as pq
 
             with open_binary(path) as source, pq.ParquetFile(source) as file:
-                yield file.schema_arrow, lambda names: file.iter_batches(ROWS_PER_BATCH, columns=names)
+                yield _OpenTable(file.schema_arrow, lambda names: file.iter_batches(ROWS_PER_BATCH, columns=names))
         else:
             with pa.memory_map(str(path)) if isinstance(path, Path) else open_binary(path) as source:
                 schema, batches = _arrow_batches(path, source)
-                yield schema, lambda names: batches
+                yield _OpenTable(schema, lambda names: batches)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged_file_error(path, error) from error
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
@@ -53,6 +53,14 @@ class PreparedConversation:
     """`file:line` of the row."""
     tool_conversation: TemplateConversation | None
     """Set for conversations with tools, calls or thoughts, which are marked turn by turn."""
+
+
+class TextAndBlocks(NamedTuple):
+    """A conversation as the template wrote it."""
+
+    text: str
+    blocks: Spans
+    """Characters of the template's `{% generation %}` blocks; empty if they were not asked for."""
 
 
 @dataclass(slots=True)
@@ -143,49 +151,51 @@ class ChatTemplate:
         prepared = [
             self._prepare_conversation(messages, location, tools) for messages, location, tools in conversations
         ]
-        # Plain conversations (only a role and a content in each turn) are rendered in two batches, since that is faster: those
-        # whose spans are found by marks, and those whose spans are the template's generation blocks.
-        without_blocks: list[PreparedConversation] = []
-        with_blocks: list[PreparedConversation] = []
-        for conversation in prepared:
-            if conversation.tool_conversation is None:
-                uses_blocks = self._uses_blocks(conversation.messages, conversation.learned_indices)
-                (with_blocks if uses_blocks else without_blocks).append(conversation)
-        texts = iter(self._render_batch_or_each(without_blocks))
-        texts_and_blocks = iter(self._render_batch_or_each(with_blocks, return_assistant_tokens_mask=True))
-
+        text_and_blocks_by_index = self._render_plain_conversations(prepared)
         rendered = []
-        for conversation in prepared:
-            learned_indices = conversation.learned_indices
-            find_spans: Callable[[], RenderedText]
-            if conversation.tool_conversation is not None:
-                find_spans = partial(self._render_with_tools, conversation.tool_conversation, learned_indices)
-            elif self._uses_blocks(conversation.messages, learned_indices):
-                find_spans = partial(
-                    self._spans_from_blocks,
-                    conversation.messages,
-                    learned_indices,
-                    conversation.location,
-                    next(texts_and_blocks),
-                )
-            else:
-                text, _ = next(texts)
-                find_spans = partial(self._spans_from_skeleton_or_marks, conversation, text, try_skeleton=fast)
+        for index, conversation in enumerate(prepared):
+            find_spans = partial(self._find_spans, conversation, text_and_blocks_by_index.get(index), try_skeleton=fast)
             rendered.append(self._call_template(find_spans, location=conversation.location))
         return rendered
 
-    def _spans_from_skeleton_or_marks(
-        self, conversation: PreparedConversation, text: str, *, try_skeleton: bool
-    ) -> RenderedText:
-        """Find the supervised spans of a plain conversation that was rendered as `text`; none without supervised turns.
+    def _render_plain_conversations(self, conversations: list[PreparedConversation]) -> dict[int, TextAndBlocks]:
+        """Render the plain conversations among these: by index, the text, and the spans of its `{% generation %}` blocks.
 
-        `try_skeleton`: use what is remembered of similar conversations, which is faster than rendering again with marks. Raises
-        DataError and RefusedDocument, see `SpanFinder.find_spans`.
+        A plain conversation has only a role and a content in each turn. They are rendered in two batches, since that is faster:
+        those whose spans are found by marks, and those whose spans are the template's blocks.
         """
-        if not conversation.learned_indices:
-            return RenderedText(text, [])
+        rendered_by_index: dict[int, TextAndBlocks] = {}
+        for uses_blocks in (False, True):
+            indices = []
+            for index, conversation in enumerate(conversations):
+                is_plain = conversation.tool_conversation is None
+                if is_plain and uses_blocks is self._uses_blocks(conversation.messages, conversation.learned_indices):
+                    indices.append(index)
+            options = {"return_assistant_tokens_mask": True} if uses_blocks else {}
+            rendered = self._render_batch_or_each([conversations[index] for index in indices], **options)
+            rendered_by_index.update(zip(indices, rendered, strict=True))
+        return rendered_by_index
+
+    def _find_spans(
+        self, conversation: PreparedConversation, text_and_blocks: TextAndBlocks | None, *, try_skeleton: bool
+    ) -> RenderedText:
+        """Find the supervised spans of a conversation, in the way that fits it and the template.
+
+        `text_and_blocks`: a plain conversation as it was rendered; None for one with tools, calls or thoughts, which is rendered
+        here. `try_skeleton`: use what is remembered of similar conversations. Raises DataError and RefusedDocument.
+        """
+        learned_indices = conversation.learned_indices
+        if conversation.tool_conversation is not None:
+            return self._render_with_tools(conversation.tool_conversation, learned_indices)
+        assert text_and_blocks is not None, "plain conversations are rendered before"
+        if self._uses_blocks(conversation.messages, learned_indices):
+            return self._spans_from_blocks(
+                conversation.messages, learned_indices, conversation.location, text_and_blocks
+            )
+        if not learned_indices:
+            return RenderedText(text_and_blocks.text, [])
         rendered = RenderedConversation(
-            conversation.messages, conversation.learned_indices, text, conversation.location
+            conversation.messages, learned_indices, text_and_blocks.text, conversation.location
         )
         closed = self._span_finder.find_spans(rendered, try_skeleton=try_skeleton)
         return RenderedText(closed.text, closed.spans)
@@ -271,9 +281,7 @@ class ChatTemplate:
                 return False
         return True
 
-    def _render_batch_or_each(
-        self, conversations: list[PreparedConversation], **options: Any
-    ) -> list[tuple[str, Spans]]:
+    def _render_batch_or_each(self, conversations: list[PreparedConversation], **options: Any) -> list[TextAndBlocks]:
         """Render plain conversations as one batch, which is fast: (text, spans of its `{% generation %}` blocks) of each.
 
         If the template refuses the batch, each is rendered alone, to tell which one it refuses. `options`: see `_render_batch`.
@@ -371,7 +379,7 @@ class ChatTemplate:
             f"the chat template {error} for {rendered}: it loops, or multiplies; give another in model.chat_template"
         )
 
-    def _render_batch(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
+    def _render_batch(self, conversations: list[list[Message]], **options: Any) -> list[TextAndBlocks]:
         """Render conversations, with bounds on the template's time and memory: (text, spans of its generation blocks) of each.
 
         There are spans only with `return_assistant_tokens_mask` among the `options`, which are those of `render_conversations`.
@@ -380,7 +388,7 @@ class ChatTemplate:
         special_tokens = self.tokenizer.special_tokens_map
         with template_resource_limits():
             texts, blocks = render_conversations(conversations, self.source, **options, **special_tokens)
-        return list(zip(texts, blocks, strict=True))
+        return [TextAndBlocks(*text_and_blocks) for text_and_blocks in zip(texts, blocks, strict=True)]
 
     def _render(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
         """Render one conversation by the template; with `prompt`, with the header of the assistant turn to come."""
@@ -397,12 +405,11 @@ class ChatTemplate:
         return all(messages[index]["role"] == "assistant" for index in learned_indices)
 
     def _spans_from_blocks(
-        self, messages: list[Message], learned_indices: list[int], location: str, text_and_blocks: tuple[str, Spans]
+        self, messages: list[Message], learned_indices: list[int], location: str, text_and_blocks: TextAndBlocks
     ) -> RenderedText:
         """Find the supervised spans of a conversation in the template's `{% generation %}` blocks, which enclose assistant turns.
 
-        `learned_indices`: the supervised turns, all of the assistant. `text_and_blocks`: (text, character spans of the blocks) as
-        `_render_batch` gives them.
+        `learned_indices`: the supervised turns, all of the assistant. `text_and_blocks`: as `_render_batch` gives them.
 
         Raises RefusedDocument if a block is empty. Also if only some assistant turns are supervised, and the template has not one
         block for each turn, so that blocks cannot be told apart.
