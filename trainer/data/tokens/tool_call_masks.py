@@ -64,6 +64,27 @@ class TemplateConversation:
     """Renders messages with the conversation's tools."""
 
 
+@dataclass(frozen=True, slots=True)
+class _RenderedTurn:
+    """A supervised turn of a conversation that its template has rendered."""
+
+    conversation: TemplateConversation
+    index: int
+    """Of the turn in the conversation's messages."""
+    text: str
+    """The whole conversation as the template wrote it, without marks."""
+
+    @property
+    def message(self) -> Message:
+        """The turn's message."""
+        return self.conversation.messages[self.index]
+
+    @property
+    def location(self) -> str:
+        """`file:line` of the row, for errors."""
+        return self.conversation.location
+
+
 class TurnSpanFinder:
     """Finds the character spans of supervised turns one by one, in conversations with tools, calls or thoughts.
 
@@ -149,9 +170,9 @@ class TurnSpanFinder:
         for index in learned_indices:
             message = conversation.messages[index]
             is_final = index == learned_indices[-1]
-            turn = self._locate_turn(conversation, index, text, is_final=is_final)
-            end = turn.end
-            end_token = self._match_end_token(text, end, turn.next_turn_begin, message, is_final=is_final)
+            position = self._locate_turn(_RenderedTurn(conversation, index, text), is_final=is_final)
+            end = position.end
+            end_token = self._match_end_token(text, end, position.next_turn_begin, message, is_final=is_final)
             if end_token:
                 end = end_token.end()
             elif is_final:
@@ -162,7 +183,7 @@ class TurnSpanFinder:
                 raise template_refusal(
                     conversation.location, f"cannot tell where the call of turn {index + 1} ends in the chat template"
                 )
-            spans.append((turn.supervision_begin, end))
+            spans.append((position.supervision_begin, end))
         return ClosedText(text, spans)
 
     def _match_end_token(
@@ -190,48 +211,45 @@ class TurnSpanFinder:
             return re.compile(any_end_token).search(text, position, limit)
         return re.compile(r"\s*" + any_end_token).match(text, position, limit)
 
-    def _locate_turn(
-        self, conversation: TemplateConversation, index: int, text: str, *, is_final: bool
-    ) -> _TurnPosition:
-        """Find where a supervised turn stands in `text`, the rendered conversation, by rendering it again with marks in the turn.
+    def _locate_turn(self, turn: _RenderedTurn, *, is_final: bool) -> _TurnPosition:
+        """Find where a supervised turn stands in its conversation's text, by rendering that again with marks in the turn.
 
         `is_final`: whether it is the last supervised turn. Raises RefusedDocument if the turn cannot be found, if the template
         leaves its content out, or leaves out the thought of the last turn.
         """
-        marks = self._find_marks_by_trial(conversation, index, text)
+        marks = self._find_marks_by_trial(turn)
         # If there are no marks of a thought, it is within the content, or the template dropped it, as it may in earlier turns.
         if is_final and not marks.thought_edges:
-            self.check_thought_not_lost(conversation, index, text)
+            self.check_thought_not_lost(turn.conversation, turn.index, turn.text)
         next_turn_begin = marks.next_turn_begin()
         return _TurnPosition(
-            supervision_begin=self._supervision_begin(conversation, index, text, marks),
+            supervision_begin=self._supervision_begin(turn, marks),
             end=marks.end,
-            next_turn_begin=len(text) if next_turn_begin is None else next_turn_begin,
+            next_turn_begin=len(turn.text) if next_turn_begin is None else next_turn_begin,
         )
 
-    def _find_marks_by_trial(self, conversation: TemplateConversation, index: int, text: str) -> TurnMarks:
-        """Find where the parts of turn `index` come out in the text: try ways of marking until one leaves `text` as it is.
+    def _find_marks_by_trial(self, turn: _RenderedTurn) -> TurnMarks:
+        """Find where the parts of a turn come out in the text: try ways of marking until one leaves the text as it is.
 
         With [ and ] for the marks of a content, and | for those of a call: "[It is warm.]" and "|search|(|weather|)". Raises
         RefusedDocument if every way changes the text, or if the template leaves the content out.
         """
-        message = conversation.messages[index]
-        for mark_content, call_parts in self._marking_attempts(message):
-            marks = self._find_marks(conversation, index, text, mark_content, call_parts)
+        for mark_content, call_parts in self._marking_attempts(turn.message):
+            marks = self._find_marks(turn, mark_content, call_parts)
             if marks is None or not marks.content_is_one_span:
                 continue  # with these marks the template writes something else: try the next way
-            content_beside_thought = THINK_BLOCK_REGEX.sub("", message["content"] or "", count=1)
+            content_beside_thought = THINK_BLOCK_REGEX.sub("", turn.message["content"] or "", count=1)
             if content_beside_thought.strip() and not marks.content_edges:
                 raise template_refusal(
-                    conversation.location,
-                    f"the chat template leaves out what turn {index + 1} says beside its calls; "
+                    turn.location,
+                    f"the chat template leaves out what turn {turn.index + 1} says beside its calls; "
                     "remove it from the data or give another template in model.chat_template",
                 )
             if marks.content_and_call_edges:
                 return marks
         raise template_refusal(
-            conversation.location,
-            f"the chat template changes the text of turn {index + 1} (more than trimming it), so that what is to be "
+            turn.location,
+            f"the chat template changes the text of turn {turn.index + 1} (more than trimming it), so that what is to be "
             "learned cannot be told; give a template with {% generation %} blocks in model.chat_template",
         )
 
@@ -253,8 +271,8 @@ class TurnSpanFinder:
             for call_parts in ways_for_calls:
                 yield mark_content, call_parts
 
-    def _supervision_begin(self, conversation: TemplateConversation, index: int, text: str, marks: TurnMarks) -> int:
-        """Find where in `text` supervision of a turn begins: where the model would begin to write, or behind its thought.
+    def _supervision_begin(self, turn: _RenderedTurn, marks: TurnMarks) -> int:
+        """Find where supervision of a turn begins in the text: where the model would begin to write, or behind its thought.
 
         `marks`: where content, thought and calls of the turn begin and end. If thoughts are shown and not learned
         (`Reasoning.context`):
@@ -272,30 +290,31 @@ class TurnSpanFinder:
         if self._reasoning is Reasoning.context:
             if thought_edges and content_edges:
                 return content_edges[0]
-            thought = thought_of(conversation.messages[index])
+            thought = thought_of(turn.message)
             if thought_edges:
-                return thought_end(thought, text, thought_edges[0], content_or_call_begin)
+                return thought_end(thought, turn.text, thought_edges[0], content_or_call_begin)
             if content_edges:
-                return thought_end(thought, text, content_edges[0], content_edges[-1])
+                return thought_end(thought, turn.text, content_edges[0], content_edges[-1])
         if content_edges and not thought_edges:
             return content_edges[0]
-        header_end = self._header_end(conversation, index, text, marks)
+        header_end = self._header_end(turn, marks)
         if thought_edges:
             return header_end
-        empty_thought = _EMPTY_THOUGHT_REGEX.match(text, header_end, content_or_call_begin)
+        empty_thought = _EMPTY_THOUGHT_REGEX.match(turn.text, header_end, content_or_call_begin)
         return empty_thought.end() if empty_thought else header_end
 
-    def _header_end(self, conversation: TemplateConversation, index: int, text: str, marks: TurnMarks) -> int:
-        r"""Find where in `text` generation of a turn would begin: behind its header, such as `<|im_start|>assistant\n`.
+    def _header_end(self, turn: _RenderedTurn, marks: TurnMarks) -> int:
+        r"""Find where generation of a turn would begin in the text: behind its header, such as `<|im_start|>assistant\n`.
 
         The header is what the template writes at the end of a prompt, which is made of the turns before. It is looked for
         - behind the turn before, if its end is marked: this holds whatever the template does to earlier turns;
         - else behind the whole prompt, if the text begins with it.
         Raises RefusedDocument if the header is at neither place.
         """
+        conversation = turn.conversation
         previous_turn_end = marks.previous_turn_end()
         if previous_turn_end is not None:
-            earlier_turns = conversation.messages[:index]
+            earlier_turns = conversation.messages[: turn.index]
             earlier_turns[-1] = {**earlier_turns[-1], "content": mark_end(earlier_turns[-1]["content"])}
             # With # for the mark: "...<|im_start|>user\nHi#<|im_end|>\n<|im_start|>assistant\n".
             marked_prompt = conversation.render(earlier_turns, prompt=True)
@@ -303,38 +322,33 @@ class TurnSpanFinder:
                 after_previous_turn = marked_prompt[marked_prompt.rindex(TURN_EDGE_MARK) + 1 :]
                 for header in _with_and_without_thought(after_previous_turn):
                     header_end = previous_turn_end + len(header)
-                    if text.startswith(header, previous_turn_end) and header_end <= marks.begin:
+                    if turn.text.startswith(header, previous_turn_end) and header_end <= marks.begin:
                         return header_end
-        prompt = conversation.render(conversation.messages[:index], prompt=True)
+        prompt = conversation.render(conversation.messages[: turn.index], prompt=True)
         for text_before_turn in _with_and_without_thought(prompt):
-            if text.startswith(text_before_turn) and len(text_before_turn) <= marks.begin:
+            if turn.text.startswith(text_before_turn) and len(text_before_turn) <= marks.begin:
                 return len(text_before_turn)
         raise template_refusal(
-            conversation.location, f"cannot tell where assistant turn {index + 1} begins in the chat template"
+            turn.location, f"cannot tell where assistant turn {turn.index + 1} begins in the chat template"
         )
 
     def _find_marks(
-        self,
-        conversation: TemplateConversation,
-        index: int,
-        text: str,
-        mark_content: marking.Marker,
-        call_parts: MarkedCallParts,
+        self, turn: _RenderedTurn, mark_content: marking.Marker, call_parts: MarkedCallParts
     ) -> TurnMarks | None:
-        """Render the conversation with marks in turn `index`, at the end of the turn before and at the start of the next.
+        """Render the conversation with marks in the turn, at the end of the turn before and at the start of the next.
 
-        Returns where the marks stand in `text`, the rendering without marks; None if the marks change the text. `mark_content`:
+        Returns where the marks stand in the rendering without marks; None if the marks change the text. `mark_content`:
         puts marks around the turn's content. `call_parts`: which parts of its calls get marks.
         """
-        marked_turn = mark_turn(conversation.messages[index], mark_content, call_parts)
-        marked_messages = mark_neighbours(conversation.messages, index)
-        marked_messages[index] = marked_turn
-        marked_text = conversation.render(marked_messages)
-        if _MARK_REGEX.sub("", marked_text) != text:
+        marked_message = mark_turn(turn.message, mark_content, call_parts)
+        marked_messages = mark_neighbours(turn.conversation.messages, turn.index)
+        marked_messages[turn.index] = marked_message
+        marked_text = turn.conversation.render(marked_messages)
+        if _MARK_REGEX.sub("", marked_text) != turn.text:
             return None
         marks_and_positions: list[tuple[str, int]] = []
         # A template may write the name of a call again in the header of its result. Only the first marks are the turn's own.
-        num_call_marks_left = json.dumps(marked_turn.get("tool_calls"), ensure_ascii=False).count(CALL_MARK)
+        num_call_marks_left = json.dumps(marked_message.get("tool_calls"), ensure_ascii=False).count(CALL_MARK)
         for num_marks_before, match in enumerate(_MARK_REGEX.finditer(marked_text)):
             mark = match.group()
             if mark == CALL_MARK:
