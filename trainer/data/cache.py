@@ -390,6 +390,7 @@ class Shards:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock_file = self.directory / f".{shard_path.name}.lock"
+            # Another job may have been given the same number.
             with _exclusive_lock(lock_file, shard_path, raise_if_stopped, wait_first_s=0):
                 if shard_path.exists():
                     yield None

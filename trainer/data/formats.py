@@ -150,6 +150,7 @@ class RowReader:
             fields = {name: value for name, value in fields.items() if name not in self.ignored}
         document = Document(row.file, row.line, self.source)
         document.group = parse_group(fields, self.group) if self.group else None
+        # From here on, `fields` has the names that we expect.
         fields = rename_columns(fields, self.columns, self._setting)
         # The names of the columns that make the format in this row.
         column_set = self._find_column_set(fields, row.unread_columns)
@@ -160,11 +161,14 @@ class RowReader:
             if isinstance(value, Fault):
                 raise RowError(value.reason, f'column "{name}": {value.message}')
         self._fill_document(document, fields, column_set)
+        # A system text and tools may stand beside any conversation.
         if self.format not in FORMATS_WITHOUT_SYSTEM:
             _add_system_and_tools(document, fields)
+        # Columns that rewards read, such as the right answer to a problem.
         if self.kept is not None:
             kept_names = self._keep_columns(document, fields, self.kept)
             read_columns = (*read_columns, *kept_names)
+        # Raises RowError for a column that carries meaning and is not read, such as images.
         self.unread.add_from_row(fields, row.unread_columns, (*read_columns, *row.derived_columns))
         return document
 
@@ -213,6 +217,7 @@ class RowReader:
                 message = f'"{verdict_column}" is {show_value(fields[verdict_column])}; it must be {VERDICT_SPELLINGS}'
                 raise RowError("bad_label", message)
             column_set = tuple(judged_columns)
+        # By format: which columns hold a prompt, an answer, turns, a text.
         if self.format is DataFormat.prompt:
             _read_prompt_alone(document, fields, column_set, self.ignored)
         elif self.format is DataFormat.preference:

@@ -148,11 +148,14 @@ class Preparation:
         self.progress = PreparationProgress(print_line)
         with self.progress.printing():
             cache_dir = Path(config.cache_dir).expanduser()
+            # The sources and held-out sets that the settings name, with their files.
             self.inputs = find_inputs(config)
+            # SHA-256 of files; it notices files that change while they are read.
             self.digests = DigestCache(cache_dir)
             # The date comes second: the first date of preparation is recorded under the fingerprint without a date.
             undated_fingerprint = data_fingerprint(self._input_identities(), tokenizer, self._fingerprint_options())
             self.template_date: TemplateDate | None = None
+            # Some templates write today's date into each conversation.
             if tokenizer.chat_template and reads_clock(tokenizer.get_chat_template()):
                 find_first_date = partial(load_or_record_first_date, cache_dir, undated_fingerprint)
                 self.template_date = (choose_date or keep_or_first_date(None))(find_first_date)
@@ -402,6 +405,7 @@ class Preparation:
         make_block = BlockMaker(
             self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.template_date
         )
+        # Prepares the first rows of each input, to see how much will be written.
         require_disk_space(
             self.directory.parent,
             self.inputs,
@@ -415,6 +419,7 @@ class Preparation:
             self.progress.estimate_rows(self.inputs, share=1 / num_shards)
         all_ranges = row_ranges(rows_of_inputs(self.inputs, self.config.max_documents))
         ranges_of_shard = (row_range for row_range in all_ranges if row_range.number % num_shards == shard)
+        # Lines on progress say rows a second from here on.
         self.progress.begin_rows()
         counted_ranges = self.progress.count_text_rows(ranges_of_shard)  # the same ranges, counted as they pass
         # With small inputs one process works alone, since forking workers takes longer.

@@ -94,6 +94,7 @@ def data_problems(config: DataConfig) -> Iterator[str]:
         yield from balance_problems(config.balance)
     if config.streaming:
         yield from _streaming_problems(config)
+    # A pack is several documents in one row, one behind the other.
     if config.packing and config.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
     if config.privacy != PrivacyConfig():

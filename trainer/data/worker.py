@@ -67,6 +67,7 @@ class BlockMaker:
             documents = evaluation_documents(config.decontamination.paths, config)
             texts = itertools.chain.from_iterable(map(texts_to_decontaminate_from, documents))
             self.decontaminator = Decontaminator(texts, config.decontamination)
+        # Then each sequence is marked by whether its source is general text, replayed against forgetting.
         self.has_replay = any(source.replay for source in config.sources.values())
         # Whether there may be rows that training does not see, with which training rows are compared.
         has_held_out = any((config.eval_path, config.test_path, config.eval_share, config.test_share))

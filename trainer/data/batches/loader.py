@@ -437,11 +437,13 @@ def eval_batches(
     """
     device = torch.device(device)
     covered_sequences = share.covered_sequences(dataset)
+    # The same on all ranks, without communication: counted over all documents that are covered.
     further_entries: dict[str, Any] = {
         "totals": {term: exact_sum(counts[covered_sequences]) for term, counts in dataset.counts.items()}
     }
     if look_ahead_sample is not None:
         further_entries["is_look_ahead"] = True
+    # By default, the sequence itself.
     get_sample = look_ahead_sample or TokenDataset.sample
     batches_on_cpu = (
         pin_batch({**_collate_eval_batch(dataset, share, collator, sequences, get_sample), **further_entries}, device)

@@ -51,6 +51,7 @@ def read_table(path: InputPath, needed_columns: Collection[str] | None = None) -
     """
     _raise_if_content_contradicts_name(path)
     with _open_table(path) as table:
+        # The others are only named in the report.
         read_columns, unread_columns = split_columns(_column_names(table.schema, str(path)), needed_columns)
         batches = _check_buffers(batch.select(read_columns) for batch in table.read_batches(read_columns))
         yield from table_rows(_small_batches(batches), str(path), unread_columns=unread_columns)

@@ -134,6 +134,7 @@ def open_text_bytes(path: InputPath) -> Iterator[io.BufferedReader]:
     """
     try:
         with open_binary(path) as file:
+            # `peek` shows the first bytes and leaves the position where it is.
             head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")

@@ -253,6 +253,7 @@ def render_sample(
         row = DocumentTable(prepared.directory).row(int(dataset.documents[index]))
     heading = _sample_heading(prepared, split, index, row)
     colour = console.is_terminal and not console.no_color
+    # The text of the sequence, with colours as terminal codes.
     decoded = preview_text(dataset, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
     parts: list[RenderableType] = [
         Rule(Text(heading, style="bold", overflow="fold"), align="left"),

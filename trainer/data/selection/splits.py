@@ -226,6 +226,7 @@ class _SplitChooser:
             report[kind] = {"policy": str(policy), **self._copies_report(train[is_copy], originals[is_copy])}
             if kind == "near":
                 report[kind] |= {"threshold": config.threshold, "search": duplicates.search_report}
+            # `report` leaves the copies in.
             if policy is DuplicatePolicy.drop:
                 self.drop(train[is_copy], "duplicates", kind)
         self.selection.report["duplicates"] = report

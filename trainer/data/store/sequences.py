@@ -123,6 +123,7 @@ class TokenDataset:
             self.weights = _open_mapped(store / WEIGHTS_FILE, np.float32, int(offsets[-1]))
         # Read into memory: a few numbers for each sequence, while tokens stay on the disk.
         if is_split:
+            # The numbers of the split's sequences, in the order in which it has them; some perhaps twice.
             index = np.load(directory / "index.npy")
         else:
             index = np.arange(len(offsets) - 1)

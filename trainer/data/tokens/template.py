@@ -100,6 +100,7 @@ class ChatTemplate:
         self.source: str = tokenizer.get_chat_template()
         self.has_generation_blocks = _GENERATION_BLOCK_REGEX.search(self.source) is not None
         self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        # By rendering small conversations: templates do not say how they close turns.
         found_tokens = find_end_tokens(self._render_or_none, self._added_tokens)
         self.end_tokens = found_tokens.of_assistant | {str(tokenizer.eos_token)}
         """Tokens that close assistant turns; EOS always does."""
@@ -258,14 +259,17 @@ class ChatTemplate:
         """
         learned_indices = self.learned_turn_indices(messages)
         if learned_indices:
+            # Nothing is learned behind it.
             messages = messages[: learned_indices[-1] + 1]
         for message in messages:
             _check_no_reserved_characters(message, location)
+        # `train` and `weight` are for us, and a template must not see them.
         turns = [_without_training_fields(message) if "train" in message else message for message in messages]
         if self.learn.reasoning is Reasoning.drop:
             turns = [_without_thought(message, location) for message in turns]
         if not tools and self._is_plain(turns):
             return PreparedConversation(turns, learned_indices, location, tool_conversation=None)
+        # Finds out first, by trial, how this template wants tool calls.
         tool_conversation: TemplateConversation = self._call_template(
             self._turn_span_finder.convert_conversation, turns, tools, location, location=location
         )

@@ -65,6 +65,7 @@ def privacy_coverage(config: PrivacyConfig) -> dict[str, Any]:
     looked_for: list[str] = []
     not_looked_for: dict[str, str] = {}
     for pii_type in TYPES:
+        # Only types of national identity numbers have a country, such as US_SSN.
         country = COUNTRY_BY_NATIONAL_ID.get(pii_type)
         if pii_type not in requested_types:
             not_looked_for[pii_type] = NOT_ASKED
@@ -381,6 +382,7 @@ def privacy_problems(config: PrivacyConfig) -> Iterator[str]:
             yield f"data.privacy.types: {pii_type} {reason}; {remedy}"
     if not config.types and config.preset == PrivacyPreset.none:
         yield "data.privacy.preset=none with an empty data.privacy.types looks for nothing; name types, or set mode=none"
+    # The library takes long to import, and the usual regions are known to be right.
     if not set(config.regions) <= set(REGIONS):
         import phonenumbers
 
