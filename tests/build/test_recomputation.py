@@ -32,7 +32,7 @@ from trainer.build.recomputation import (
     check_host_memory_for_inputs,
     counted_activations,
     longest_micro_batch,
-    num_tokens_of_longest,
+    num_tokens_of_longest_micro_batch,
 )
 from trainer.config.validate import config_problems
 from trainer.data.prepare import PreparedData
@@ -184,7 +184,7 @@ def test_inputs_that_do_not_fit_the_host_are_refused(tmp_path, monkeypatch):
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     work = largest_workload(config, data)
     on_gpu = runtime.Runtime(0, 8, 0, 8, torch.device("cuda"), None)
-    one = pinned_bytes(num_tokens_of_longest(built, work) * 32 * 2)
+    one = pinned_bytes(num_tokens_of_longest_micro_batch(built, work) * 32 * 2)
     least = 8 * (2 * one + 3 * 2**30)
     for memory, fits in ((least, True), (least - 1, False)):
         monkeypatch.setattr("trainer.build.recomputation.usable_host_memory_bytes", lambda memory=memory: memory)

@@ -122,7 +122,7 @@ def test_heads_that_divide_badly_and_groups_across_hosts_are_told(root):
     settings = tiny_config("llama")
     settings.num_attention_heads = 28
     settings.num_key_value_heads = 4
-    assert attention_heads_of(settings).busiest_rank_over_mean(8) == pytest.approx(32 / 28)
+    assert attention_heads_of(settings).head_imbalance(8) == pytest.approx(32 / 28)
     config = config_of(model_dir(root), 8)
     told = sequence_parallel_notes(config, settings, ranks_per_host=4, tokens=1024)
     assert len(told) == 2

@@ -17,7 +17,7 @@ from trainer.build.gradient_sync import plan_gradient_reduction
 from trainer.build.recomputation import (
     Workload,
     check_host_memory_for_inputs,
-    longest_lengths,
+    longest_sequence_lengths,
     plan_checkpointing,
     set_expected_memory,
 )
@@ -289,7 +289,7 @@ def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) ->
     """Notes for the user on how ranks share the longest rows of this run under sequence parallelism; empty without."""
     if config.parallel.sequence == 1:
         return []
-    longest_row = sum(longest_lengths(built.data_spec, largest_workload(config, data)))
+    longest_row = sum(longest_sequence_lengths(built.data_spec, largest_workload(config, data)))
     return sequence_parallel_notes(config, built.config, config.launcher.per_node, longest_row)
 
 

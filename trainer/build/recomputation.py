@@ -45,10 +45,10 @@ class Workload:
 
 def longest_micro_batch(built: BuiltModel, workload: Workload) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
-    return placeholder_micro_batch(built, longest_lengths(built.data_spec, workload), workload.cut)
+    return placeholder_micro_batch(built, longest_sequence_lengths(built.data_spec, workload), workload.cut)
 
 
-def longest_lengths(data_spec: DataSpec, workload: Workload) -> list[int]:
+def longest_sequence_lengths(data_spec: DataSpec, workload: Workload) -> list[int]:
     """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be:
 
     - packed documents: each sequence is a full pack.
@@ -67,11 +67,11 @@ def longest_lengths(data_spec: DataSpec, workload: Workload) -> list[int]:
     return longest_first
 
 
-def num_tokens_of_longest(built: BuiltModel, workload: Workload) -> int:
+def num_tokens_of_longest_micro_batch(built: BuiltModel, workload: Workload) -> int:
     """How many tokens one rank computes with in the longest micro-batch, padding included; if ranks share rows, those of its
     slice.
     """
-    lengths = longest_lengths(built.data_spec, workload)
+    lengths = longest_sequence_lengths(built.data_spec, workload)
     tokens = sum(lengths)
     if built.layout is not Layout.padding_free:
         tokens = len(lengths) * max(lengths, default=0)
@@ -135,7 +135,7 @@ def expected_activation_bytes(
     """Bytes of activations of the longest micro-batch: as counted while recomputation was planned, or else by a rule of thumb."""
     if built.activation_bytes is not None:
         return built.activation_bytes
-    tokens = num_tokens_of_longest(built, workload)
+    tokens = num_tokens_of_longest_micro_batch(built, workload)
     width, num_blocks = width_and_num_blocks(built.base_on_meta)
     if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
         num_blocks = 0  # the inputs of blocks, all that is kept of them, lie in host memory
@@ -213,7 +213,7 @@ def check_host_memory_for_inputs(
         num_recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
     width, _ = width_and_num_blocks(built.base_on_meta)
     itemsize = 4 if precision is Precision.fp32 else 2
-    tokens = num_tokens_of_longest(built, workload)
+    tokens = num_tokens_of_longest_micro_batch(built, workload)
     on_host = expected_host_inputs(blocks=num_recomputed_blocks, tokens=tokens, width=width, itemsize=itemsize)
     needed = node_memory_bytes(on_host, runtime.local_world_size)
     usable = usable_host_memory_bytes()

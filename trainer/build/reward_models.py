@@ -40,8 +40,9 @@ def reward_entries_with_models(objective: ObjectiveConfig) -> dict[str, RewardEn
 
 def reward_model_configs_by_setting(objective: ObjectiveConfig) -> dict[str, ModelConfig]:
     """The settings by which each reward model's architecture is loaded, by the setting that names it:
+    `objective.rewards.NAME.path=PATH`.
 
-    `objective.rewards.NAME.path=PATH`. Raises ConfigError if a path is no reward model.
+    Raises ConfigError if a path is no reward model.
     """
     config_by_setting = {}
     for name, reward in reward_entries_with_models(objective).items():

@@ -213,9 +213,9 @@ def build_round_loader(
 
 
 def shares_prompts_in_rows(config: RunConfig, built: BuiltModel, cut: RowCut | None, runtime: Runtime) -> bool:
-    """Whether training puts all answers to a prompt into one row with the prompt, which saves computing it again:
+    """Whether training puts all answers to a prompt into one row with the prompt, which saves computing it again: `[prompt |
+    answer | answer ...]`.
 
-    `[prompt | answer | answer ...]`.
     `objective.rollout.share_prompts` decides; if it is not set, True on CPUs if it is possible, and False on GPUs, where its
     speed has not been measured. `cut`: which slice of each row the rank takes; None: whole rows. Raises ConfigError if it is
     set to true, and this model or other settings do not allow it.

@@ -48,7 +48,7 @@ class LayerHeads:
     head_dim: int
     """Elements of a head; if those of queries and of values differ, the mean of both."""
 
-    def busiest_rank_over_mean(self, ranks: int) -> float:
+    def head_imbalance(self, ranks: int) -> float:
         """Query heads of the busiest of `ranks` ranks, divided by the mean over them: 6 heads on 4 ranks give 2 / 1.5 = 1.33."""
         heads_of_busiest = math.ceil(self.num_query_heads / ranks)
         return heads_of_busiest * ranks / self.num_query_heads
@@ -206,11 +206,11 @@ def sequence_parallel_notes(config: RunConfig, model_config: Any, ranks_per_host
     if degree == 1 or heads is None:
         return []
     notes = []
-    busiest_over_mean = heads.busiest_rank_over_mean(degree)
-    if busiest_over_mean >= NOTABLE_UNEVENNESS:
+    imbalance = heads.head_imbalance(degree)
+    if imbalance >= NOTABLE_UNEVENNESS:
         notes.append(
             f"{heads.num_query_heads} query heads do not divide well by {degree}: the busiest rank has "
-            f"{busiest_over_mean:.2f} times "
+            f"{imbalance:.2f} times "
             "the mean"
         )
     # Groups are neighbouring ranks, so all of them lie within hosts if the degree divides the ranks of a host.

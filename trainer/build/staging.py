@@ -77,10 +77,7 @@ class StagedCopies:
         return replace(data, train=TokenDataset.open(directory / "train"), evaluation=held_out, test=test)
 
     def run_record_entry(self) -> dict[str, Any]:
-        """The entry of `run.json` about the copies of this node, `{"staged":
-
-        {"model": {"from": ...}}}`; {} if there are none.
-        """
+        """The entry of `run.json` about the copies of this node, `{"staged": {"model": {"from": ...}}}`; {} if there are none."""
         if not self.copies:
             return {}
         rows = {}
@@ -120,7 +117,7 @@ def stage(config: RunConfig, data: PreparedData, *, should_stop: Callable[[], bo
         files_to_stage["data"] = _token_files(data.directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _only_stager(root, should_stop):
+        with _staging_lock(root, should_stop):
             copies: dict[str, StagedCopy] = {}
             missing: dict[str, _SourceFiles] = {}
             for content_kind, files in files_to_stage.items():
@@ -158,13 +155,13 @@ class _SourceFiles:
     source: Path
     names: list[str]
     sizes: dict[str, int] = field(default_factory=dict)
-    key: str = ""
+    identity_hash: str = ""
 
     def __post_init__(self) -> None:
         stats = {name: (self.source / name).stat() for name in self.names}
         self.sizes = {name: status.st_size for name, status in stats.items()}
         identity = [str(self.source), [[name, status.st_size, status.st_mtime_ns] for name, status in stats.items()]]
-        self.key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.identity_hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @property
     def num_bytes(self) -> int:
@@ -192,10 +189,10 @@ def _find_valid_copy(root: Path, content_kind: str, files: _SourceFiles) -> Stag
     """Look for a complete copy of these files on the node's disk: returns it, locked for reading, or None.
 
     Deletes a broken one. It is valid if every file has the digest that was recorded when it was written. `root`: directory of
-    all copies. `content_kind`: `model` or `data`. The caller must be in `_only_stager`. `StagedCopies.release` closes the
+    all copies. `content_kind`: `model` or `data`. The caller must hold `_staging_lock`. `StagedCopies.release` closes the
     descriptor of the lock.
     """
-    path = root / f"{content_kind}-{files.key[:16]}"
+    path = root / f"{content_kind}-{files.identity_hash[:16]}"
     # Lock the copy before reading it: a run that ends deletes a copy under its exclusive lock, without the lock on `root`.
     lock_descriptor = _lock_for_use(path, fcntl.LOCK_SH)
     try:
@@ -217,13 +214,13 @@ def _find_valid_copy(root: Path, content_kind: str, files: _SourceFiles) -> Stag
 def _copy_files(root: Path, content_kind: str, files: _SourceFiles, should_stop: Callable[[], bool]) -> StagedCopy:
     """Copy files to `root`, compare each with its source, and return the copy, locked. It gets its final name when complete.
 
-    `content_kind`: `model` or `data`. The lock tells other processes that the copy is in use. The caller must be in
-    `_only_stager`. `should_stop`: asked while bytes are copied.
+    `content_kind`: `model` or `data`. The lock tells other processes that the copy is in use. The caller must hold
+    `_staging_lock`. `should_stop`: asked while bytes are copied.
 
     Raises OSError, StorageError if a copied file differs from its source, and Preempted if `should_stop` says so; an incomplete
     copy is then deleted.
     """
-    path = root / f"{content_kind}-{files.key[:16]}"
+    path = root / f"{content_kind}-{files.identity_hash[:16]}"
     partial = root / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     print(
@@ -332,14 +329,14 @@ def _lock_for_use(path: Path, mode: int) -> int:
 
 
 def _remove_copy(path: Path) -> None:
-    """Delete a copy and its lock file. The caller must be in `_only_stager`, so that no process begins to use the copy
+    """Delete a copy and its lock file. The caller must hold `_staging_lock`, so that no process begins to use the copy
     meanwhile."""
     shutil.rmtree(path, ignore_errors=True)
     Path(f"{path}{IN_USE_SUFFIX}").unlink(missing_ok=True)
 
 
 @contextmanager
-def _only_stager(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+def _staging_lock(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
     """Within the context this is the only process of the node that stages: it waits for the lock on `root`.
 
     Raises Preempted if `should_stop` says so while it waits.

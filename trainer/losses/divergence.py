@@ -8,7 +8,6 @@ of that file: N and M rows, n rows of a chunk, H size of a hidden state, V of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -275,10 +274,14 @@ def distillation_losses(
     training = torch.is_grad_enabled()  # read here: inside an autograd function gradients are always off
     student = _HeadParameters.of_head(head)
     compare = partial(_compared_sums, head, hidden, targets, comparison, student, needs_gradients=training)
-    if comparison.head is None:
+    teacher_head = comparison.head
+    if teacher_head is None:
         total, compared_nll, divergence, correct = compare(student)
-    else:  # a sharded teacher's head has its whole weight only during its own call
-        total, compared_nll, divergence, correct = _call_with_gathered_head(comparison.head, compare)
+    else:
+        # Inside the teacher's own forward pass: only there is the weight of a sharded head gathered.
+        total, compared_nll, divergence, correct = teacher_head(
+            None, call_while_gathered=lambda: compare(_HeadParameters.of_head(teacher_head))
+        )
     # The remaining rows, which the teacher has no states for, count by their cross-entropy alone.
     rows = comparison.uncompared_rows
     if rows is None:
@@ -306,9 +309,9 @@ def _compared_sums(
     *,
     needs_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over the rows of `hidden [N, H]` that are compared with the teacher:
+    """Sums over the rows of `hidden [N, H]` that are compared with the teacher: (total, cross-entropy, divergence, correct
+    argmaxes).
 
-    (total, cross-entropy, divergence, correct argmaxes).
     `head`: the student's, whose parameters and settings are `student`. `teacher`: those of the teacher's head, which must be
     gathered.
     """
@@ -321,11 +324,3 @@ def _compared_sums(
         comparison.weights_of(rows),
         _DistillationSettings(student, teacher, comparison, needs_gradients),
     )
-
-
-def _call_with_gathered_head(head: nn.Module, function: Callable[[_HeadParameters], Any]) -> Any:
-    """Call `function` with the parameters of another LossHead, such as the teacher's, and return its result.
-
-    The call is made inside that head's own forward pass: only there is the weight of a sharded head gathered.
-    """
-    return head(None, call_while_gathered=lambda: function(_HeadParameters.of_head(head)))

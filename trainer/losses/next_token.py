@@ -49,9 +49,9 @@ CHUNK_LOGITS = 2**25
 
 
 def head_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """Compute the logits of a chunk of hidden states `[n, H]`:
+    """Compute the logits of a chunk of hidden states `[n, H]`: `c tanh(s z / c)` with z = W x + b, `[n, V]`, in float32 or
+    wider.
 
-    `c tanh(s z / c)` with z = W x + b, `[n, V]`, in float32 or wider.
     `weight [V, H]`, `bias [V]`: W and b of the output head. `scale`: the factor s. `softcap`: c, a bound of Gemma and others;
     None: the logits are `s z`.
     """
@@ -418,10 +418,10 @@ class _LossSums(NamedTuple):
 
 
 def _tuple_of_asked_sums(sums: _LossSums, weighting: RowWeighting) -> tuple[Tensor, ...]:
-    """Pick the sums that a caller asked for:
+    """Pick the sums that a caller asked for: (loss, correct), then the loss of each group if there are groups, then the loss
+    without smoothing if there is smoothing.
 
-    (loss, correct), then the loss of each group if there are groups, then the loss without smoothing if there is smoothing. A
-    plain tuple without None: wrappers of modules copy what a head returns, and look for tensors in it.
+    A plain tuple without None: wrappers of modules copy what a head returns, and look for tensors in it.
     """
     asked = [sums.loss, sums.correct]
     if weighting.row_groups is not None:

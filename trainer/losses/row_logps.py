@@ -45,11 +45,6 @@ def row_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: flo
     # An adapter on the head adds to its logits, so these must be made.
     log_probabilities = (head(hidden).float() / temperature).log_softmax(-1)
     with torch.no_grad():
-        entropy = _entropy(log_probabilities)
+        # -p log p of each token: 0, not nan, for an impossible one (log-probability -inf).
+        entropy = torch.special.entr(log_probabilities.exp()).sum(-1)
     return log_probabilities.gather(1, targets[:, None])[:, 0], entropy
-
-
-def _entropy(log_probabilities: Tensor) -> Tensor:
-    """The entropy `[n]` of the distributions `[n, V]`."""
-    # A token that is impossible (log-probability -inf) adds 0, not nan.
-    return torch.special.entr(log_probabilities.exp()).sum(-1)

@@ -18,9 +18,8 @@ class _TargetScores:
     """`[V]`: what the model adds to the head's output; None if nothing."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Score the target of each row of `hidden [N, H]`:
-
-        (its log-probability `[N]`, whether it is the argmax `[N]`), a chunk at a time.
+        """Score the target of each row of `hidden [N, H]`: (its log-probability `[N]`, whether it is the argmax `[N]`), a chunk
+        at a time.
         """
         weight = head.training_weight
         chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
@@ -34,9 +33,8 @@ class _TargetScores:
         return torch.cat(log_probabilities), torch.cat(is_argmax)
 
     def of_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Score the targets for logits `[n, V]` of the head:
-
-        (log-probability of each `[n]` float32, whether it is the argmax `[n]` bool).
+        """Score the targets for logits `[n, V]` of the head: (log-probability of each `[n]` float32, whether it is the argmax
+        `[n]` bool).
         """
         logits = logits.float()
         if self.bias is not None:

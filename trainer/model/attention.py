@@ -452,10 +452,11 @@ def _varlen_kernel(
     window: int | None,
     causal: bool,
 ) -> Tensor:
-    """Attention within documents by torch's variable-length kernel (CUDA, half precision), for all documents at once:
+    """Attention within documents by torch's variable-length kernel (CUDA, half precision), for all documents at once: `[1, T,
+    heads, width]`. q, k and v are `[1, heads, T, width]`.
 
-    `[1, T, heads, width]`. q, k and v are `[1, heads, T, width]`. `boundaries`: where sequences begin among queries and keys.
-    `window`: a query sees so many keys up to itself (and as many after it unless `causal`).
+    `boundaries`: where sequences begin among queries and keys. `window`: a query sees so many keys up to itself (and as many
+    after it unless `causal`).
     """
     from torch.nn.attention.varlen import varlen_attn
 

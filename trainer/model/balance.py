@@ -60,12 +60,12 @@ class RouterLosses:
         return total
 
     def terms(self, record: RoutingRecord, tokens_by_expert: Tensor | None, num_tokens: int) -> dict[str, Tensor]:
-        """What one micro-batch adds to the step's loss for its routers:
+        """What one micro-batch adds to the step's loss for its routers: `ADDED_LOSS` with its gradient, and each loss without
+        its weight.
 
-        `ADDED_LOSS` with its gradient, and each loss without its weight. Such as {"added_loss": ..., "router/balance_loss":
-        ...}, 0-d tensors whose sum over micro-batches is the value of the step. `tokens_by_expert [experts]`: how many tokens
-        of the whole step chose each expert, over all routers; None if there is no balancing loss. `num_tokens`: of the whole
-        step.
+        Such as {"added_loss": ..., "router/balance_loss": ...}, 0-d tensors whose sum over micro-batches is the value of the
+        step. `tokens_by_expert [experts]`: how many tokens of the whole step chose each expert, over all routers; None if there
+        is no balancing loss. `num_tokens`: of the whole step.
         """
         num_decisions = float(num_tokens * len(record.logits))  # each router sends each token to experts
         losses: dict[str, Tensor] = {}
@@ -101,11 +101,11 @@ def _sum_over_tokens(values: Tensor, is_token: Tensor | None) -> Tensor:
 def router_losses_of_run(
     config: ModelConfig, hf_config: Any, meta_model: nn.Module, kind: ModelKind
 ) -> tuple[RouterLosses, dict[str, int], dict[str, str]]:
-    """Decide which losses a run adds for its routers:
+    """Decide which losses a run adds for its routers: (the losses, the index of the logits in each router's output, notes by
+    setting).
 
-    (the losses, the index of the logits in each router's output, notes by setting). Routers are by the name of their module.
-    Notes say what the model's configuration asks for and is not done. `hf_config`: transformers' configuration; `meta_model`:
-    its model on meta. Cases, in order:
+    Routers are by the name of their module. Notes say what the model's configuration asks for and is not done. `hf_config`:
+    transformers' configuration; `meta_model`: its model on meta. Cases, in order:
     - neither the settings nor the configuration ask for such losses: none.
     - an encoder-decoder, or a model without routers that can be recorded: none; ConfigError if the settings ask for them.
     - the balancing loss does not fit the model: its weight is 0; ConfigError if the settings ask for it.

@@ -206,11 +206,11 @@ def flex_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by FlexAttention, under the mask that the model built:
+    """Attention by FlexAttention, under the mask that the model built: `query [B, H, T, D]`, `key` and `value [B, KV, T, D]` ->
+    `[B, T, H, D]`.
 
-    `query [B, H, T, D]`, `key` and `value [B, KV, T, D]` -> `[B, T, H, D]`. KV divides H: each head of keys serves H / KV heads
-    of queries. `attention_mask`: made by `block_mask`. Raises ValueError for what is not computed: a mask that is no BlockMask,
-    dropout, or a position bias.
+    KV divides H: each head of keys serves H / KV heads of queries. `attention_mask`: made by `block_mask`. Raises ValueError
+    for what is not computed: a mask that is no BlockMask, dropout, or a position bias.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -257,10 +257,10 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def _attend_by_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention by torch's FlexAttention kernel:
+    """Attention by torch's FlexAttention kernel: (output `[B, H, T, D]`, log of the sum of exp(score) of each query `[B, H,
+    T]`).
 
-    (output `[B, H, T, D]`, log of the sum of exp(score) of each query `[B, H, T]`). Without `with_lse` the second is a 0-d
-    zero, which nobody reads.
+    Without `with_lse` the second is a 0-d zero, which nobody reads.
     """
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as torch_flex

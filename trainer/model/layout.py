@@ -118,10 +118,10 @@ def choose_attention_layout(
 
 
 def _note_on_chosen_kernel(model: ModelConfig, attention: str, kernels: KernelChoices) -> dict[str, str]:
-    """A note for the user on the kernel that `model.attention=auto` chose:
+    """A note for the user on the kernel that `model.attention=auto` chose: {"model.attention": "varlen (built in; not
+    FlashAttention: ...)"}.
 
-    {"model.attention": "varlen (built in; not FlashAttention: ...)"}. Empty for FlashAttention, which needs no explanation, and
-    if the user chose the kernel.
+    Empty for FlashAttention, which needs no explanation, and if the user chose the kernel.
     """
     flash = kernels.flash_refusal or "not proven right here"
     note_by_kernel = {

@@ -222,9 +222,9 @@ def _replaceable_positions(
 
 
 def _scaling_factor(config: ModelConfig, original: int | None) -> float:
-    """The factor by which positions are stretched:
+    """The factor by which positions are stretched: `model.rope.factor`, or `model.positions` over the `original` positions of
+    the base. 32768 positions over 8192 give 4.
 
-    `model.rope.factor`, or `model.positions` over the `original` positions of the base. 32768 positions over 8192 give 4.
     Raises ConfigError for a factor below 1.
     """
     factor = config.rope.factor
@@ -250,9 +250,8 @@ def _original_positions(text_config: Any, parameters: dict[str, Any], own_positi
 
 
 def _position_settings_text(config: ModelConfig) -> str:
-    """The settings of positions that are set, as a user types them, for messages:
-
-    `model.positions=32768, model.rope.type=yarn`.
+    """The settings of positions that are set, as a user types them, for messages: `model.positions=32768,
+    model.rope.type=yarn`.
     """
     rope = config.rope
     settings = {

@@ -168,38 +168,42 @@ def changed_sizes(hf_config: Any, small_config: Any) -> dict[str, tuple[Any, Any
     included; of equal names the outer counts.
     """
     changed: dict[str, tuple[Any, Any]] = {}
-    for full, small in _nested_settings(_settings_of(hf_config), _settings_of(small_config), type(hf_config)):
-        for name, value in full.items():
+    for full_settings, small_settings in _nested_settings(
+        _settings_of(hf_config), _settings_of(small_config), type(hf_config)
+    ):
+        for name, value in full_settings.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and small.get(name) != value and not name.endswith(("_token_id", "_token_index")):
-                changed.setdefault(name, (value, small.get(name)))
+            if is_number and small_settings.get(name) != value and not name.endswith(("_token_id", "_token_index")):
+                changed.setdefault(name, (value, small_settings.get(name)))
     return changed
 
 
 def kept_counts(hf_config: Any, small_config: Any) -> dict[str, int]:
-    """The numbers of heads and experts that a small copy has in common with the model, for a report:
-
-    {"num_attention_heads": 32}.
+    """The numbers of heads and experts that a small copy has in common with the model, for a report: {"num_attention_heads":
+    32}.
     """
     kept: dict[str, int] = {}
-    for full, small in _nested_settings(_settings_of(hf_config), _settings_of(small_config), type(hf_config)):
+    for full_settings, small_settings in _nested_settings(
+        _settings_of(hf_config), _settings_of(small_config), type(hf_config)
+    ):
         for name in HEAD_AND_EXPERT_COUNT_SETTINGS:
-            if isinstance(full.get(name), int) and full[name] == small.get(name):
-                kept.setdefault(name, full[name])
+            if isinstance(full_settings.get(name), int) and full_settings[name] == small_settings.get(name):
+                kept.setdefault(name, full_settings[name])
     return kept
 
 
-def num_lost_layer_kinds(hf_config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
+def num_lost_layer_kinds(hf_config: Any, full_model: nn.Module, small_config: Any, small_model: nn.Module) -> int:
     """How many kinds of layers of a model its small copy lacks, so that it proves nothing of them; 0 for a good copy.
 
-    `full_model` (of `hf_config`) and `small` (of `small_config`) are on meta. Layers of one kind consist of the same modules.
+    `full_model` (of `hf_config`) and `small_model` (of `small_config`) are on meta. Layers of one kind consist of the same
+    modules.
     """
     lost = 0
     for full_settings, small_settings in _nested_settings(
         _settings_of(hf_config), _settings_of(small_config), type(hf_config)
     ):
         kinds = set(layer_kinds(full_model, num_layers_of(full_settings)))
-        small_kinds = set(layer_kinds(small, num_layers_of(small_settings)))
+        small_kinds = set(layer_kinds(small_model, num_layers_of(small_settings)))
         # A model with one kind of layer cannot lose it; `small_kinds` is empty where no list of layers was recognised.
         if len(kinds) > 1 and small_kinds:
             lost += len(kinds - small_kinds)
@@ -224,14 +228,14 @@ def _settings_of(hf_config: Any) -> dict[str, Any]:
 
 
 def _nested_settings(
-    full: dict[str, Any], small: dict[str, Any], config_class: Any
+    full_settings: dict[str, Any], small_settings: dict[str, Any], config_class: Any
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield (full, small) settings of a configuration, and then of each configuration within it, at any depth."""
-    yield full, small
+    yield full_settings, small_settings
     sub_configs = getattr(config_class, "sub_configs", None) or {}
     for name, inner_class in sub_configs.items():
-        if isinstance(full.get(name), dict) and isinstance(small.get(name), dict):
-            yield from _nested_settings(full[name], small[name], inner_class)
+        if isinstance(full_settings.get(name), dict) and isinstance(small_settings.get(name), dict):
+            yield from _nested_settings(full_settings[name], small_settings[name], inner_class)
 
 
 def _small_settings(
@@ -250,16 +254,18 @@ def _small_settings(
     Configurations within this one (of a text model, say; `config_class.sub_configs`) are shrunk in the same way.
     """
     kept_layers = _kept_layers(settings, full_model, layer_choice)
-    small = dict(settings) | kept_layers.settings_of_kept_layers(settings)
-    small |= shrink_sizes(small, settings)
+    small_settings = dict(settings) | kept_layers.settings_of_kept_layers(settings)
+    small_settings |= shrink_sizes(small_settings, settings)
     sub_configs = getattr(config_class, "sub_configs", None) or {}
-    for name, value in small.items():
+    for name, value in small_settings.items():
         if isinstance(value, dict) and name in sub_configs:
-            small[name] = _small_settings(settings[name], sub_configs[name], full_model, shrink_sizes, layer_choice)
+            small_settings[name] = _small_settings(
+                settings[name], sub_configs[name], full_model, shrink_sizes, layer_choice
+            )
         else:
-            small[name] = _fitted_setting(name, value, full_settings=settings, small_settings=small)
-    small.pop("quantization_config", None)  # the copy has drawn weights, which are not quantised
-    return small
+            small_settings[name] = _fitted_setting(name, value, full_settings=settings, small_settings=small_settings)
+    small_settings.pop("quantization_config", None)  # the copy has drawn weights, which are not quantised
+    return small_settings
 
 
 def _fitted_setting(name: str, value: Any, *, full_settings: dict[str, Any], small_settings: dict[str, Any]) -> Any:
@@ -293,57 +299,65 @@ def _kept_layers(settings: dict[str, Any], full_model: nn.Module, layer_choice: 
     return candidates[-1]
 
 
-def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+def _sizes_by_name(settings: dict[str, Any], full_settings: dict[str, Any]) -> dict[str, Any]:
     """The small size of each setting that `MAX_SIZE_BY_SETTING` names, such as {"hidden_size": 64, "num_attention_heads": 4}.
 
     Sizes that depend on each other stay consistent:
 
     - without grouped-query attention, keys and values still have as many heads as queries.
     - the size of a head keeps its ratio to the part of it that is rotated by position.
-    - if the width of attention or of a state-space layer is heads times their size in `full`, it is so in the copy.
+    - if the width of attention or of a state-space layer is heads times their size in `full_settings`, it is so in the copy.
 
-    `settings`: to be shrunk, already with fewer layers. `full`: the model's own.
+    `settings`: to be shrunk, already with fewer layers. `full_settings`: the model's own.
     """
-    small: dict[str, Any] = {}
-    heads_name = _first_set(full, QUERY_HEAD_COUNT_SETTINGS)
-    num_query_heads = None if heads_name is None else full[heads_name]
+    small_settings: dict[str, Any] = {}
+    heads_name = _first_set(full_settings, QUERY_HEAD_COUNT_SETTINGS)
+    num_query_heads = None if heads_name is None else full_settings[heads_name]
     for name, value in settings.items():
         if name in ("num_key_value_heads", "num_kv_heads") and value == num_query_heads:
-            small[name] = MAX_SIZE_BY_SETTING["num_attention_heads"]
+            small_settings[name] = MAX_SIZE_BY_SETTING["num_attention_heads"]
         elif name in MAX_SIZE_BY_SETTING:
-            small[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
-    rotated_size = full.get("qk_rope_head_dim")
-    if rotated_size and full.get("head_dim"):  # both are the same size, or one is a share of the other
-        small["head_dim"] = max(1, small["qk_rope_head_dim"] * full["head_dim"] // rotated_size)
-    return small | _attention_width_sizes(small, full) | _inner_width_sizes(settings | small, full)
+            small_settings[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
+    rotated_size = full_settings.get("qk_rope_head_dim")
+    if rotated_size and full_settings.get("head_dim"):  # both are the same size, or one is a share of the other
+        small_settings["head_dim"] = max(
+            1, small_settings["qk_rope_head_dim"] * full_settings["head_dim"] // rotated_size
+        )
+    return (
+        small_settings
+        | _attention_width_sizes(small_settings, full_settings)
+        | _inner_width_sizes(settings | small_settings, full_settings)
+    )
 
 
-def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, scales_width: bool) -> dict[str, Any]:
+def _sizes_with_counts(
+    settings: dict[str, Any], full_settings: dict[str, Any], *, scales_width: bool
+) -> dict[str, Any]:
     """Small sizes by setting that keep the model's own numbers of heads and experts, so that ranks divide the copy like the
     model.
 
     Where the size of a head is not a setting, it is the model's width over its heads. Then the width, and every setting equal
     to it, becomes heads times 16. `scales_width`: do so in any case.
 
-    `settings`: to be shrunk, already with fewer layers. `full`: the model's own.
+    `settings`: to be shrunk, already with fewer layers. `full_settings`: the model's own.
     """
-    small = _sizes_by_name(settings, full)
+    small_settings = _sizes_by_name(settings, full_settings)
     for name in HEAD_AND_EXPERT_COUNT_SETTINGS:
         if name in settings:
-            small[name] = settings[name]
-    heads_name = _first_set(full, (*QUERY_HEAD_COUNT_SETTINGS, "decoder_attention_heads", "num_heads"))
-    width_name = _first_set(full, MODEL_WIDTH_SETTINGS)
-    has_head_size = _first_set(full, HEAD_SIZE_SETTINGS) is not None
+            small_settings[name] = settings[name]
+    heads_name = _first_set(full_settings, (*QUERY_HEAD_COUNT_SETTINGS, "decoder_attention_heads", "num_heads"))
+    width_name = _first_set(full_settings, MODEL_WIDTH_SETTINGS)
+    has_head_size = _first_set(full_settings, HEAD_SIZE_SETTINGS) is not None
     if heads_name is None or width_name is None or (has_head_size and not scales_width):
-        return small
-    width = full[width_name]
-    small_width = full[heads_name] * MAX_SIZE_BY_SETTING["head_dim"]
+        return small_settings
+    width = full_settings[width_name]
+    small_width = full_settings[heads_name] * MAX_SIZE_BY_SETTING["head_dim"]
     for name, value in settings.items():
         # Settings of widths are those that shrink to what `hidden_size` shrinks to.
         is_width = MAX_SIZE_BY_SETTING.get(name) == MAX_SIZE_BY_SETTING["hidden_size"]
         if is_width and value == width:
-            small[name] = small_width
-    return small
+            small_settings[name] = small_width
+    return small_settings
 
 
 def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:
@@ -351,21 +365,21 @@ def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:
     return next((name for name in names if settings.get(name)), None)
 
 
-def _attention_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+def _attention_width_sizes(small_settings: dict[str, Any], full_settings: dict[str, Any]) -> dict[str, Any]:
     """Small sizes for an attention with a width of its own (`attention_hidden_size` in RWKV and Zamba): it keeps its ratio to
     the model's width.
 
-    The size of a head follows, if in `full` heads times their size is this width. Empty if `full`, the settings of the model,
-    has no such width. `small`: the settings that are already shrunk.
+    The size of a head follows, if in `full_settings` heads times their size is this width. Empty if `full_settings`, the
+    settings of the model, has no such width. `small_settings`: the settings that are already shrunk.
     """
-    attention_width = full.get("attention_hidden_size")
-    if not attention_width or not full.get("hidden_size"):
+    attention_width = full_settings.get("attention_hidden_size")
+    if not attention_width or not full_settings.get("hidden_size"):
         return {}
-    width = small["hidden_size"] * attention_width // full["hidden_size"]
+    width = small_settings["hidden_size"] * attention_width // full_settings["hidden_size"]
     sizes = {"attention_hidden_size": width}
-    head_size = full.get("attention_head_dim")
-    if head_size and head_size * full["num_attention_heads"] == attention_width:
-        sizes["attention_head_dim"] = width // small["num_attention_heads"]
+    head_size = full_settings.get("attention_head_dim")
+    if head_size and head_size * full_settings["num_attention_heads"] == attention_width:
+        sizes["attention_head_dim"] = width // small_settings["num_attention_heads"]
     return sizes
 
 
@@ -378,57 +392,57 @@ def _at_most(limit: int, value: Any) -> Any:
     return value
 
 
-def _inner_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+def _inner_width_sizes(small_settings: dict[str, Any], full_settings: dict[str, Any]) -> dict[str, Any]:
     """Sizes of a state-space (Mamba) layer that keep heads times head size equal to the layer's inner width, if it is so in
-    `full`.
+    `full_settings`.
 
     The inner width is the setting `mamba_d_ssm`, which then follows heads and size. Or it is the hidden size times an expansion
     factor: then heads are set to 8, and their size follows. Empty if the model has no such layer, or the product is neither.
 
-    `full`: settings of the model. `small`: those of its copy, each shrunk by itself.
+    `full_settings`: settings of the model. `small_settings`: those of its copy, each shrunk by itself.
     """
-    heads_name = _first_set(full, STATE_SPACE_HEAD_COUNT_SETTINGS)
-    head_size_name = _first_set(full, STATE_SPACE_HEAD_SIZE_SETTINGS)
-    expansion_name = _first_set(full, STATE_SPACE_EXPANSION_SETTINGS)
+    heads_name = _first_set(full_settings, STATE_SPACE_HEAD_COUNT_SETTINGS)
+    head_size_name = _first_set(full_settings, STATE_SPACE_HEAD_SIZE_SETTINGS)
+    expansion_name = _first_set(full_settings, STATE_SPACE_EXPANSION_SETTINGS)
     if heads_name is None or head_size_name is None:
         return {}
-    inner_width = full[heads_name] * full[head_size_name]
-    if "mamba_d_ssm" in full and full["mamba_d_ssm"] == inner_width:
-        return {"mamba_d_ssm": small[heads_name] * small[head_size_name]}
-    if expansion_name is not None and inner_width == full[expansion_name] * full["hidden_size"]:
+    inner_width = full_settings[heads_name] * full_settings[head_size_name]
+    if "mamba_d_ssm" in full_settings and full_settings["mamba_d_ssm"] == inner_width:
+        return {"mamba_d_ssm": small_settings[heads_name] * small_settings[head_size_name]}
+    if expansion_name is not None and inner_width == full_settings[expansion_name] * full_settings["hidden_size"]:
         num_small_heads = MAX_SIZE_BY_SETTING["mamba_n_heads"]
-        small_inner_width = int(small[expansion_name] * small["hidden_size"])
+        small_inner_width = int(small_settings[expansion_name] * small_settings["hidden_size"])
         return {heads_name: num_small_heads, head_size_name: small_inner_width // num_small_heads}
     return {}
 
 
-def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+def _sizes_in_proportion(settings: dict[str, Any], full_settings: dict[str, Any]) -> dict[str, Any]:
     """Small sizes by setting for models whose setting names do not suffice: widths and numbers of heads are divided by one
     number.
 
     The size of a head then stays as it is. The divisor is the largest power of two up to 32 that divides all numbers of heads
-    in `full`, the settings of the model: for 32 and 8 heads 8.
+    in `full_settings`, the settings of the model: for 32 and 8 heads 8.
 
     `settings`: to be shrunk, already with fewer layers.
     """
     head_counts = []
-    for name, value in full.items():
+    for name, value in full_settings.items():
         if name.endswith(("heads", "n_head")) and isinstance(value, int) and value > 1:
             head_counts.append(value)
     divisor = 1
     for candidate in (2, 4, 8, 16, 32):
         if all(heads % candidate == 0 for heads in head_counts):
             divisor = candidate
-    small: dict[str, Any] = {}
+    small_settings: dict[str, Any] = {}
     divided = {}
     for name, value in settings.items():
         is_width_or_heads = WIDTH_OR_HEADS_REGEX.search(name)
         may_be_head_size = "dim" in name  # such as `head_dim`, which stays as it is
         if name in MAX_SIZE_BY_SETTING and not is_width_or_heads and not may_be_head_size:
-            small[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
+            small_settings[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
         if is_width_or_heads and isinstance(value, int) and value % divisor == 0:
             divided[name] = value // divisor
-    return small | divided
+    return small_settings | divided
 
 
 def _small_layer_settings(
@@ -457,10 +471,11 @@ def _small_layer_settings(
 
 
 def _small_ids_of_special_tokens(token_ids: dict[str, int]) -> dict[str, int]:
-    """New ids, within the small vocabulary, for the special tokens among `token_ids` ({token: id}):
+    """New ids, within the small vocabulary, for the special tokens among `token_ids` ({token: id}): {"<image 000000>": 3,
+    "<image>": 4}.
 
-    {"<image 000000>": 3, "<image>": 4}. Special tokens stand in angle brackets; the others are dropped. Of those that differ
-    only in a six-digit number, as the codes of an image do, the first is kept.
+    Special tokens stand in angle brackets; the others are dropped. Of those that differ only in a six-digit number, as the
+    codes of an image do, the first is kept.
     """
     special_tokens = [token for token in token_ids if token.startswith("<") and token.endswith(">")]
     # Reversed, so that the first of each pattern overwrites the others.

@@ -29,12 +29,12 @@ class AdaLora(Adapter):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """As `Adapter.apply`. Also makes the allocation of ranks for the model that is returned."""
-        tuned: Any = super().apply(model)
-        for name, parameter in tuned.named_parameters():
+        peft_model: Any = super().apply(model)
+        for name, parameter in peft_model.named_parameters():
             if f".ranknum.{ADAPTER}" in name:  # a constant, which peft leaves trainable where it moves it to meta
                 parameter.requires_grad_(False)
-        self.allocation = RankAllocation(tuned.base_model, self.config)
-        return tuned  # type: ignore[no-any-return]
+        self.allocation = RankAllocation(peft_model.base_model, self.config)
+        return peft_model  # type: ignore[no-any-return]
 
     def update_peft_settings(
         self, model: nn.Module, trained: dict[str, Tensor], saved_state: Callable[[str, str], Tensor]
@@ -108,7 +108,10 @@ class RankAllocation:
         self._create_missing_state()  # before the first allocation, which would make only a part of it
         last_allocation = self._total_steps - self.settings.tfinal
         if step > last_allocation and self._ranks_are_final:
-            self._zero_pruned_entries()
+            # The optimizer may have moved pruned entries of E.
+            for name, parameter in self._adapter_parameters():
+                if name in self._masks:
+                    parameter.masked_fill_(self._masks[name] == 0, 0.0)
             return
         if step < last_allocation and not is_applied:  # the step was skipped, and its gradients are worth nothing
             return
@@ -124,12 +127,6 @@ class RankAllocation:
         if step >= last_allocation:
             self._ranks_are_final = True
             self._create_missing_state()  # peft drops its own with the last allocation; checkpoints have the same tensors still
-
-    def _zero_pruned_entries(self) -> None:
-        """Set pruned entries of E back to zero: the optimizer may have moved them."""
-        for name, parameter in self._adapter_parameters():
-            if name in self._masks:
-                parameter.masked_fill_(self._masks[name] == 0, 0.0)
 
     def _update_importance_and_prune(self, step: int) -> None:
         """Let peft's allocator update the importance of ranks and prune those that `step` is to prune; notes in `_masks` which

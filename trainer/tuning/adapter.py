@@ -76,26 +76,26 @@ class Adapter:
         num_weights_by_layer = num_weights_by_linear_layer(model)  # asked for before peft wraps these layers
         unsuitable = unsuitable_layers(model)
         with without_target_renaming():
-            tuned = self.wrap_in_peft(model, settings)
+            peft_model = self.wrap_in_peft(model, settings)
         has_typed_targets = self.config.targets not in ("all-linear", [])
         if has_typed_targets:  # then nothing was left out, and there is no other note
             adapted = self.layer_builder.base_layers
             self.note = low_reach_note(self.config.targets, num_weights_by_layer, adapted, unsuitable)
         if self.config.from_ is not None:
-            self._continued_adapter = self._open_continued_adapter(tuned, self.config.from_)
-        return tuned
+            self._continued_adapter = self._open_continued_adapter(peft_model, self.config.from_)
+        return peft_model
 
-    def _open_continued_adapter(self, tuned: Any, directory: str) -> StoredAdapter:
+    def _open_continued_adapter(self, peft_model: Any, directory: str) -> StoredAdapter:
         """Open the adapter in `directory` (`tuning.from`) that training continues from, and match it with the parameters of the
-        PeftModel `tuned`.
+        PeftModel `peft_model`.
 
-        Also gives the buffers of `tuned` their stored values; parameters get theirs later, from `initial_value`. Raises
+        Also gives the buffers of `peft_model` their stored values; parameters get theirs later, from `initial_value`. Raises
         ConfigError if the adapter does not fit.
         """
-        check_same_adapter_settings(tuned.peft_config[ADAPTER], directory, setting_name="tuning.from")
+        check_same_adapter_settings(peft_model.peft_config[ADAPTER], directory)
         adapter = StoredAdapter(directory, setting_name="tuning.from")
-        adapter.match_names(tuned)
-        adapter.fill_buffers(tuned)
+        adapter.match_names(peft_model)
+        adapter.fill_buffers(peft_model)
         return adapter
 
     def wrap_in_peft(self, model: nn.Module, settings: Any) -> nn.Module:
@@ -115,7 +115,7 @@ class Adapter:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
+                peft_model: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
         except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:300]
             if self.config.targets == "auto" and "target_modules" in reason:
@@ -126,15 +126,15 @@ class Adapter:
                 f"{reason}"
             ) from error
         # Record what was added.
-        settings_of_initial_values = copy.deepcopy(tuned.peft_config[ADAPTER])
+        settings_of_initial_values = copy.deepcopy(peft_model.peft_config[ADAPTER])
         if self.needs_conversion:
             settings_of_initial_values.init_lora_weights = lora_init
-        self._record_adapters(tuned, settings_of_initial_values)
+        self._record_adapters(peft_model, settings_of_initial_values)
 
-        for name, _ in tuned.named_buffers(remove_duplicate=False):
+        for name, _ in peft_model.named_buffers(remove_duplicate=False):
             if self.base_name(name) not in base_buffers:
                 self._added_buffer_names.add(name)
-        return tuned
+        return peft_model
 
     def _peft_settings_and_note(self, model: Any) -> tuple[Any, str]:
         """Make peft's config for this run, and a note for the user on modules that `all-linear` leaves out ("" if there are
@@ -191,11 +191,11 @@ class Adapter:
         peft_settings.ensure_weight_tying = True
         return names
 
-    def _record_adapters(self, tuned: nn.Module, settings: Any) -> None:
+    def _record_adapters(self, peft_model: nn.Module, settings: Any) -> None:
         """Record the parameters that peft added to each layer, and make `self.layer_builder`, which gives them their initial
         values.
 
-        Also changes `tuned`: parameters that peft left on the CPU move to meta; buffers that are on meta get their values,
+        Also changes `peft_model`: parameters that peft left on the CPU move to meta; buffers that are on meta get their values,
         since no rank draws these later. `settings`: peft's config with the initial values that the run asks for.
 
         An entry of `self._layer_and_key_by_name`: base_model.model.h.0.attn.lora_A.default.weight -> (h.0.attn,
@@ -206,7 +206,7 @@ class Adapter:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         base_layers: dict[str, nn.Module] = {}  # by name in the base model
-        for name, module in tuned.named_modules():
+        for name, module in peft_model.named_modules():
             if not isinstance(module, BaseTunerLayer):
                 continue
             assert isinstance(module, nn.Module)  # peft's class is a mixin of modules
@@ -226,19 +226,19 @@ class Adapter:
                     _move_parameter_to_meta(module, key)
 
         if self.needs_conversion:
-            _refuse_shared_weights(tuned, base_layers)
+            _refuse_shared_weights(peft_model, base_layers)
         reads_base = method_of(self.config).reads_base or _lora_init_reads_base(self.config)
         self.layer_builder = AdaptedLayerBuilder(settings, base_layers, reads_base=reads_base)
 
         # Values of the buffers that are on meta.
-        meta_buffers = {name for name, buffer in tuned.named_buffers() if buffer.is_meta}
+        meta_buffers = {name for name, buffer in peft_model.named_buffers() if buffer.is_meta}
         if not meta_buffers:
             return
         for name, buffer in self.layer_builder.buffers():
             full_name = f"base_model.{name}"
             if full_name in meta_buffers:
                 owner, _, key = full_name.rpartition(".")
-                own_buffers(tuned.get_submodule(owner))[key] = buffer
+                own_buffers(peft_model.get_submodule(owner))[key] = buffer
 
     def update_peft_settings(
         self, model: nn.Module, trained: dict[str, Tensor], saved_state: Callable[[str, str], Tensor]
@@ -264,9 +264,8 @@ class Adapter:
             yield
 
     def base_name(self, name: str) -> str:
-        """The name that a parameter of the wrapped model has in the base model:
-
-        `base_model.model.h.0.base_layer.weight` -> `h.0.weight`.
+        """The name that a parameter of the wrapped model has in the base model: `base_model.model.h.0.base_layer.weight` ->
+        `h.0.weight`.
         """
         name = name.removeprefix(PEFT_PREFIX)
         for wrapper in (".base_layer", ".original_module", f".modules_to_save.{ADAPTER}"):
@@ -342,9 +341,9 @@ class Adapter:
     def merged_parameters(
         self, name: str, base: BaseReader, trained: Mapping[str, Tensor], model: nn.Module
     ) -> dict[str, Tensor]:
-        """Merge the adapter of the layer `name` into its weights, for an export without adapters:
+        """Merge the adapter of the layer `name` into its weights, for an export without adapters: {name in the layer: float32
+        weight}.
 
-        {name in the layer: float32 weight}.
         `name`: in the base model, such as `h.0.attn`. `base` reads the base weights. `trained`: full tensors of adapters by
         full name, also those of other layers. `model`: the tuned model, from which the adapter's buffers are copied. Frozen
         factors that the seed gives, as VeRA has them, are drawn again.
@@ -421,7 +420,7 @@ def _move_parameter_to_meta(layer: nn.Module, key: str) -> None:
         parameters[last] = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
 
 
-def _refuse_shared_weights(tuned: nn.Module, base_layers: dict[str, nn.Module]) -> None:
+def _refuse_shared_weights(peft_model: nn.Module, base_layers: dict[str, nn.Module]) -> None:
     """Raise ConfigError if an adapted layer shares its weight: splitting a part off it would change the other module too.
 
     Called for PiSSA and OLoRA, which split the adapter off the base weight. `base_layers`: the adapted layers by name in the
@@ -429,7 +428,7 @@ def _refuse_shared_weights(tuned: nn.Module, base_layers: dict[str, nn.Module]) 
     """
     # A shared parameter is one object that comes under several names.
     first_names: dict[int, str] = {}
-    for name, parameter in tuned.named_parameters(remove_duplicate=False):
+    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
         first_name = first_names.setdefault(id(parameter), name)
         if first_name == name:
             continue

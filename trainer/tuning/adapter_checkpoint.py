@@ -93,17 +93,17 @@ class StoredAdapter:
         self.file_key_by_name: dict[str, str] = {}
         """The key in the file of each stored parameter and buffer, by its name in the PeftModel; `match_names` fills it."""
 
-    def match_names(self, tuned: nn.Module) -> None:
-        """Match the tensors in the file with the parameters of the PeftModel `tuned`, and fill `file_key_by_name`.
+    def match_names(self, peft_model: nn.Module) -> None:
+        """Match the tensors in the file with the parameters of the PeftModel `peft_model`, and fill `file_key_by_name`.
 
-        Raises ConfigError in this order: the file lacks a trained parameter or has a tensor that `tuned` does not have; a shape
-        differs. An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
+        Raises ConfigError in this order: the file lacks a trained parameter or has a tensor that `peft_model` does not have; a
+        shape differs. An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
         """
         # Compare the names.
-        keys_by_name = _keys_stored_by_peft(tuned)
+        keys_by_name = _keys_stored_by_peft(peft_model)
         shapes: dict[str, tuple[int, ...]] = {}
         missing = []
-        for name, parameter in tuned.named_parameters(remove_duplicate=False):
+        for name, parameter in peft_model.named_parameters(remove_duplicate=False):
             shapes[name] = tuple(parameter.shape)
             if parameter.requires_grad and name in keys_by_name and keys_by_name[name] not in self._keys_in_file:
                 missing.append(name)
@@ -138,27 +138,24 @@ class StoredAdapter:
         tensor = self._file.get_tensor(self.file_key_by_name[name])
         return tensor.float() if tensor.is_floating_point() else tensor
 
-    def fill_buffers(self, tuned: nn.Module) -> None:
+    def fill_buffers(self, peft_model: nn.Module) -> None:
         """Give buffers that peft stores (shared projections) the values in the file."""
-        for name, buffer in list(tuned.named_buffers(remove_duplicate=False)):
+        for name, buffer in list(peft_model.named_buffers(remove_duplicate=False)):
             if name in self.file_key_by_name and buffer is not None:
                 owner, _, key = name.rpartition(".")
-                own_buffers(tuned.get_submodule(owner))[key] = self.tensor(name)
+                own_buffers(peft_model.get_submodule(owner))[key] = self.tensor(name)
 
 
-def check_same_adapter_settings(run_peft_config: Any, directory: str | Path, setting_name: str) -> None:
-    """Raise ConfigError if the same tensors would compute something else in this run than in the adapter of `directory`.
+def check_same_adapter_settings(run_peft_config: Any, directory: str) -> None:
+    """Raise ConfigError if the tensors of the adapter that training continues from would compute something else in this run.
 
-    `run_peft_config`: peft's config of this run's adapter. `setting_name`: the setting that names the directory, for the
-    message, such as `tuning.from`.
+    `run_peft_config`: peft's config of this run's adapter. `directory`: of the stored one, the value of `tuning.from`.
     """
-    stored = stored_peft_config(directory, setting_name).to_dict()
+    stored = stored_peft_config(directory, "tuning.from").to_dict()
     expected = run_peft_config.to_dict()
     differences = []
     for name in names_of_differing_settings(expected, stored):
         if name not in _WRAPPING_ONLY_FIELDS:
             differences.append(f"{name}={stored[name]} in its adapter_config.json, {expected[name]} here")
     if differences:
-        raise ConfigError(
-            f"{setting_name}={directory}: {'; '.join(differences)}; use the settings that it was made with"
-        )
+        raise ConfigError(f"tuning.from={directory}: {'; '.join(differences)}; use the settings that it was made with")

@@ -33,9 +33,9 @@ def write_adapter(
     *,
     double_rank: bool = False,
 ) -> None:
-    """Write a trained adapter into the existing `directory`, in peft's format:
+    """Write a trained adapter into the existing `directory`, in peft's format: `adapter_config.json` and
+    `adapter_model.safetensors`.
 
-    `adapter_config.json` and `adapter_model.safetensors`.
     `trained`: the full trainable tensors by the model's plain names. `base_name`: the directory or hub id (with `revision`)
     that loaders will look for. `double_rank`: `as_plain_lora` made `trained`, so its matrices have twice the rank in the
     settings.
@@ -160,7 +160,8 @@ def check_adapters_mergeable(model: nn.Module, trained_names: set[str]) -> None:
         if ".lora_" not in name:
             continue
         layer_name = name.split(".lora_")[0]
-        if _adapts_single_parameter(model.get_submodule(layer_name)):  # experts or a router
+        # Only peft's ParamWrapper, which adapts one parameter (of experts or a router), has this attribute.
+        if hasattr(model.get_submodule(layer_name), "parameter_name"):
             continue
         shares_weight = f"{layer_name}.base_layer.weight" not in first_names
         if shares_weight:
@@ -178,11 +179,6 @@ def check_adapters_mergeable(model: nn.Module, trained_names: set[str]) -> None:
 def _has_dora(layer_name: str, trained_names: set[str]) -> bool:
     """Whether the adapter of a layer is DoRA, by the names of the parameters that train."""
     return any(name.startswith(f"{layer_name}.lora_magnitude_vector") for name in trained_names)
-
-
-def _adapts_single_parameter(layer: nn.Module) -> bool:
-    """Whether peft's layer is a `ParamWrapper`, which adapts one parameter (of experts or a router) and no linear layer."""
-    return hasattr(layer, "parameter_name")
 
 
 def load_adapter(model: nn.Module, directory: Path) -> nn.Module:

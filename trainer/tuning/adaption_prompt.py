@@ -40,17 +40,17 @@ class AdaptionPrompt(AddedParameters):
         `model`: on meta. Raises ConfigError for architectures that peft cannot adapt, and for more layers than there are.
         """
         self._refuse_unsuitable_model(model.config)
-        tuned = self._wrap_in_peft(model)
+        peft_model = self._wrap_in_peft(model)
         for name in self.new_heads:  # they train beside the prompts
             model.get_submodule(name).requires_grad_(True)
         # The wrapped attention modules get our forward pass, which can leave the prompt out (`is_active`).
-        for name, module in tuned.named_modules():
+        for name, module in peft_model.named_modules():
             if is_adapted_attention(module):
                 module.forward = partial(_adapted_forward, self, module, module.forward)  # type: ignore[method-assign]
                 self._added_names |= {f"{name}.adaption_prompt", f"{name}.adaption_gate"}
-        for name, parameter in tuned.named_parameters():
+        for name, parameter in peft_model.named_parameters():
             assert name not in self._added_names or parameter.is_meta, "values are drawn when the run asks for them"
-        return tuned
+        return peft_model
 
     def _refuse_unsuitable_model(self, model_config: Any) -> None:
         """Raise ConfigError if peft cannot adapt this architecture, or if it has fewer layers than are to be adapted."""

@@ -86,9 +86,9 @@ class Bottleneck(AddedParameters):
         return model
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The initial value of an adapter's parameter:
+        """The initial value of an adapter's parameter: `down` as torch starts a linear layer, `up` zero, so that the model
+        starts as the base.
 
-        `down` as torch starts a linear layer, `up` zero, so that the model starts as the base.
         `name`: its full name, such as `h.0.mlp.bottleneck.down.weight`. Drawn from `seed` and the adapter's name, without the
         base's weights (`base`).
         """

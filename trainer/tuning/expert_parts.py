@@ -44,10 +44,7 @@ def names_of_unsupported_experts(model: nn.Module) -> list[str]:
 
 
 def routers_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the modules that choose experts, by name (`model.layers.0.mlp.gate`):
-
-    `gate` or `router` beside a module `experts`.
-    """
+    """Find the modules that choose experts, by name (`model.layers.0.mlp.gate`): `gate` or `router` beside a module `experts`."""
     by_name: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         children = dict(module.named_children())

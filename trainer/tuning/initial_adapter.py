@@ -85,9 +85,9 @@ class UnusableAdapter(Exception):
 
 def read_adapter_settings(directory: str | Path) -> dict[str, Any]:
     """Read the settings of an adapter directory, the fields of its adapter_config.json, such as `{"peft_type": "LORA", "r":
+    16}`.
 
-    16}`. Raises UnusableAdapter if the directory is no adapter's, the file cannot be read, or a field has a value of a wrong
-    type.
+    Raises UnusableAdapter if the directory is no adapter's, the file cannot be read, or a field has a value of a wrong type.
     """
     path = Path(directory).expanduser()
     if not (path / SETTINGS_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():

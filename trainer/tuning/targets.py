@@ -63,11 +63,10 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
 
 
 def num_weights_by_linear_layer(model: nn.Module) -> dict[str, int]:
-    """How many weights each linear layer of a model has, by name:
+    """How many weights each linear layer of a model has, by name: {"h.0.mlp.up_proj": 589824}.
 
-    {"h.0.mlp.up_proj": 589824}. For the note on how many the targets reach.
-    `model`: without adapters. The output head, towers for images or sound, and routers of experts do not count. Biases do not
-    either.
+    For the note on how many the targets reach. `model`: without adapters. The output head, towers for images or sound, and
+    routers of experts do not count. Biases do not either.
     """
     tower_names = tuple(getattr(model, "modules_beside_text", ()))
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -160,9 +159,8 @@ def _weights_used_directly(owner: type[nn.Module]) -> frozenset[str]:
 
 
 def _pattern_for_all_layers(name: str) -> str:
-    """Make a regular expression of a module's name, with any layer number in place of its own:
-
-    `layers.3.mlp` -> `layers\\.\\d+\\.mlp`.
+    """Make a regular expression of a module's name, with any layer number in place of its own: `layers.3.mlp` ->
+    `layers\\.\\d+\\.mlp`.
     """
     return re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
 

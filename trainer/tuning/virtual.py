@@ -80,17 +80,17 @@ class Virtual(AddedParameters):
         embeddings_name = next(name for name, module in model.named_modules() if module is embeddings)
         self._embedding_weight = f"{embeddings_name}.weight"
         self._vocabulary_size = embeddings.num_embeddings
-        tuned = self._wrap_in_peft(model, embeddings)
-        encoder = tuned.prompt_encoder[ADAPTER]
+        peft_model = self._wrap_in_peft(model, embeddings)
+        encoder = peft_model.prompt_encoder[ADAPTER]
         # Its parameters are what this method trains.
-        self._take_over_encoder(encoder, tuned.peft_config[ADAPTER])
+        self._take_over_encoder(encoder, peft_model.peft_config[ADAPTER])
         prefix = None
         if self.is_prefix:
             num_heads = self._peft_config.num_attention_heads
             prefix = PrefixShape(num_layers=self._peft_config.num_layers, num_heads=num_heads)
         # The constructor puts the hooks on the decoder, which keep the object alive.
         Prepend(decoder, encoder, embeddings, self.num_virtual_tokens, prefix, is_active=lambda: self.is_active)
-        return tuned
+        return peft_model
 
     def _wrap_in_peft(self, model: nn.Module, embeddings: Any) -> Any:
         """Make the PeftModel around `model`, which holds the encoder of the virtual tokens, but leaves prepending them to our
@@ -107,13 +107,13 @@ class Virtual(AddedParameters):
         settings.modules_to_save = list(self.new_heads) or None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
-        detach_word_embeddings(tuned)
+            peft_model: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
+        detach_word_embeddings(peft_model)
         # The hook on the decoder prepends the tokens; peft's wrapper would prepend them a second time.
-        tuned.forward = model.__call__
+        peft_model.forward = model.__call__
         if not is_classifier:
-            tuned.generate = model.generate
-        return tuned
+            peft_model.generate = model.generate
+        return peft_model
 
     def _take_over_encoder(self, encoder: nn.Module, peft_config: Any) -> None:
         """Remember the parameters and the class of the encoder that makes the tokens, since `initial_value` builds another one
@@ -230,11 +230,12 @@ class Virtual(AddedParameters):
     def save_adapter(
         self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
-        """Write the trained virtual tokens into `directory` in peft's format:
+        """Write the trained virtual tokens into `directory` in peft's format: `adapter_model.safetensors` and
+        `adapter_config.json`.
 
-        `adapter_model.safetensors` and `adapter_config.json`. The tensors are the virtual tokens (`prompt_embeddings`), and
-        modules that were trained in full. `trained` holds the full trainable tensors under their names in `model`; `base_name`
-        and `revision` say which base the adapter belongs to. Raises OSError, SafetensorError.
+        The tensors are the virtual tokens (`prompt_embeddings`), and modules that were trained in full. `trained` holds the
+        full trainable tensors under their names in `model`; `base_name` and `revision` say which base the adapter belongs to.
+        Raises OSError, SafetensorError.
         """
         from safetensors.torch import save_file
 

@@ -61,15 +61,15 @@ class TakenStep:
     """How many tokens chose each expert, by layer, all ranks together; None without experts."""
 
 
+@dataclass(frozen=True, slots=True)
 class NonzeroValues:
     """A `ParameterSource` with random values for adapter parameters that would begin at zero.
 
     If one factor of an adapter is zero, the other one gets no gradient that could be compared.
     """
 
-    def __init__(self, source: WeightSource, seed: int) -> None:
-        self.source = source
-        self.seed = seed
+    source: WeightSource
+    seed: int
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU: what an engine starts this parameter
@@ -89,16 +89,16 @@ class NonzeroValues:
         return (torch.randn(shape.numel(), generator=generator) * DRAWN_STD)[start:stop]
 
 
-def take_verified_step(
-    config: RunConfig, documents: Path, label_names: list[str] | None, directory: Path, runtime: Runtime
+def build_and_take_step(
+    config: RunConfig, documents_dir: Path, label_names: list[str] | None, scratch_dir: Path, runtime: Runtime
 ) -> TakenStep:
     """Build the engine of `config`, and take one step on the random documents. All ranks of `runtime` must call.
 
     A verification compares two such steps of one model: one by a single process, and one by all ranks as the user configured
     it. They must have the same loss and gradients.
 
-    `documents`: directory of the random documents. `label_names`: of a classifier's labels; None for other objectives.
-    `directory`: for recorded log-probabilities of the reference model; another one for each step. Raises ConfigError, and what
+    `documents_dir`: directory of the random documents. `label_names`: of a classifier's labels; None for other objectives.
+    `scratch_dir`: for recorded log-probabilities of the reference model; another one for each step. Raises ConfigError, and what
     the engines raise.
     """
     if "deepspeed" in sys.modules:
@@ -106,7 +106,7 @@ def take_verified_step(
         from strategies.compat.deepspeed import restore_torch_linear
 
         restore_torch_linear()
-    data = open_documents(documents, label_names)
+    data = open_documents(documents_dir, label_names)
 
     def parameter_source_of(source: WeightSource) -> ParameterSource:
         return NonzeroValues(source, config.run.seed)
@@ -116,7 +116,7 @@ def take_verified_step(
         config, load_tokenizer(config.model), data, config.precision, runtime, values_of=parameter_source_of
     )
     try:
-        _record_reference_logps(config, data, engine, built, directory, runtime)
+        _record_reference_logps(config, data, engine, built, scratch_dir, runtime)
         return _measured_step(config, data, engine, built, runtime)
     finally:
         engine.close()
@@ -187,13 +187,13 @@ def _trained_weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def _record_reference_logps(
-    config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, directory: Path, runtime: Runtime
+    config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, scratch_dir: Path, runtime: Runtime
 ) -> None:
     """Record the log-probabilities that the model gives to the documents before the step, for objectives such as DPO that
     compare with them.
 
     Not needed with an adapter that can be switched off: then the step computes them itself. All ranks must call. Writes into
-    `directory`.
+    `scratch_dir`.
     """
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
@@ -201,7 +201,7 @@ def _record_reference_logps(
         built.collator,
         look_ahead_of=built.data_spec.look_ahead_sample,  # kto also compares with an answer to another prompt
         max_batch=config.batch["micro"],
-        directory=directory,
+        directory=scratch_dir,
         key="drawn",  # the documents are the same in each verification, and the directory is new
     )
     record_reference_logps({"train": data.train}, engine, settings, runtime)
@@ -243,9 +243,9 @@ class ComparedSteps:
 
 def compare_steps(
     small_run: SmallRun,
-    documents: Path,
+    documents_dir: Path,
     label_names: list[str] | None,
-    directory: Path,
+    scratch_dir: Path,
     runtime: Runtime,
     report_progress: Callable[[str], None],
 ) -> list[ComparedSteps]:
@@ -253,8 +253,8 @@ def compare_steps(
 
     There is a pair in float32, and one in the run's own precision if that is another.
 
-    `documents`: directory of the random documents. `label_names`: of a classifier's labels; None for other objectives.
-    `directory`: each step gets a directory below it for what it records. `report_progress`: gets texts such as "one process,
+    `documents_dir`: directory of the random documents. `label_names`: of a classifier's labels; None for other objectives.
+    `scratch_dir`: each step gets a directory below it for what it records. `report_progress`: gets texts such as "one process,
     fp32".
     """
     precisions = [Precision.fp32]
@@ -266,13 +266,15 @@ def compare_steps(
         if runtime.is_main:
             report_progress(f"one process, {precision}")
             single_process_step = _take_single_process_step(
-                small_run, precision, documents, label_names, directory / f"single-{precision}", runtime
+                small_run, precision, documents_dir, label_names, scratch_dir / f"single-{precision}", runtime
             )
         # The other ranks wait here: the timeout of a strategy's first collective may be shorter.
         processes.barrier(runtime)
         report_progress(f"as configured, {precision}")
         config = replace(small_run.config, precision=precision)
-        configured_step = take_verified_step(config, documents, label_names, directory / f"ranks-{precision}", runtime)
+        configured_step = build_and_take_step(
+            config, documents_dir, label_names, scratch_dir / f"ranks-{precision}", runtime
+        )
         compared.append(ComparedSteps(precision, single_process_step, configured_step))
     return compared
 
@@ -280,9 +282,9 @@ def compare_steps(
 def _take_single_process_step(
     small_run: SmallRun,
     precision: Precision,
-    documents: Path,
+    documents_dir: Path,
     label_names: list[str] | None,
-    directory: Path,
+    scratch_dir: Path,
     runtime: Runtime,
 ) -> TakenStep:
     """Take the step that the configured one is compared with: by one process, with all documents in one micro-batch.
@@ -293,10 +295,12 @@ def _take_single_process_step(
     config = small_run.single_process_config(precision)
     single_runtime = single_process_runtime(runtime)
     try:
-        return take_verified_step(config, documents, label_names, directory, single_runtime)
+        return build_and_take_step(config, documents_dir, label_names, scratch_dir, single_runtime)
     except ConfigError as error:
         needs_single_documents = error.problems[0].startswith("batch.micro=")  # such as: batch.micro=4: ... use 1
         if not needs_single_documents:
             raise
     one_by_one: dict[str, Any] = {**config.batch, "micro": 1}
-    return take_verified_step(replace(config, batch=one_by_one), documents, label_names, directory, single_runtime)
+    return build_and_take_step(
+        replace(config, batch=one_by_one), documents_dir, label_names, scratch_dir, single_runtime
+    )

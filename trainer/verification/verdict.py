@@ -105,10 +105,11 @@ def verdict_on_steps(compared: list[ComparedSteps]) -> VerificationResult:
 
 
 def _relative_differences(step: TakenStep, reference: TakenStep) -> dict[str, float | None]:
-    """Relative differences of loss and gradients to those of `reference`, such as {"loss":
+    """Relative differences of loss and gradients to those of `reference`, such as {"loss": 1e-6, "attention": 3e-6}, in the
+    order of display.
 
-    1e-6, "attention": 3e-6}, in the order of display. Gradients are compared by kind of parameter, such as `attention`; None
-    for a kind without a gradient on either side. NaN counts as infinite.
+    Gradients are compared by kind of parameter, such as `attention`; None for a kind without a gradient on either side. NaN
+    counts as infinite.
     """
     loss_difference = relative_difference(abs(step.loss - reference.loss), abs(reference.loss))
     if loss_difference is not None and math.isnan(loss_difference):
@@ -152,9 +153,9 @@ def _add_differences(
 
 
 def _bounds_by_quantity(precision: Precision, rounding_errors: dict[str, float | None]) -> dict[str, float]:
-    """How much loss and gradients may differ in a precision such as bf16, from the rounding errors of one process:
+    """How much loss and gradients may differ in a precision such as bf16, from the rounding errors of one process: {"loss":
+    4e-3, ...}.
 
-    {"loss": 4e-3, ...}.
     `rounding_errors`: by quantity; None for one without a gradient, which counts as 0.
 
     The rounding error of a kind of gradient counts as no smaller than the average over kinds: it is the largest difference of

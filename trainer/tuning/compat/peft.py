@@ -174,12 +174,12 @@ def scale_outputs_if_architecture_unknown(settings: Any, model_type: str) -> Non
         settings.feedforward_modules = set()
 
 
-def detach_word_embeddings(tuned: Any) -> None:
+def detach_word_embeddings(peft_model: Any) -> None:
     """Keep the embeddings of a PeftModel with virtual tokens from being a second module of it; they stay an attribute.
 
     peft sets `PeftModel.word_embeddings` to the base model's embeddings. That is a second name for one module, and whoever
     walks over the children, as sharding engines do, would meet it twice. peft needs the attribute and has no setting for it.
     """
-    embeddings = tuned.word_embeddings
-    del tuned.word_embeddings
-    object.__setattr__(tuned, "word_embeddings", embeddings)
+    embeddings = peft_model.word_embeddings
+    del peft_model.word_embeddings
+    object.__setattr__(peft_model, "word_embeddings", embeddings)
