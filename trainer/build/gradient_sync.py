@@ -30,11 +30,13 @@ def plan_gradient_reduction(
     *,
     micro_batches: int,
 ) -> None:
-    """Resolve `strategy.defer_sync=null`: reduce gradients only in a step's last micro-batch if full ones fit until then.
+    """Resolve `strategy.defer_sync=null`: reduce gradients only in a step's last micro-batch if full ones fit in memory until
+    then.
 
-    Writes the choice into the plan of the step module, and its reason into `built.substitutions`. Does nothing if the choice is
-    set, or makes no difference; only FSDP2 has one. `workload`: the longest micro-batch. `micro_batches`: how many a rank
-    computes in a step. All ranks must call; all decide by the memory of the smallest device.
+    That saves communication. Writes the choice into the plan of the step module, which the engine reads, and its reason into
+    `built.substitutions`. Does nothing if the choice is set, or makes no difference; only FSDP2 has one. `workload`: the
+    longest micro-batch. `micro_batches`: how many a rank computes in a step. All ranks must call; all decide by the memory of
+    the smallest device.
     """
     is_open = isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
     if not is_open or micro_batches == 1:

@@ -109,12 +109,15 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
 def build_loader(
     config: RunConfig, data: PreparedData, built: BuiltModel, engine: Engine, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
-    """(the loader of this rank's batches, the number of optimizer steps that the run's budget makes of them).
+    """Build the loader that gives this rank its batches, in the run's order.
 
-    Also tells the hooks around optimizer steps, which only AdaLoRA has, how many steps the run has: its phases depend on it.
+    Returns it, and the optimizer steps of the run's budget.
+    `data`: the prepared documents. `built`: the model, with the collator that makes batches of samples. Also tells the hooks
+    around optimizer steps, which only AdaLoRA has, how many steps the run has: its phases depend on it.
     """
     data_spec = built.data_spec
     global_batch = config.batch["global"]
+    # A unit is what a batch counts: a document, or a pack of several documents in one row.
     units, order = build_order(
         config.data, data.train, sequences_per_document=data_spec.sequences_per_document, seed=config.run.seed
     )
@@ -160,7 +163,7 @@ def build_engine(
     values_of: Callable[[WeightSource], ParameterSource] = lambda source: source,
     scores_answers: bool = False,
 ) -> tuple[Engine, BuiltModel, WeightSource]:
-    """Build the model on meta, apply the tuning method, shard it, load its weights, and create its optimizer.
+    """Build what trains: the model on meta with its tuning method, sharded by the strategy, with its weights and its optimizer.
 
     Returns (the engine, the model in it, the source of its initial values). `values_of`: replaces that source by another one.
     `scores_answers`: whether the run's reward models are built too. All ranks must call.
@@ -221,10 +224,12 @@ def build_model(
     half_on_gpu: bool,
     scores_answers: bool = False,
 ) -> tuple[BuiltModel, WeightSource]:
-    """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files.
+    """Build the tuned architecture on meta and the source of its values, and check them against each other.
 
-    `context`: the strategy's context in which a model is built. `half_on_gpu`: whether it computes in half precision on a GPU.
-    `scores_answers`: whether the run's reward models are built too.
+    Reads only headers of files.
+    `context`: the strategy's context in which a model is built.
+    `half_on_gpu`: whether it computes in half precision on a GPU. `scores_answers`: whether the run's reward models are built
+    too. Raises ConfigError for a model that does not fit the run's data, weights or settings.
     """
     # The architecture.
     objective, objective_notes = objective_family(config.objective).settle(

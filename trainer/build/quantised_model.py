@@ -23,9 +23,9 @@ from trainer.step import BuiltModel
 def build_quantised_for_evaluation(
     config: RunConfig, tokenizer: Any, data: PreparedData, runtime: Runtime
 ) -> tuple[Engine, BuiltModel, Precision]:
-    """Build a model whose files are quantised, as they are. Nothing is trained. Errors: ConfigError.
+    """Build the engine that evaluates a model whose files are quantised, as they are. Nothing is trained. Raises ConfigError.
 
-    Returns (the engine, the model in it, the precision that it computes in): the type of the weights that are not quantised.
+    Returns (the engine, the model in it, the precision that it computes in): that of the weights that are not quantised.
     """
     objective, objective_notes = objective_family(config.objective).settle(
         config.objective, data.train, data.label_names
@@ -50,6 +50,7 @@ def build_quantised_for_evaluation(
     engine = NativeEngine(
         module,
         module,
+        # Every engine makes one; this one never takes a step.
         make_optimizer=lambda named_parameters: torch.optim.SGD([parameter for _, parameter in named_parameters]),
         max_grad_norm=0.0,
         precision=Precision.fp32,  # to the engine this means no autocast: the layers compute in the type that they have

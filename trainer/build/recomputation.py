@@ -147,8 +147,9 @@ def plan_checkpointing(
 ) -> None:
     """Resolve `activation_checkpointing=auto`: choose for each block what it recomputes, so that the step fits in memory.
 
-    Sets `recomputation` in the plan of the step module (a mode for each block), `built.activation_bytes`, and a line for the user
-    in `built.substitutions`. Does nothing for another setting than `auto`. All ranks must call; they take the modes of rank 0,
+    Sets `recomputation` in the plan of the step module (a mode for each block, which the engine reads),
+    `built.activation_bytes`, and a line for the user in `built.substitutions`. Does nothing for another setting than `auto`.
+    `workload`: the longest micro-batch, of which activations are counted. All ranks must call; they take the modes of rank 0,
     whose text for the user is the one that is shown.
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:

@@ -144,7 +144,13 @@ def _reward_model_memory_lines(config: RunConfig, built: BuiltModel, itemsize: i
 def build_round_loader(
     config: RunConfig, data: PreparedData, built: BuiltModel, engine: Engine, runtime: Runtime, inputs: RoundInputs
 ) -> tuple[RolloutLoader, int]:
-    """(the loader of this rank, the optimizer steps of the run's budget). All ranks must call."""
+    """Build the loader of a reinforcement-learning run, which lets the model generate answers, and the steps of the run's
+    budget.
+
+    Such a run works in rounds: the model generates answers to prompts, rewards score them, and a few optimizer steps learn from
+    them. `inputs`: the tokenizer, the scorer, and functions by which the loader asks whether to stop and says what it does. All
+    ranks must call.
+    """
     settings: Any = config.objective
     assert isinstance(settings, GrpoConfig)
     _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)

@@ -54,7 +54,7 @@ def build_step_module(
     context: AbstractContextManager[None],
     half_on_gpu: bool,
 ) -> BuiltModel:
-    """The architecture with added vocabulary and tuning, all on the meta device. Touches no weights. Errors: ConfigError."""
+    """Build the module that a strategy shards, with added vocabulary and tuning, on meta, without weights. Errors: ConfigError."""
     _register_kernels()
     family = objective_family(objective_config)
     is_classifier = family.kind is ModelKind.classifier
@@ -153,7 +153,10 @@ def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
 
 
 def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:
-    """Freeze what gets no gradient or must not train: fixed tables, towers for images and sound, and indexers of keys."""
+    """Freeze what gets no gradient or must not train: fixed tables, towers for images and sound, and indexers of keys.
+
+    `plain`: the model before tuning, on meta. Adds a note on indexers to `arrangement`.
+    """
     encoder_decoder.freeze_fixed(model)
     freeze_beside_text(model, tuning, getattr(plain, "modules_beside_text", ()))
     indexers = freeze_key_selectors(model)
