@@ -54,7 +54,7 @@ def build_step_module(
     context: AbstractContextManager[None],
     half_on_gpu: bool,
 ) -> BuiltModel:
-    """Build the module that a strategy shards, with added vocabulary and tuning, on meta, without weights. Errors: ConfigError."""
+    """Build the module that a strategy shards, with added tokens and tuning, on meta, without weights. Errors: ConfigError."""
     _register_kernels()
     family = objective_family(objective_config)
     is_classifier = family.kind is ModelKind.classifier
