@@ -175,7 +175,7 @@ def plan_checkpointing(
 def model_state_bytes(
     built: BuiltModel, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> float:
-    """Bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
+    """Estimate the bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
     return estimated_state_bytes(
         built.step_module,
         strategy,

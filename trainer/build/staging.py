@@ -337,7 +337,8 @@ def _remove_copy(path: Path) -> None:
 
 @contextmanager
 def _staging_lock(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """Within the context this is the only process of the node that stages: it waits for the lock on `root`.
+    """Wait for the lock on `root`, so that within the context this is the only process of the node that makes or deletes
+    copies.
 
     Raises Preempted if `should_stop` says so while it waits.
     """

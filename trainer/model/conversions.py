@@ -122,7 +122,11 @@ class Conversions:
     """
 
     def __init__(self, meta_model: Any, files: SafetensorsFiles) -> None:
-        """`meta_model`: the model as transformers builds it, on the meta device, not tuned and never changed after."""
+        """Sort the stored tensors by the parameters that they become.
+
+        `meta_model`: the model as transformers builds it, on the meta device, not tuned and never changed after. Reads only
+        headers of files.
+        """
         self.meta_model = meta_model
         self.files = files
         self.quantizer = dequantizer(meta_model.config, str(files.directory))

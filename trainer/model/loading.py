@@ -72,7 +72,7 @@ def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> C
 def find_weights_directory(config: ModelConfig) -> Path:
     """Find the directory of a model's weights: `model.path` itself, or the hub's local snapshot (fetched with model.download).
 
-    Raises ConfigError if there is neither.
+    Raises ConfigError if there is neither, also if only the model's published sizes are known (enough for plans).
     """
     path = local_path_or_hub_id(config.path)
     if Path(path).is_dir():

@@ -237,8 +237,9 @@ class StartingWeights:
         self.adapted = set[str]() if merged_adapters is None else merged_adapters.changed_base_names()
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU: what a reference model that is a plain
-        copy starts with.
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU.
+
+        For a frozen model beside the trained one, which has no adapter: one that it begins with is merged in.
         """
         checkpoint = self.source.checkpoint
         if self.merged_adapters is not None and name in self.adapted:

@@ -48,7 +48,7 @@ class RankAllocation:
     """The work of AdaLoRA around each optimizer step; see `strategies.base.OptimizerStepHooks`. No call communicates."""
 
     def __init__(self, tuner: Any, config: AdaLoraConfig) -> None:
-        """`tuner`: peft's AdaLoraModel."""
+        """`tuner`: peft's AdaLoraModel, whose allocator keeps the importance of ranks. `config`: the user's settings."""
         self.tuner = tuner
         self.config = config
         self.allocator = tuner.rankallocator

@@ -37,7 +37,10 @@ class Adapter:
     def __init__(
         self, config: AdapterConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()
     ) -> None:
-        """`train_embeddings`: the vocabulary grew. `new_heads`: names of modules that the base checkpoint does not have."""
+        """`train_embeddings`: the vocabulary grew.
+
+        `new_heads`: names of modules that the base checkpoint does not have. Changes no model yet.
+        """
         self.config = config
         self.needs_conversion = isinstance(config, LoraConfig) and rewrites_base(config.init)
         """Whether the adapter trains a part split off the base weights, so that its files must be converted."""

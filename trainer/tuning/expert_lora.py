@@ -42,7 +42,10 @@ def expert_and_router_targets(model: nn.Module, config: LoraConfig) -> list[str]
 
 
 def _expert_targets(model: nn.Module) -> list[str]:
-    """Names of the weights of all experts. Raises ConfigError if there are none, or some that cannot be adapted."""
+    """Names of the weights of all experts, each a stack of one matrix for each expert: `layers.0.mlp.experts.down_proj`.
+
+    Raises ConfigError if there are none, or some that cannot be adapted.
+    """
     modules = expert_modules_by_name(model)
     unsupported_names = names_of_unsupported_experts(model)
     if unsupported_names:
@@ -148,7 +151,9 @@ def _low_rank(wrapper: Any) -> LowRank:
 
 @cache
 def _router_with_update(router_class: Any) -> type[nn.Module]:
-    """A subclass of a router's class, whose forward pass can add a matrix (a LoRA update) to one of its weights for one call."""
+    """Make a subclass of a router's class, whose forward pass can add a matrix (a LoRA update) to one of its weights for one
+    call.
+    """
 
     class Router(router_class):  # type: ignore[misc]
         def forward(self, *args: Any, update: tuple[str, Tensor] | None = None, **kwargs: Any) -> Any:
@@ -170,7 +175,10 @@ def _router_with_update(router_class: Any) -> type[nn.Module]:
 
 @cache
 def _low_rank_wrapper_class() -> type:
-    """A subclass of peft's ParamWrapper with another forward pass; made on first use, since peft is a heavy import."""
+    """Make a subclass of peft's ParamWrapper with another forward pass: once, at the first call, since peft is a heavy import.
+
+    peft's ParamWrapper adapts one parameter of a module (of experts or a router), not a layer.
+    """
     from peft.tuners.lora import ParamWrapper
 
     class LowRankWrapper(ParamWrapper):

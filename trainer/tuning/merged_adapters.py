@@ -53,7 +53,11 @@ class _MergedAdapter:
     """The adapter of one directory on one architecture. Keeps the layer that it merged last."""
 
     def __init__(self, model: nn.Module, directory: str, setting_name: str) -> None:
-        """`model`: the architecture on meta. Raises ConfigError if the adapter does not fit it, or cannot be merged exactly."""
+        """Open the adapter of `directory`, and match its tensors with a copy of the model that peft wraps. Reads no values.
+
+        `model`: the architecture on meta. `setting_name`: of the setting that names the directory. Raises ConfigError if the
+        adapter does not fit the model, or cannot be merged exactly.
+        """
         path = Path(directory).expanduser()
         settings: Any = stored_peft_config(path, setting_name)
         settings.inference_mode = False

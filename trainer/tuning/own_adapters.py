@@ -28,7 +28,11 @@ class AddedParameters:
     def __init__(
         self, config: TuningConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()
     ) -> None:
-        """`new_heads`: names of modules that the base checkpoint does not have. Raises ConfigError if the vocabulary grew."""
+        """`train_embeddings`: the vocabulary grew, which these methods refuse (ConfigError), since their files cannot store
+        embeddings.
+
+        `new_heads`: names of modules that the base checkpoint does not have.
+        """
         if train_embeddings:
             raise ConfigError(
                 f"model.add_tokens with tuning={config.name}: the embeddings of new tokens must train, and this method's "

@@ -55,7 +55,10 @@ def peft_config(tuning: AdapterConfig) -> Any:
 
 
 def _peft_options(config: AdapterConfig) -> dict[str, Any]:
-    """Translate the settings of a method into the options of peft's config class: `rank` is peft's `r`."""
+    """Translate the settings of a tuning method into the options of peft's config class for it:
+
+    {"r": 16, "lora_alpha": 32, ...}.
+    """
     match config:
         case LoraConfig():
             return {
@@ -87,6 +90,7 @@ def _peft_options(config: AdapterConfig) -> dict[str, Any]:
                 "r": config.rank,
                 "alpha": config.alpha,
                 "decompose_both": config.decompose_both,
+                # 0 is our value for the most even split, and -1 is peft's.
                 "decompose_factor": config.decompose_factor or -1,
             }
         case OftConfig():
@@ -94,6 +98,7 @@ def _peft_options(config: AdapterConfig) -> dict[str, Any]:
                 "oft_block_size": config.block_size,
                 "block_share": config.block_share,
                 "use_cayley_neumann": config.neumann_terms > 0,
+                # peft wants a number of terms even if the series is not used.
                 "num_cayley_neumann_terms": config.neumann_terms or 5,
             }
         case BoftConfig():

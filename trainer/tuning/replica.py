@@ -37,7 +37,7 @@ class AdaptedLayerBuilder:
     """Builds the adapted layers of one model outside it, on the CPU, when their values are needed. Keeps the last one."""
 
     def __init__(self, settings: Any, base_layers: dict[str, nn.Module], *, reads_base: bool) -> None:
-        """`settings`: peft's config. `base_layers`: on meta, by name in the base model."""
+        """`settings`: peft's config. `base_layers`: the layers that adapters stand on, on meta, by name in the base model."""
         self.settings = settings
         self.base_layers = base_layers
         """A `SingleParameterLayer` is under its full name, `<module>.<parameter>`."""

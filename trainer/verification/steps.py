@@ -95,7 +95,7 @@ def build_and_take_step(
     """Build the engine of `config`, and take one step on the random documents. All ranks of `runtime` must call.
 
     A verification compares two such steps of one model: one by a single process, and one by all ranks as the user configured
-    it. They must have the same loss and gradients.
+    it. But for rounding they must have the same loss and gradients.
 
     `documents_dir`: directory of the random documents. `label_names`: of a classifier's labels; None for other objectives.
     `scratch_dir`: for recorded log-probabilities of the reference model; another one for each step. Raises ConfigError, and what
