@@ -169,7 +169,7 @@ class QuantisedWeightsCache:
         return self.directory / f"{name}.safetensors"
 
     def _is_cached(self, name: str) -> bool:
-        """Whether the file of a quantised weight is there, and large enough to be complete: larger than its bytes, by a header."""
+        """Whether the file of a quantised weight is there, and large enough to be complete: it has a header too."""
         file = self._cache_file(name)
         return file.exists() and file.stat().st_size > self.num_bytes_by_name[name]
 
