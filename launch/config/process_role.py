@@ -85,9 +85,9 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
 
 
 def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
-    """Raise ConfigError if only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set in `env`.
+    """Raise ConfigError if only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set in `env`, or RANK is too large.
 
-    They are then left over from an ended job, and this process would wait for ranks that never come.
+    They are then left over from an ended job, and this process would wait for ranks that never come. Numbers must be numbers.
     """
     present = [f"{name}={env[name]}" for name in RANK_VARIABLES if name in env]
     missing = [name for name in RANK_VARIABLES if name not in env]
@@ -95,6 +95,11 @@ def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
         raise ConfigError(
             f"{' '.join(present)}: set without {' and '.join(missing)}, so left over from a job? {UNSET_COMMAND}; a launcher of "
             "your own must set them all"
+        )
+    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        raise ConfigError(
+            f"RANK={env['RANK']}: must be below WORLD_SIZE={env['WORLD_SIZE']}, since ranks count from 0; {UNSET_COMMAND} if "
+            "they are left over from a job"
         )
 
 

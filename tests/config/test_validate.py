@@ -392,6 +392,12 @@ def test_batch_is_divided_among_groups_of_ranks_that_share_rows():
     ]
 
 
+def test_batch_that_does_not_fit_names_the_ranks_on_which_it_would():
+    """A run that resumes cannot change its global batch."""
+    [line] = problems("strategy=fsdp2", "batch.global=8", "batch.micro=2", world_size=3)
+    assert line.endswith("set batch.global=6 or batch.global=12, or train on 2 or 4 ranks"), line
+
+
 @pytest.mark.parametrize("key", REASON_BY_NOT_OFFERED_KEY)
 def test_setting_that_other_trainers_have_is_answered_with_what_does_the_same(key):
     with pytest.raises(ConfigError, match=re.escape(f"there is no setting {key}: {REASON_BY_NOT_OFFERED_KEY[key]}")):

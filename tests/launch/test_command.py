@@ -218,6 +218,11 @@ def test_rank_variables_left_over_from_a_job_are_refused(left):
         process_role.is_rank_process(left)
 
 
+def test_rank_that_the_job_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="RANK=5: must be below WORLD_SIZE=2"):
+        process_role.is_rank_process(MET | {"RANK": "5", "WORLD_SIZE": "2"})
+
+
 @pytest.mark.parametrize("flag", ["--cfg", "--dry-run", "--json", "-m"])
 def test_rank_variables_left_over_from_a_job_are_refused_whatever_train_does(monkeypatch, flag):
     monkeypatch.setenv("RANK", "0")

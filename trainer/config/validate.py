@@ -178,10 +178,23 @@ def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
         legal_micros = [str(micro) for micro in range(1, largest + 1) if global_batch % (micro * dp_size) == 0]
         if legal_micros:
             legal += f", or batch.micro={' or '.join(legal_micros[-4:])}"
+        if world_size is not None and dp_size == world_size:
+            legal += _fitting_ranks_text(global_batch, micro_batch, world_size)
         yield (
             f"batch.global={global_batch}: must be a multiple of batch.micro={micro_batch} x {dp_ranks_text} = "
             f"{documents_per_pass}; set {legal}"
         )
+
+
+def _fitting_ranks_text(global_batch: int, micro_batch: int, world_size: int) -> str:
+    """The next smaller and larger numbers of ranks on which the batches fit: `, or train on 2 or 4 ranks`; empty without one.
+
+    A run that resumes must keep its global batch, and may change its ranks.
+    """
+    smaller = [ranks for ranks in range(1, world_size) if global_batch % (micro_batch * ranks) == 0]
+    larger = [ranks for ranks in range(world_size + 1, 2 * world_size + 1) if global_batch % (micro_batch * ranks) == 0]
+    fitting = [str(ranks) for ranks in (*smaller[-1:], *larger[:1])]
+    return f", or train on {' or '.join(fitting)} ranks" if fitting else ""
 
 
 def _nearest_multiples_text(global_batch: int, divisor: int) -> str:
