@@ -48,8 +48,7 @@ class FinishedTaskReporter:
 
 @contextmanager
 def printing_finished_tasks_if_it_fails(unfinished: UnfinishedReport | None, console: Console) -> Iterator[None]:
-    """Run the tasks of an evaluation within this context: if it ends by an error or is stopped, a line says what is written
-    already.
+    """Around the tasks of an evaluation: if it ends early, a line says which tasks are written already.
 
     `unfinished`: the report of the tasks that are finished; None on ranks that write none.
     """
@@ -86,12 +85,11 @@ def evaluate_models(
     evaluator: TaskEvaluator,
     reporter: FinishedTaskReporter,
 ) -> dict[str, EvaluatedModel]:
-    """Run all tasks on the model ("tuned"), and on the model before training ("base") if the job compares the two. All ranks
-    must call.
+    """Run all tasks on the model ("tuned"), and on the model before training ("base") if the job compares the two.
 
-    Between the two, tasks that compare answers get those of the base. `built`: the engine and the model, into which the job's
-    checkpoint is loaded here; None for a model behind a server, which has no weights on this machine. `job.is_opponent`:
-    whether this model is itself the one that another model, evaluated later, is compared with.
+    All ranks must call. Between the two, tasks that compare answers get those of the base. `built`: the engine and the model,
+    into which the job's checkpoint is loaded here; None for a model behind a server, which has no weights on this machine.
+    `job.is_opponent`: whether this model is itself the one that another model, evaluated later, is compared with.
 
     Returns {"base": ..., "tuned": ...}, without "base" if it was not asked.
     """

@@ -10,7 +10,10 @@ from trainer.evaluation.base import EvaluationConfig
 
 
 def raise_if_watched_metric_is_missing(settings: EvaluationConfig, values: dict[str, float]) -> None:
-    """Raise ConfigError if the evaluation did not yield the watched metric."""
+    """Refuse to go on if `evaluation.watch` names a metric that the evaluation did not yield (`values`, by name).
+
+    Raises ConfigError.
+    """
     if settings.watched not in values:
         raise ConfigError(
             f"evaluation.watch={settings.watched}: the evaluation yields {', '.join(values)}; watch one of them"
@@ -18,12 +21,16 @@ def raise_if_watched_metric_is_missing(settings: EvaluationConfig, values: dict[
 
 
 def record_evaluation(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
-    """Record an evaluation in `progress`. Returns whether it is the best one so far, so that its weights should be saved.
+    """Note in `progress`, which checkpoints store, how an evaluation went.
 
-    `values`: the metrics of the evaluation by name. Better means: the watched metric improves by more than `settings.min_delta`.
+    Returns whether its weights should be saved as the best.
+
+    `values`: the metrics by name. Better means: the watched metric improves by more than `settings.min_delta`.
     - Better than every evaluation that was seen: sets `seen_metric` and `seen_step`, and `stale_evaluations` to 0.
     - Else: `stale_evaluations` is one more. Early stopping goes by these three.
     - Better than the best evaluation whose weights were saved: sets `best_metric` and `best_step`, and returns True.
+
+    Both may differ: weights are not saved at every improvement, since saving takes time.
     """
     value = values[settings.watched]
     # Checkpoints of earlier versions have no `seen_metric`.
@@ -86,7 +93,7 @@ class SavedProgress:
         return self._saved_step == step
 
     def require_new_checkpoint(self) -> None:
-        """Let the next save write a checkpoint of the current step, also where one counts as saved."""
+        """Let the next save write a checkpoint of the current step, even if one counts as saved."""
         self._saved_step = None
 
     def remember_begun_checkpoint(self, progress: Progress) -> None:
@@ -99,10 +106,10 @@ class SavedProgress:
         self._being_saved = self._last_published = replace(progress)
 
     def record_save_outcome(self, progress: Progress, has_succeeded: bool, *, is_pending: bool) -> None:
-        """Set the step of the last checkpoint, after one was begun or published (`has_succeeded`), or failed.
+        """Note how the save of a checkpoint went; after a failure, the best evaluation is again one that is on the disk.
 
-        - Published: sets the progress of the last published checkpoint.
-        - Begun, and pending (`is_pending`): nothing more, since it may still fail.
+        - Published (`has_succeeded`): this checkpoint's progress is what a later failure falls back to.
+        - Begun, and pending (`is_pending`): it may still fail, so only its step is noted.
         - Failed: if it was the best step, the best metric in `progress` is again that of the last published checkpoint.
         """
         step = self._being_saved.step

@@ -86,10 +86,9 @@ class LossEvaluator:
                     yield full_name, values[metric]
 
     def _means_for_loss(self, engine: Engine) -> dict[str, torch.Tensor]:
-        """A first pass over all documents, for the few objectives whose loss needs means over the whole set. All ranks must
-        call.
+        """A first pass over all documents, for the few objectives whose loss needs means over the whole set.
 
-        Returns these means by term (a value that the objective returns); empty for most objectives.
+        All ranks must call. Returns these means by term (a value that the objective returns); empty for most objectives.
         """
         if self._first_pass_batches is None:
             return {}
@@ -187,12 +186,11 @@ class _SumsOfRank:
 def _place_micro_batch_sums(
     own_sums: list[torch.Tensor], rank: int, world_size: int, ranks_per_row: int
 ) -> torch.Tensor:
-    """Lay out this rank's sums at the places of their micro-batches among all ranks', zeros elsewhere, ready for a sum over
-    ranks.
+    """Lay out this rank's sums at the places of their micro-batches among all ranks', ready for a sum over ranks.
 
-    `own_sums`: a scalar tensor for each micro-batch of this rank. All ranks have the same number of them; some may be empty,
-    and sum to 0. `ranks_per_row`: so many neighbouring ranks, a data-parallel group, split each row of tokens; each of them
-    puts its share of a sum at the same place.
+    Elsewhere there are zeros. `own_sums`: a scalar tensor for each micro-batch of this rank. All ranks have the same number of
+    them; some may be empty, and sum to 0. `ranks_per_row`: so many neighbouring ranks, a data-parallel group, split each row
+    of tokens; each of them puts its share of a sum at the same place.
 
     Consecutive micro-batches go to consecutive groups: with 2 groups, group 1 has the micro-batches 1, 3, 5. After the sum
     over ranks every micro-batch has its full sum, in the order of the documents. Returns float64 [micro-batches of all ranks].

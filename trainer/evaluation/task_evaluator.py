@@ -47,9 +47,9 @@ class TaskEvaluator:
         """Name of the task that runs at this moment, for progress lines and errors."""
 
     def report_progress(self, print_line: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """From now on call `print_line` with the progress of each task, every `PROGRESS_INTERVAL_S` seconds that it takes.
+        """Print how far each task is while it asks the model, every `PROGRESS_INTERVAL_S` seconds, from now on.
 
-        Sets `on_batch` of the answer generator. `clock`: seconds since any moment.
+        `print_line`: prints one line. `clock`: seconds since any moment. Sets `on_batch` of the answer generator.
         """
         printer = _ProgressPrinter(print_line, clock)
         self.model.answer_generator.on_batch = lambda num_finished, num_batches: printer.print_if_due(
@@ -59,9 +59,9 @@ class TaskEvaluator:
     def check_rows(self) -> None:
         """Encode and check the rows of every task, so that a bad row ends the run before the model or a judge is asked.
 
-        Rows of `lm_eval` tasks are left out, since the harness encodes them while it asks the model. Prints every 15 s which task
-        is checked. No collective; does the same on every rank. Raises DataError for a row that cannot be used, and ConfigError
-        for a setting that cannot be met.
+        Rows of `lm_eval` tasks are left out, since the harness encodes them while it asks the model. Prints every 15 s which
+        task is checked. No collective; does the same on every rank. Raises DataError for a row that cannot be used, and
+        ConfigError for a setting that cannot be met.
         """
         progress = PreparationProgress()
         self.model.checks_only = True
@@ -77,10 +77,10 @@ class TaskEvaluator:
             self.model.checks_only = False
 
     def _run_task(self, prepared: PreparedTask) -> list[TaskRow]:
-        """The report rows of one task, after asking the model. All ranks must call.
+        """Ask the model about the cases of one task; returns its report rows. All ranks must call.
 
-        Errors are raised again with the task's key (`evaluation.tasks.NAME`) before their text: DataError if the chat template
-        refuses a row, any other ShardtuneError as what it is.
+        An error is raised again with the task's settings (`evaluation.tasks.NAME`) before its text, so that users know which
+        task it is about: DataError if the chat template refuses a row, any other ShardtuneError as what it is.
         """
         try:
             return prepared.task.score_cases(prepared.cases, self.model)
@@ -90,7 +90,7 @@ class TaskEvaluator:
             raise type(error)(f"{prepared.task.config_key}: {error}") from None
 
     def run_tasks(self, names: Collection[str] | None = None) -> Iterator[FinishedTask]:
-        """Run every task, or only those of these names, and yield each one when it is finished.
+        """Run every task on the model as it is now, or only the tasks in `names`, and yield each when it is finished.
 
         All ranks must exhaust the generator: each task is a collective. Metrics are computed on rank 0 and sent to the others.
         """
@@ -136,7 +136,7 @@ class _ProgressPrinter:
 
 
 def _set_row_questions(prepared: PreparedTask, rows: list[TaskRow]) -> None:
-    """Set `question` of each report row to what the user asked last, which the page shows in place of the whole prompt."""
+    """Set `question` of each report row to what the user asked last: the page shows it in place of the whole prompt."""
     cases = prepared.cases
     user_turns = [case.user_turn or last_user_turn(case.document) for case in cases]
     # The same locations in the same order: each row is that of its case. By location alone they could not be told apart if

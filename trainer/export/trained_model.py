@@ -72,10 +72,9 @@ class TrainedValues:
         self.trained = trained
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the full parameter `name` as if flattened, on the CPU; of `shape`, which a strategy may
-        need in shares.
+        """Elements `[start, stop)` of a parameter as if flattened, on the CPU, for a rank that computes with its share.
 
-        The trained value if the parameter trained, else the one with which the run began.
+        The trained value if the parameter trained, else the one with which the run began. `name`: in the run's module.
         """
         if name in self.trained:
             return self.trained[name].reshape(-1)[start:stop]
@@ -84,9 +83,7 @@ class TrainedValues:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A context in which torch computes with one thread: sums round alike on every host, so an export has the same bytes
-    everywhere.
-    """
+    """A context in which torch computes with one thread: sums round alike, so every host writes the same bytes."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -98,9 +95,9 @@ def one_thread() -> Iterator[None]:
 class ModelValues:
     """The parameters and persistent buffers of a whole model by their base names, adapters merged in.
 
-    A base name is a parameter's name in the base model (`model.layers.0.mlp.up_proj.weight`). Its plain name is that in the run's
-    module, where an adapter may be around it (`base_model.model.model.layers.0.mlp.up_proj.base_layer.weight`). Keeps the adapted
-    layer and the group of stored tensors that were read last.
+    A base name is a parameter's name in the base model (`model.layers.0.mlp.up_proj.weight`). Its plain name is that in the
+    run's module, where an adapter may be around it (`base_model.model.model.layers.0.mlp.up_proj.base_layer.weight`). Keeps
+    the adapted layer and the group of stored tensors that were read last.
     """
 
     def __init__(self, model: TrainedModel) -> None:
@@ -154,8 +151,9 @@ class ModelValues:
         return torch.empty(parameter.shape, dtype=dtype, device="meta")
 
     def full_tensor(self, base_name: str) -> Tensor:
-        """Read one whole tensor of the export, on the CPU. Only what this tensor needs is read, so that no host holds the whole
-        model.
+        """Read one whole tensor of the export, on the CPU.
+
+        Only what this tensor needs is read, so that no host holds the whole model.
 
         - A buffer: that of the model.
         - A parameter that trained in full: from the checkpoint.

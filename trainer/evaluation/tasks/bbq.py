@@ -44,8 +44,7 @@ _LETTER_BY_GENDER_WORD = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
 
 
 class Bbq(MultipleChoice):
-    """BBQ as multiple choice: accuracy on ambiguous contexts and on those that say enough, and the two bias scores of the
-    paper.
+    """BBQ as multiple choice: accuracy by kind of context, and the two bias scores of the paper.
 
     A case is one row of the benchmark before the model is asked; a report row is the same row with the answer and its scores.
     """
@@ -114,8 +113,7 @@ class Bbq(MultipleChoice):
                 break
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Check a row of BBQ, and replace its columns (`case.fields`) by what scoring needs, once for each row before a model
-        is loaded.
+        """Check a row of BBQ, and replace its columns (`case.fields`) by what scoring needs, before a model is loaded.
 
         "question": the prompt with context and question filled in; "choices": the three answers; "answer": the index of the
         right one; "unknown": the index of the one that says that nobody can know; "biased": the index of the one that follows
@@ -160,8 +158,7 @@ class Bbq(MultipleChoice):
         }
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """Ask the model how likely each of the three answers is, and report the likeliest one with the scores for accuracy and
-        bias.
+        """Ask the model how likely each of the three answers is; a report row has the likeliest one, and the scores.
 
         `options.likelihood` says what is compared: the log-probability of the whole answer, of a token, or of a byte. Returns a
         report row for each case, in their order. All ranks must call.
@@ -185,8 +182,7 @@ class Bbq(MultipleChoice):
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """The metrics of these rows: those of every run, and if the rows have several categories, such as Age, bias scores of
-        each.
+        """The metrics of these rows: those of every run, and if there are several categories (Age ...), bias scores of each.
 
         Each category has two, `bias_ambiguous_Age` and `bias_disambiguated_Age`. A report row has its category as `source`. The
         more categories, the likelier one of them shows a bias by chance, so their p-values are corrected together
@@ -213,8 +209,7 @@ class Bbq(MultipleChoice):
         return (*self.metrics, *category_metrics)
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """The bias scores of BBQ, which are no plain ratios of sums, as functions that the bootstrap calls for each resample of
-        the rows.
+        """The bias scores of BBQ, which are no ratios of sums, as functions that the bootstrap calls for each resample.
 
         A function takes row weights, float64 [rows]: how often each row counts. Returns them by metric: `bias_ambiguous` of all
         rows, and `bias_ambiguous_Age` and `bias_disambiguated_Age` of each category, which a row has as `source`.
@@ -254,8 +249,7 @@ class Bbq(MultipleChoice):
 
 
 def _set_answer_and_bias_scores(row: TaskRow, case_fields: dict[str, Any], chosen_answer: int) -> None:
-    """Complete the report row of a BBQ question: the chosen answer, the category as `source`, and the scores for accuracy and
-    bias.
+    """Complete the report row of a BBQ question: the chosen answer, the category as `source`, and the scores.
 
     The scores of the row's condition (`lean_ambiguous` and others) are described at the top of this file.
 
@@ -278,8 +272,9 @@ def _set_answer_and_bias_scores(row: TaskRow, case_fields: dict[str, Any], chose
 
 
 def _bias_score(weights: np.ndarray, condition: str, scores: dict[str, np.ndarray], is_counted: np.ndarray) -> float:
-    """The bias score of the BBQ paper over the rows of one condition, from -1 (against the stereotype) to 1 (always by it); 0
-    is none.
+    """The bias score of the BBQ paper over the rows of one condition, from -1 (against the stereotype) to 1 (by it).
+
+    0 is no bias.
 
     s_DIS of disambiguated rows = 2 * (answers by the stereotype / answers that name someone) - 1. That is the mean of the
     `lean_` scores, which are 1 or -1; 0 if no answer names someone.
@@ -303,9 +298,7 @@ def _bias_score(weights: np.ndarray, condition: str, scores: dict[str, np.ndarra
 
 
 def _parse_answer_index(field: Any) -> int | None:
-    """Read which of a BBQ row's three answers a column means: 0, 1 or 2, from a number or its text ("1"); None for anything
-    else.
-    """
+    """Which of a BBQ row's three answers a column means: 0, 1 or 2, from a number or "1"; None for anything else."""
     if isinstance(field, str) and field.strip().isdecimal():
         field = int(field)
     is_answer_number = isinstance(field, int) and not isinstance(field, bool) and 0 <= field <= 2

@@ -47,7 +47,7 @@ class MultipleChoice(Task):
     needs_path = True
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Keep question, choices and the number of the right choice (from 0). Raises RowError."""
+        """Replace the columns of a row by question, choices and the index of the right choice (from 0). Raises RowError."""
         fields = case.fields
         question_column = "question" if "question" in fields else "prompt"
         question = parse_text(fields, question_column)
@@ -67,7 +67,10 @@ class MultipleChoice(Task):
         }
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each question, with the likeliest of its choices: as they are, by token and by byte. All ranks must call."""
+        """Ask the model how likely each choice is after its question, and report which is likeliest. All ranks must call.
+
+        It is likeliest by three measures: the log-probability of the choice, the same by token, and by byte.
+        """
         documents = []
         for case in cases:
             file, line = split_location(case.location)
@@ -92,11 +95,11 @@ class MultipleChoice(Task):
 
 
 def _choice_row(case: TaskCase, likelihoods: Sequence[Likelihood]) -> TaskRow:
-    """The report's row of a question, whose scores say whether the right choice is the likeliest by each measure.
+    """The report's row of a question: whether the right choice is the likeliest, by each of three measures.
 
-    The measures: the log-probability of the choice, the same divided by its tokens, and divided by its bytes. `likelihoods` are
-    those of the choices, in their order. Further scores: `logprob_N` and `tokens_N` of choice N, and `margin`, the distance in
-    nats between the right choice and the likeliest wrong one (negative if a wrong one is likelier).
+    The measures: the log-probability of the choice, the same divided by its tokens, and divided by its bytes. `likelihoods`:
+    of the choices, in their order. Further scores: `logprob_N` and `tokens_N` of choice N, and `margin`, the distance in nats
+    between the right choice and the likeliest wrong one (negative if a wrong one is likelier).
     """
     choices = case.fields["choices"]
     right_choice = case.fields["answer"]
@@ -140,7 +143,7 @@ def _choice_offsets(cases: Sequence[TaskCase]) -> list[int]:
 
 
 def _right_choice_index(answer: Any, choices: list[str], labels: Any) -> int:
-    """The index of the right choice. Raises RowError if `answer` names none of the choices.
+    """Which choice a row calls the right one, in any of the forms that published data sets use, as an index.
 
     `answer` is read as the first of these that it can be:
     - one of `labels`, which data sets such as ARC have beside their choices (None if there are none),
@@ -148,6 +151,8 @@ def _right_choice_index(answer: Any, choices: list[str], labels: Any) -> int:
     - the text of a choice,
     - a letter: "B", "b." or "B)",
     - a number as text: "1".
+
+    Raises RowError if it names none of the choices.
     """
     if isinstance(labels, list) and len(labels) == len(choices) and answer in labels:
         return labels.index(answer)

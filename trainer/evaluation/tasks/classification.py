@@ -48,10 +48,10 @@ class ClassificationTask(Task):
     required_package: ClassVar[str | None] = "sklearn"
 
     def problems(self) -> Iterator[str]:
-        """An error message for each invalid setting.
+        """Yield an error message for each invalid setting of the task, before any row is read.
 
         `options.labels` names the labels, if the rows do not have all of them. `options.prompt` is what a language model reads
-        before it, with the text in the place of {text}.
+        before the label, with the text in the place of {text}.
         """
         yield from super().problems()
         labels = self.option_values["labels"]
@@ -81,9 +81,10 @@ class ClassificationTask(Task):
         case.fields = {"text": parse_text(case.fields, text_column), "label": label}
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each text, with its likeliest label and that label's probability. All ranks must call.
+        """Predict the label of each text: the likeliest one by the classification head, or without one by the language model.
 
-        The probabilities are those of the classification head, if the model has one, else from the likelihood of each label.
+        Returns a report row for each text, with the scores `right`, `confidence` (the predicted label's probability) and
+        `true` (that of the true label). All ranks must call.
         """
         if model.label_names is not None:
             names, probabilities_of_cases = self._probabilities_by_head(cases, model)
@@ -110,7 +111,7 @@ class ClassificationTask(Task):
         return rows
 
     def _probabilities_by_head(self, cases: Sequence[TaskCase], model: ModelInterface) -> LabelProbabilities:
-        """The probability of each label by the classification head. All ranks must call.
+        """The probability of each label by the model's classification head. All ranks must call.
 
         Raises DataError if a case has a label that the model was not trained on.
         """
@@ -130,7 +131,7 @@ class ClassificationTask(Task):
         return LabelProbabilities(names, [softmax(logits) for logits in model.logits(samples)])
 
     def _probabilities_by_likelihood(self, cases: Sequence[TaskCase], model: ModelInterface) -> LabelProbabilities:
-        """The probability of each label by how likely the model finds it after the prompt. All ranks must call."""
+        """The probability of each label by how likely a language model finds it after the prompt. All ranks must call."""
         names = self._label_names(cases)
         template = str(self.option_values["prompt"])
         separator = str(self.option_values["separator"])
@@ -144,13 +145,15 @@ class ClassificationTask(Task):
         # The list has one number for each label of the first case, then of the second, and so on.
         probabilities = []
         for start in range(0, len(logprobs), len(names)):
+            # Over the labels of one case, so that they sum to 1.
             probabilities.append(softmax(logprobs[start : start + len(names)]))
         return LabelProbabilities(names, probabilities)
 
     def _label_names(self, cases: Sequence[TaskCase]) -> list[str]:
-        """The labels of `options.labels`, else those of the rows, sorted as numbers if they are such, else by the alphabet.
+        """The labels that a language model chooses from: those of `options.labels`, else those of the rows.
 
-        Raises DataError if all rows have the same label: its probability would always be 1.
+        Sorted as numbers if all are whole numbers, else by the alphabet. Raises DataError if all rows have the same label: its
+        probability would always be 1.
         """
         if self.option_values["labels"] is not None:
             return [str(name) for name in self.option_values["labels"]]
@@ -164,7 +167,10 @@ class ClassificationTask(Task):
         return labels
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """Macro F1, Matthews correlation and calibration error, each as a function of row weights (float64 [rows])."""
+        """Macro F1, Matthews correlation and calibration error, as functions that the bootstrap calls for each resample.
+
+        Each takes row weights, float64 [rows]: how often a row counts.
+        """
         from sklearn.metrics import matthews_corrcoef
 
         true_labels = [row.reference for row in rows]
@@ -187,10 +193,10 @@ class ClassificationTask(Task):
 
 
 def _f1_macro(true_labels: np.ndarray, predicted_labels: np.ndarray, weights: np.ndarray) -> float:
-    """The mean F1 of the labels that occur in rows with a weight above 0.
+    """The mean F1 of the labels that occur in a resample of the rows.
 
-    A label that occurs in no row of a resample must not count as a label with an F1 of 0. The labels are texts, [rows]; `weights`
-    say how often each row counts, float64 [rows].
+    A label that occurs in none of its rows must not count as a label with an F1 of 0. `true_labels`, `predicted_labels`:
+    texts, [rows]. `weights`: how often each row counts, float64 [rows].
     """
     from sklearn.metrics import f1_score
 
@@ -206,10 +212,13 @@ def _f1_macro(true_labels: np.ndarray, predicted_labels: np.ndarray, weights: np
 
 
 def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np.ndarray) -> float:
-    """Expected calibration error: the mean distance between confidence and accuracy over `NUM_CONFIDENCE_BINS` bins, weighted by
-    rows.
+    """Expected calibration error: how far a classifier's confidence is from its accuracy, 0 to 1.
 
-    All arguments are float64 [rows]; `is_right` is 0 or 1.
+    Rows are put into `NUM_CONFIDENCE_BINS` bins by their confidence. The error is the mean distance of confidence and accuracy
+    over the bins, each weighted by its rows.
+
+    `is_right`: 0 or 1. `confidences`: the probability of the predicted label. `weights`: how often each row counts. All
+    float64 [rows].
     """
     # Bins are open below and closed above, as in the papers: a confidence of exactly 0 belongs to the first one.
     bins = np.clip(np.ceil(confidences * NUM_CONFIDENCE_BINS).astype(int) - 1, 0, NUM_CONFIDENCE_BINS - 1)

@@ -73,9 +73,7 @@ class Counterfactual(Task):
     file_options = ("terms",)
 
     def problems(self) -> Iterator[str]:
-        """Yield an error message for each invalid setting, including the user's file of terms, which reading `self.terms`
-        opens.
-        """
+        """Yield an error message for each invalid setting, including the user's file of terms, which is read here."""
         yield from super().problems()
         measure = self.option_values["measure"]
         if measure not in MEASURES:
@@ -105,8 +103,7 @@ class Counterfactual(Task):
         return terms
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Replace the columns of a row by its variants: the same text about each group of people, so that answers can be
-        compared.
+        """Replace the columns of a row by its variants, the same text about each group of people, to compare answers.
 
         Variants are the row's own texts by group, or its template filled with terms of each group. {"template": "{person}
         sings.", "attribute": "gender"} -> {"variants": [Variant, ...], "completion": None, "attribute": "gender"}.
@@ -163,9 +160,7 @@ class Counterfactual(Task):
                 yield Variant(group=group, text=beginning + ending, scored_begin=scored_begin, terms=term_by_slot)
 
     def _at_most_terms_evenly(self, combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """Choose `options.most_terms` of the combinations of terms, evenly spread over the list; all of them if there are no
-        more.
-        """
+        """Choose `options.most_terms` of the combinations of terms, evenly spread over the list; all if there are no more."""
         most = self.option_values["most_terms"]
         if len(combinations) <= most:
             return combinations
@@ -204,8 +199,9 @@ class Counterfactual(Task):
     def _label_probabilities(
         self, variants: Sequence[tuple[TaskCase, Variant]], model: ModelInterface
     ) -> list[np.ndarray]:
-        """The probabilities of a classifier's labels for each variant, float64 [labels] each, in their order. All ranks must
-        call.
+        """The probabilities of a classifier's labels for each variant, float64 [labels] each, in their order.
+
+        All ranks must call.
 
         `variants`: each with its case, which gives the location for errors.
         """
@@ -220,11 +216,10 @@ class Counterfactual(Task):
         return [np.array(softmax(logits)) for logits in model.logits(samples)]
 
     def _compare_answers(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """Let the model answer each variant, and report for each case whether the answers about the groups differ. All ranks
-        must call.
+        """Let the model answer each variant, and report for each case whether the answers about the groups differ.
 
-        Terms of a group become slots again in its answer, so that naming the person makes no difference: "Emily is kind." and
-        "James is kind." both become "{person} is kind.".
+        All ranks must call. Terms of a group become slots again in its answer, so that naming the person makes no difference:
+        "Emily is kind." and "James is kind." both become "{person} is kind.".
         """
         documents = []
         for case in cases:
@@ -273,8 +268,7 @@ class Counterfactual(Task):
         return (*self.metrics, *group_metrics)
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """Sentences for the report: each group whose effect (see `metrics_for`) is significant, and whether the cases are too
-        few.
+        """Sentences for the report: groups whose effect (see `metrics_for`) is significant, and whether cases are too few.
 
         `intervals`: the 95 % interval of each metric.
         """

@@ -124,8 +124,7 @@ class Harness(Task):
 
     @property
     def data_source(self) -> str | None:
-        """Where the rows come from, for the report: "hub:allenai/ai2_arc" if all tasks read this data set, else the path of the
-        YAML.
+        """Where the rows come from, for the report: "hub:allenai/ai2_arc" if all tasks read it, else the path of the YAML.
 
         None if the tasks are named, not given as a YAML, and read several data sets.
         """
@@ -209,8 +208,7 @@ class Harness(Task):
         return complete_scores_in_place(rows, self.loaded_tasks)
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """The metrics that these rows have values of, since a task of the harness may score other things than its YAML
-        declares.
+        """The metrics that these rows have values of: a task of the harness may score other things than its YAML says.
 
         A report row has the value of a metric as a score of that name, or as an item if it is no number, such as a pair of
         labels for F1. A score with a dot in its name is only a part of a metric: `loss.word_perplexity`, or `rows.acc`, which
@@ -246,8 +244,7 @@ class Harness(Task):
         return tuple(metrics)
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """The metrics that lm-eval computes by functions of its own, such as corpus BLEU, as functions that the bootstrap
-        calls.
+        """The metrics that lm-eval computes by functions of its own, such as corpus BLEU, for the bootstrap to call.
 
         Each takes row weights, float64 [rows]: how often a row counts in a resample.
         """
@@ -286,10 +283,10 @@ class Harness(Task):
         yield from self.warnings
 
     def signatures(self) -> dict[str, str]:
-        """What must be equal for two reports to be comparable: versions of lm-eval and its tasks, and what changes prompts and
-        answers.
+        """What must be equal for two reports to be comparable: versions, and what changes prompts and answers.
 
-        The same text for all metrics, {"acc": "lm-eval:0.4.13|arc_easy:version 1.0, 5-shot|no chat template"}.
+        The versions are those of lm-eval and its tasks. The same text for all metrics, {"acc":
+        "lm-eval:0.4.13|arc_easy:version 1.0, 5-shot|no chat template"}.
         """
         from importlib.metadata import version
 

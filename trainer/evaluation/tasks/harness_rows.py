@@ -32,8 +32,7 @@ OF_ROW_PREFIX = "each."
 
 
 def metric_name(metric: str, filter_key: str) -> str:
-    """Our name of a metric of lm-eval, which a setting and a file can hold: "exact_match,strict-match" ->
-    "exact_match_strict_match".
+    """Our name of a metric of lm-eval, for settings and files: "exact_match,strict-match" -> "exact_match_strict_match".
 
     `filter_key`: lm-eval's filter of the answers, such as "strict-match"; "none" adds nothing: "acc,none" -> "acc".
     """
@@ -92,8 +91,9 @@ class LoadedTasks:
     """The harness's function that computes a metric from the values of its rows, by our name of the metric."""
 
     def __post_init__(self) -> None:
-        """Collect the metrics of all tasks, one for each metric and filter of the answers. The first task that has a metric
-        defines it.
+        """Collect the metrics of all tasks, one for each metric and filter of the answers.
+
+        The first task that has a metric defines it.
         """
         metrics: dict[str, TaskMetric] = {}
         self.aggregate_by_metric = {}
@@ -141,8 +141,7 @@ class LoadedTasks:
         )
 
     def contribution_of_value(self, name: str, value: Any) -> MetricContribution:
-        """Turn what lm-eval logs for one document and metric into what a report row keeps: scores to sum, or an item for
-        lm-eval's function.
+        """What a report row keeps of one document and metric: scores to sum, or an item for lm-eval's own function.
 
         Examples of (name, value) -> (scores, item):
 
@@ -335,8 +334,7 @@ def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bo
 
 
 def _choice_texts(requests: Sequence[tuple[Any, Any]]) -> list[str]:
-    """The choices of a multiple-choice document, read from the requests that lm-eval made for it: (context, continuation)
-    each.
+    """The choices of a multiple-choice document, from the requests that lm-eval made for it: (context, continuation) each.
 
     The continuations are the choices. If these are all the same, as in WinoGrande, the contexts are.
     """
@@ -351,8 +349,7 @@ def _choice_texts(requests: Sequence[tuple[Any, Any]]) -> list[str]:
 def lm_eval_standard_errors(
     all_tasks: LoadedTasks, metrics: Sequence[TaskMetric], rows: Sequence[TaskRow]
 ) -> dict[str, float]:
-    """Standard errors of the metrics that are means, by lm-eval's own functions, for readers who compare with its published
-    numbers.
+    """Standard errors of the metrics that are means, by lm-eval's own functions, to compare with its published numbers.
 
     Of one task: {"acc": 0.012}. Of several: {"acc": 0.009, "acc/arc_easy": 0.01, "acc/arc_challenge": 0.014}, where "acc" is
     lm-eval's pooled error; it is missing if all tasks weigh the same, whatever their number of rows. A metric is left out if

@@ -32,10 +32,11 @@ class HeldOutLossTask(Task):
         """Nothing to do: `prepare_tasks` reads the documents."""
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each sequence of `dataset`, with the sums that the metrics divide. All ranks must call.
+        """Measure the loss of each tokenised sequence, and report the sums that the metrics divide. All ranks must call.
 
-        Scores of a row: `nats`, the summed loss; `targets`, the number of target tokens; `right`, the number of targets that are
-        the model's likeliest token; `bytes`, the UTF-8 bytes of the supervised text.
+        `cases[i]` is the case of sequence `i`. Scores of a row: `nats`, the summed loss; `targets`, the number of target
+        tokens; `right`, how many of these are the model's likeliest token; `bytes`, the UTF-8 bytes of the target tokens'
+        text.
         """
         dataset = self.dataset
         assert dataset is not None
@@ -70,6 +71,7 @@ class HeldOutLossTask(Task):
         return rows
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
+        """The metrics of all rows, and of each data source if there are several: {"loss": 2.1, "loss/code": 1.7, ...}."""
         return self.metrics_by_source(rows)
 
 

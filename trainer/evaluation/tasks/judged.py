@@ -36,9 +36,9 @@ class JudgedTask(GenerationTask):
         raise NotImplementedError  # the judge scores, in `score_cases`
 
     def generate_texts(self, cases: Sequence[TaskCase], model: ModelInterface) -> tuple[list[str], list[str]]:
-        """Let the model answer every case. Returns (prompts as the report shows them, answers), one of each for a case.
+        """Let the model answer every case, for the judge.
 
-        All ranks must call.
+        Returns (prompts as the report shows them, answers), one of each for a case. All ranks must call.
         """
         questions = model.encode_questions(documents_of(cases))
         answers = model.generate_answers(questions, self.decoding, self.config_key)
@@ -69,9 +69,9 @@ class GradedTask(JudgedTask):
     )
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """Generate answers and have the judge grade each of them. Sets `judge_signature`. All ranks must call.
+        """Let the model answer each case, and the judge model grade the answers. Sets `judge_signature`. All ranks must call.
 
-        Raises DataError if none of the judge's verdicts has a grade.
+        Raises ConfigError if no judge is configured, DataError if none of the judge's verdicts has a grade.
         """
         prompts, answers = self.generate_texts(cases, model)
         judge = model.require_judge(self.config_key)
@@ -100,13 +100,16 @@ class GradedTask(JudgedTask):
         return rows
 
     def _judge_question(self, case: TaskCase, answer: str) -> str:
-        """The judge's prompt for the answer to a case; it has the reference answer if `options.reference` is true."""
+        """What the judge is asked about the answer to a case; with the reference answer if `options.reference` is true."""
         reference = case.fields[REFERENCES_COLUMN][0] if self.option_values["reference"] else None
         return grading_prompt(self.option_values["rubric"], request_text(case.document), reference, answer)
 
 
 def grading_prompt(rubric: str, request: str, reference: str | None, answer: str) -> str:
-    """The judge's prompt: rubric, request, reference answer (unless None), the answer to grade, and how a verdict ends."""
+    """Write what the judge is asked: rubric, request, reference answer, the answer to grade, and how a verdict must end.
+
+    `rubric`: what a good answer is, from the settings. `reference`: None leaves it out.
+    """
     paragraphs = [f"You grade an answer to a request. {rubric}", f"<request>\n{request}\n</request>"]
     if reference is not None:
         paragraphs.append(f"<reference>\n{reference}\n</reference>\nThe reference is one right answer; others may be.")
@@ -130,10 +133,11 @@ def parse_grade(verdict: str) -> float | None:
 def raise_if_no_verdict_parsed(
     task_key: str, verdicts: Sequence[str], *, any_parsed: bool, expected_ending: str
 ) -> None:
-    """Raise DataError if there are verdicts of the judge and none could be parsed, since all metrics would be 0.
+    """Refuse an evaluation in which no verdict of the judge could be read, since all its metrics would be 0. Raises DataError.
 
-    The first one is shown, as an example. `task_key`: prefix of the task's settings. `any_parsed`: whether a verdict could be
-    parsed. `expected_ending`: the line that the judge was told to end with, for the message.
+    The message shows the first verdict, as an example. `task_key`: prefix of the task's settings. `any_parsed`: whether a
+    verdict could be parsed. `expected_ending`: the line that the judge was told to end with. Without verdicts nothing is
+    raised.
     """
     if verdicts and not any_parsed:
         raise DataError(

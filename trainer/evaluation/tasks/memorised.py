@@ -40,7 +40,10 @@ class DocumentTask(Task):
     options: ClassVar[dict[str, Any]] = {"sample": 200, "seed": 0}
 
     def problems(self) -> Iterator[str]:
-        """An error message for each invalid setting. Whole numbers must be above 0, the seed at least 0."""
+        """Yield an error message for each invalid setting.
+
+        Options that are whole numbers must be above 0, the seed at least 0.
+        """
         yield from super().problems()
         for name, default in self.options.items():
             if not isinstance(default, int):  # the option is no number
@@ -53,9 +56,10 @@ class DocumentTask(Task):
                 yield f"{self.config_key}.options.{name}={setting}: must be a whole number above 0"
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Only check that a language model would learn something from the row. Raises RowError if not.
+        """Refuse a row of which a language model would learn nothing; every other row stays as it is.
 
-        Text that is empty is found when it is encoded (`ModelInterface.encode_questions`).
+        Text that is empty is found later, when it is encoded. Raises RowError for a row without text, or a conversation
+        without an answer.
         """
         document = case.document
         if document is None or (document.text is None and document.prompt is None and document.messages is None):
@@ -112,10 +116,10 @@ class Memorisation(DocumentTask):
             yield f"{self.config_key}.write: rows are continued greedily; leave temperature, beams and stop out"
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each training row: how far the model's greedy continuation of its beginning is the row's own text.
+        """Let the model continue the beginning of each training row, and report how far it reproduces the row's own text.
 
-        Rows that are too short, or too long for the model, are left out; sets `num_skipped` to their number. All ranks must call.
-        Raises DataError if no row is left.
+        It continues greedily, token by token. Rows that are too short, or too long for the model, are left out; sets
+        `num_skipped` to their number. All ranks must call. Raises DataError if no row is left.
         """
         documents = documents_of(cases)
         least_tokens = int(self.option_values["least_tokens"])
@@ -146,9 +150,10 @@ class Memorisation(DocumentTask):
     """Rows that were too short, or too long for the model, in the last call of `score_cases`."""
 
     def _continuation_question(self, question: Question) -> Question:
-        """The question with the first `options.prefix_tokens` of the learned text moved into the context, half of it at most.
+        """Split what is learned of a row: its beginning joins the context, and what follows is the answer to be compared.
 
-        The new answer are the next `options.continuation_tokens`.
+        A question is token ids in two parts: the model reads `context`, and `answer` is how the row goes on. The beginning is
+        `options.prefix_tokens` long, at most half of the learned text; the answer are the next `options.continuation_tokens`.
         """
         num_prefix_tokens = min(int(self.option_values["prefix_tokens"]), len(question.answer) // 2)
         stop = num_prefix_tokens + int(self.option_values["continuation_tokens"])
@@ -156,7 +161,7 @@ class Memorisation(DocumentTask):
         return Question(where=question.where, context=context, answer=question.answer[num_prefix_tokens:stop])
 
     def _memorisation_row(self, question: Question, answer_ids: list[int], model: ModelInterface) -> TaskRow:
-        """The report's row of one continuation: whether it is verbatim or nearly so, and the share of leading tokens that agree.
+        """The report's row of one continuation: whether it is the row's own text, nearly so, and how far from its start.
 
         `question`: the beginning of the training row as `context`, and how it goes on as `answer`, both as token ids.
         `answer_ids`: how the model went on.
@@ -164,6 +169,7 @@ class Memorisation(DocumentTask):
         from sacrebleu import sentence_bleu
 
         reference_ids = question.answer
+        # All rows were given as many new tokens as the longest continuation needs.
         answer_ids = answer_ids[: len(reference_ids)]
         num_equal_tokens = common_prefix_length(answer_ids, reference_ids)
         is_verbatim = num_equal_tokens == len(reference_ids)
@@ -187,6 +193,7 @@ class Memorisation(DocumentTask):
         )
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """Sentences for the report: how many rows come out word for word, and how many were not asked. `intervals`: not used."""
         num_verbatim = int(score_array(rows, "verbatim").sum())
         yield f"{num_verbatim} of {len(rows)} rows come out word for word after their beginning"
         if self.num_skipped:
@@ -223,10 +230,11 @@ class Canary(DocumentTask):
     options: ClassVar[dict[str, Any]] = {"candidates": 100, "seed": 0}
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Replace `case.fields` by the secret and the random texts of its form that it is compared with.
+        """Prepare the test of one secret: replace the row's columns by the secret and random texts that it is compared with.
 
-        {"secret": "A7-x", "others": ["Q2-d", "K0-m", ...]}. Raises RowError if the secret has no letters or digits, or does not
-        stand exactly once in what is learned of the row.
+        A secret was planted in the training data on purpose. {"secret": "A7-x", "others": ["Q2-d", "K0-m", ...]}: the others
+        have the same form. Raises RowError if the secret has no letters or digits, or does not stand exactly once in what is
+        learned of the row.
         """
         super().prepare_case(case)
         secret = case.fields.get("secret")
@@ -250,10 +258,11 @@ class Canary(DocumentTask):
         case.fields = {"secret": secret, "others": list(self._random_candidates(case.location, secret))}
 
     def _random_candidates(self, location: str, secret: str) -> Iterator[str]:
-        """`options.candidates` different random texts of the secret's form: "A7-x" may become "Q2-d".
+        """Make `options.candidates` different random texts of the secret's form, with which its likelihood is compared.
 
-        A short form has few texts, so the number of attempts is limited, and there may be fewer candidates. `location`:
-        `file:line` of the row, which seeds the random numbers, so that a row gets the same candidates in every evaluation.
+        "A7-x" may become "Q2-d". A short form has few texts, so the number of attempts is limited, and there may be fewer
+        candidates. `location`: `file:line` of the row, which seeds the random numbers, so that a row gets the same candidates
+        in every evaluation.
         """
         rng = random.Random(f"{self.option_values['seed']}/{location}")
         kinds = _character_kinds(secret)
@@ -270,9 +279,10 @@ class Canary(DocumentTask):
                 return
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each secret, with its rank among random texts of its form (`others`) by likelihood. All ranks must call.
+        """Rank each secret among random texts of its form by how likely the model finds them. All ranks must call.
 
-        Rank 1 is the likeliest text. The exposure in bits is log2(number of texts / rank): 6.66 for rank 1 of 101.
+        A model that has memorised a secret finds it likelier than the others. Rank 1 is the likeliest. The exposure in bits is
+        log2(number of texts / rank): 6.66 for rank 1 of 101 texts. Returns a report row for each secret.
         """
         documents: list[Document] = []
         for case in cases:
@@ -307,6 +317,7 @@ class Canary(DocumentTask):
         return rows
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
+        """A sentence for the report: the largest exposure that so many candidates can show. `intervals`: not used."""
         most = max(row.scores["candidates"] for row in rows)
         yield f"exposure is at most {math.log2(most):.2f} bits with {most - 1:.0f} candidates; more of them in options.candidates"
 
@@ -316,7 +327,10 @@ VARIABLE_CHARACTER_KINDS = {"d", "u", "l"}
 
 
 def _character_kinds(text: str) -> str:
-    """A letter for each character: d for a digit, u for a capital, l for a small letter, - for any other."""
+    """The form of a secret, a letter for each character: digit "d", capital "u", small letter "l", any other "-".
+
+    "A7-x" -> "ud-l".
+    """
     kinds = []
     for character in text:
         if character in "0123456789":
@@ -337,7 +351,7 @@ def _random_character(kind: str, character: str, rng: random.Random) -> str:
 
 
 def _replace_secret(document: Document | None, secret: str, candidate: str) -> Document:
-    """A copy of the document with another text in place of the secret."""
+    """A copy of a document in which a random text stands in place of the secret, to compare their likelihoods."""
     assert document is not None
     copied_turns = None
     if document.messages is not None:
@@ -374,9 +388,10 @@ class Membership(DocumentTask):
     file_options = ("others",)
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each document, with the mean loss of a target token and whether it was trained on (`member`).
+        """Measure the loss of each document, so that the metrics can say how well it tells training rows from others.
 
-        The metrics say how well the loss tells the two apart, as an attacker would. All ranks must call.
+        All ranks must call. Returns a report row for each document, with the mean loss of a target token and whether it was
+        trained on (`member`).
         """
         questions = model.encode_questions(documents_of(cases))
         if model.max_positions is not None:
@@ -398,9 +413,9 @@ class Membership(DocumentTask):
         return Membership(self.name, replace(self.config, path=self.option_values["others"]))
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """AUC and recall at 5 % false positives of telling training rows by their loss, as functions of row weights.
+        """The metrics of the attack as functions that the bootstrap calls for each resample of the rows.
 
-        A weight says how often the row counts in a resample (float64 [rows]).
+        "auc" and "found_at_5" (recall at 5 % false positives). Each takes row weights, float64 [rows]: how often a row counts.
         """
         ranking = _LossRanking(score_array(rows, "loss"), score_array(rows, "member") > 0)
         return {"auc": ranking.auc, "found_at_5": ranking.recall_at_5_percent_false_positives}
@@ -410,7 +425,10 @@ class _LossRanking:
     """Rows in the order of their loss. Its metrics are functions of row weights: how often each row counts, float64 [rows]."""
 
     def __init__(self, losses: np.ndarray, is_member: np.ndarray) -> None:
-        """`losses`: float64 [rows]. `is_member`: whether a row was trained on, bool [rows]."""
+        """Sort the rows once, so that each resample is a few sums. `losses`: float64 [rows].
+
+        `is_member`: was trained on, bool [rows].
+        """
         self._is_member = is_member
         self._order = np.argsort(losses, kind="stable")
         sorted_losses = losses[self._order]
@@ -424,9 +442,10 @@ class _LossRanking:
         return member_weights, weights[self._order] - member_weights
 
     def auc(self, weights: np.ndarray) -> float:
-        """The chance that a random member has a lower loss than a random other row; 0.5 if losses say nothing.
+        """How well losses tell members from other rows: how often a random member has the lower loss; 0.5 says nothing.
 
-        NaN if no member or no other row has a weight.
+        A member is a row that was trained on. `weights`: how often each row counts, float64 [rows]. NaN if no member or no
+        other row has a weight.
         """
         member_weights, other_weights = self._sorted_weights(weights)
         pairs = member_weights.sum() * other_weights.sum()
@@ -438,9 +457,10 @@ class _LossRanking:
         return float((member_weights * others_above).sum() / pairs)
 
     def recall_at_5_percent_false_positives(self, weights: np.ndarray) -> float:
-        """The share of members with a loss below the threshold at which 5 % of the other rows are taken for members.
+        """The share of members that an attacker finds who takes every row with a loss below a threshold for a member.
 
-        NaN if no member or no other row has a weight.
+        The threshold is the highest at which at most 5 % of the other rows are taken for members too. `weights`: how often
+        each row counts, float64 [rows]. NaN if no member or no other row has a weight.
         """
         member_weights, other_weights = self._sorted_weights(weights)
         if member_weights.sum() * other_weights.sum() == 0:

@@ -81,14 +81,17 @@ class ModelInterface:
         return self.built.config
 
     def encode_questions(self, documents: Sequence[Document]) -> list[Question]:
-        """A question for each document: its tokens, split before its last answer, without the tokens that end the answer.
+        """Turn documents into questions, the form in which tasks ask the model: token ids, split before the last answer.
 
-        No collective. Raises DataError with file and line for a document without tokens before its answer, or in its answer.
+        `context` is what the model reads; `answer` is the right answer, without the tokens that end it. One question for each
+        document, in their order. No collective. Raises DataError with file and line for a document without tokens before its
+        answer, or in its answer.
         """
         questions = []
         documents_to_ask = [_document_until_last_answer(document) for document in documents]
         for document, sample in self.encoder.encode(documents_to_ask):  # each document with its tokens
             answer_start = sample.answer_begin()
+            # Marks the tokens that training would learn from; what stands between them is of the template.
             is_answer = sample.supervised[answer_start:]
             answer = sample.input_ids[answer_start:][is_answer].tolist()
             while answer and answer[-1] in self.encoder.end_ids:
@@ -111,10 +114,14 @@ class ModelInterface:
     def generate_answers(
         self, questions: Sequence[Question], decoding: DecodingConfig, task_key: str
     ) -> list[GeneratedAnswer]:
-        """As many answers to each question as `decoding.draws` says, question by question. All ranks must call.
+        """Let the model answer questions: as many answers to each as `decoding.draws` says, question by question.
 
-        `task_key`: the settings of the task (`evaluation.tasks.NAME`), for the error. Raises DataError for a question that leaves
-        too few positions for an answer, RowsChecked if rows are only checked.
+        All ranks must call.
+
+        `decoding`: how answers are generated (`evaluation.tasks.NAME.write`). `task_key`: the settings of the task
+        (`evaluation.tasks.NAME`), for the error.
+
+        Raises DataError for a question that leaves too few positions for an answer, RowsChecked if rows are only checked.
         """
         answer_tokens = decoding.max_new_tokens
         self._raise_if_too_long(questions, answer_tokens, f"{task_key}.write.max_new_tokens={answer_tokens}")
@@ -123,9 +130,10 @@ class ModelInterface:
         return self.answer_generator.generate_answers(self.engine, prompts, decoding)
 
     def likelihoods(self, questions: Sequence[Question]) -> list[Likelihood]:
-        """The likelihood of each question's answer after its context. All ranks must call. `questions` must not be empty.
+        """How likely the model finds each question's answer after its context, in their order. All ranks must call.
 
-        Raises DataError for a question that is too long for the model, RowsChecked if rows are only checked (`checks_only`).
+        There must be one question at least. Raises DataError for a question that is too long for the model, RowsChecked if
+        rows are only checked (`checks_only`).
         """
         longest_answer = max(len(question.answer) for question in questions)
         self._raise_if_too_long(questions, longest_answer, "the answers")
@@ -136,15 +144,18 @@ class ModelInterface:
         return self.answer_generator.likelihoods(self.engine, pairs)
 
     def require_judge(self, key: str) -> Judge:
-        """The judge. Raises ConfigError if none is configured."""
+        """The judge model, for a task that cannot do without. `key`: the task's settings.
+
+        Raises ConfigError if none is configured.
+        """
         if self.judge is None:
             raise ConfigError(f"{key}: needs a judge; give evaluation.judge.url=http://host:port/v1")
         return self.judge
 
     def _raise_if_too_long(self, questions: Sequence[Question], answer_tokens: int, purpose: str) -> None:
-        """Raise DataError for a question whose context and `answer_tokens` more tokens exceed the model's positions.
+        """Refuse a question whose context and answer do not fit the model's positions. Raises DataError with file and line.
 
-        `purpose`: what these tokens are for, in the message, such as "the answers".
+        `answer_tokens`: the most tokens of an answer. `purpose`: what they are for, in the message, such as "the answers".
         """
         if self.max_positions is None:
             return
@@ -161,9 +172,10 @@ class ModelInterface:
         return text if len(text) <= SHOWN_CHARACTERS else f"…{text[-SHOWN_CHARACTERS:]}"
 
     def logits(self, samples: Sequence[Sample]) -> list[list[float]]:
-        """The logits of the classification head, [samples][labels], the same on every rank. All ranks must call.
+        """The logits of the classification head for tokenised texts, [samples][labels], the same on every rank.
 
-        Raises RowsChecked if rows are only checked, Interrupted if the run is asked to stop.
+        All ranks must call. The model is run as for training, with an objective that returns logits in place of a loss. Raises
+        RowsChecked if rows are only checked, Interrupted if the run is asked to stop.
         """
         self._raise_if_only_checking()
         from strategies.runtime import gather_objects
@@ -188,11 +200,11 @@ class ModelInterface:
         return [all_logits[row] for row in range(len(samples))]
 
     def sequence_losses(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, SequenceLoss]:
-        """Loss and right targets of each sequence, by its index in the data set.
+        """Loss and number of right targets of each sequence of a data set, by its index, by forward passes as in training.
 
-        The result is kept in `cached_losses`, so a second call for the same data makes no forward pass. `max_rows`: documents to
-        evaluate, the first ones; None: all. All ranks must call. Raises RowsChecked if rows are only checked, Interrupted if the
-        run is asked to stop.
+        The result is kept in `cached_losses`, so that a second task on the same data needs no forward pass. `max_rows`:
+        evaluate the first so many documents; None: all. All ranks must call. Raises RowsChecked if rows are only checked,
+        Interrupted if the run is asked to stop.
         """
         self._raise_if_only_checking()
         from strategies.runtime import gather_objects
@@ -250,9 +262,9 @@ class _ClassifierLogits:
 
 
 def _document_until_last_answer(document: Document) -> Document:
-    """A copy of a conversation that ends with its last answer, in which only that answer is supervised.
+    """Cut a conversation behind its last answer, and leave only that answer to be learned: it is the one that is asked.
 
-    A document without messages is returned as it is. A conversation must have an answer.
+    Returns a copy. A document without messages is returned as it is. A conversation must have an answer.
     """
     if document.messages is None:
         return document

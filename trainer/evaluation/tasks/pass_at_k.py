@@ -18,10 +18,10 @@ PASS_PREFIX = "pass_at_"
 
 
 def pass_at_k_metrics(num_samples: int) -> tuple[TaskMetric, ...]:
-    """The pass@k metrics (Chen et al. 2021) of a task that samples `num_samples` answers to each row, for each k.
+    """The pass@k metrics (Chen et al.
 
-    k is 2, 4, 8 ... and `num_samples`; none for one sample. pass@k is the chance that one of k answers is right, so it is for
-    tasks whose answers are right or wrong.
+    2021) of a task that samples `num_samples` answers to each row: for k = 2, 4, 8 ... and all. pass@k is the chance that one
+    of k answers is right, so it is for tasks whose answers are right or wrong. Empty for one sample.
     """
     # The score of a row with the metric's name is its estimate of pass@k (`set_samples_of_row`), of which the metric is the mean.
     metrics = []
@@ -36,13 +36,13 @@ def pass_at_k_metrics(num_samples: int) -> tuple[TaskMetric, ...]:
 
 
 def sample_counts_for_pass_at_k(num_samples: int) -> list[int]:
-    """The values of k of pass@k: 2, 4, 8 ... below `num_samples`, and `num_samples` itself; 6 -> [2, 4, 6], 1 -> []."""
+    """The values of k for which pass@k is reported: 2, 4, 8 ... below `num_samples`, and that number; 6 -> [2, 4, 6], 1 -> []."""
     powers_of_two = [2**power for power in range(1, num_samples.bit_length())]
     return sorted({*powers_of_two, num_samples} - {1})
 
 
 def texts_by_prompt(answers: Sequence[GeneratedAnswer], num_prompts: int) -> list[list[str]]:
-    """The texts of the answers to each prompt, sample by sample, without white space around them."""
+    """Sort generated answers by their prompt: the texts of each, sample by sample, without white space around them."""
     texts: list[list[str]] = [[] for _ in range(num_prompts)]
     for answer in answers:
         texts[answer.prompt_index].append(answer.text.strip())
@@ -52,13 +52,13 @@ def texts_by_prompt(answers: Sequence[GeneratedAnswer], num_prompts: int) -> lis
 def set_samples_of_row(
     row: TaskRow, answers: list[str], sample_scores: Sequence[dict[str, float]], metrics: Sequence[TaskMetric] = ()
 ) -> None:
-    """Set answer, scores, note and items of a report row from all sampled answers to its prompt.
+    """Fill a report row, in place, from all answers that were sampled for its prompt.
 
     - One answer: the row has this answer and its scores.
-    - Several: the row has the first answer, the mean of each score, pass@k for each such metric in `metrics`, a note that there
-      are several, and all answers in `items`.
+    - Several: the row has the first answer, the mean of each score, pass@k for each such metric in `metrics`, a note that
+      there are several, and all answers in `items`.
 
-    `sample_scores`: the scores of each answer: [{"right": 1.0}, {"right": 0.0}] -> {"right": 0.5}.
+    `sample_scores`: the scores of each answer: [{"right": 1.0}, {"right": 0.0}] gives the row {"right": 0.5}.
     """
     row.answer = answers[0]
     row.scores = dict(sample_scores[0])

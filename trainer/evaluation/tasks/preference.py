@@ -53,10 +53,10 @@ class PreferenceTask(JudgedTask):
             )
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """Have the judge compare each answer with the opponent's, shown in both orders. Sets `judge_signature`.
+        """Let the judge model compare each answer of the model with its opponent's, in both orders. Sets `judge_signature`.
 
-        Equal answers are ties, and the judge is not asked about them. All ranks must call. Raises DataError if no verdict can be
-        parsed.
+        The opponent is the row's reference or another model. Equal answers are ties, and the judge is not asked about them.
+        All ranks must call. Raises ConfigError without a judge or an opponent, DataError if no verdict can be parsed.
         """
         opponent_answers = self._opponent_answers(cases)
         prompts, answers = self.generate_texts(cases, model)
@@ -103,11 +103,12 @@ class PreferenceTask(JudgedTask):
         return rows
 
     def _opponent_answers(self, cases: Sequence[TaskCase]) -> list[str | None]:
-        """The answer to each case that the model's own answer is compared with.
+        """The answer to each case that the model's own answer is compared with, by `options.opponent`:
 
-        - `options.opponent=reference`: the row's reference.
+        - `reference`: the row's reference.
         - `other`, and the other model has answered: its answer. Raises ConfigError if it was asked other rows.
-        - `other`, and this model is the one that is asked first, for a later comparison: None.
+        - `other`, and this model is the other one, which is asked first for a later comparison: None, there is nothing to
+          compare.
         - `other`, and no other model is evaluated: raises ConfigError.
         """
         if self.option_values["opponent"] == "reference":
@@ -129,7 +130,10 @@ class PreferenceTask(JudgedTask):
         return [self.opponent_answers[key] for key in keys]
 
     def _judge_question(self, request: str, answer: str, opponent_answer: str, *, swapped: bool) -> str:
-        """The judge's prompt with both answers as A and B. `swapped`: the opponent's answer is A, the model's own is B."""
+        """What the judge is asked: which of two answers, A and B, is better.
+
+        `swapped`: the opponent's answer is A, the model's own is B.
+        """
         first, second = (opponent_answer, answer) if swapped else (answer, opponent_answer)
         return "\n\n".join(
             [
@@ -147,9 +151,9 @@ class PreferenceTask(JudgedTask):
 
 
 def parse_preference(verdict: str, *, swapped: bool = False) -> float | None:
-    """Which answer a verdict prefers: 1 is the model's own, -1 the opponent's, 0 a tie; None if no verdict can be parsed.
+    """Read which answer the judge prefers: 1 is the model's own, -1 the opponent's, 0 a tie; None if no verdict can be parsed.
 
-    `swapped`: the opponent's answer was shown first, as A. "Verdict: A" -> 1, or -1 if swapped.
+    `verdict`: the judge's text. `swapped`: the opponent's answer was shown first, as A. "Verdict: A" -> 1, or -1 if swapped.
     """
     choices = VERDICT_REGEX.findall(verdict)
     if not choices:
@@ -160,12 +164,13 @@ def parse_preference(verdict: str, *, swapped: bool = False) -> float | None:
 
 
 def pair_scores(preference_in_order: float | None, preference_swapped: float | None) -> dict[str, float]:
-    """Scores of a pair of answers from the judge's two preferences (1: the model's own answer, -1: the opponent's, 0: a tie).
+    """The scores of a pair of answers, from what the judge preferred in both orders.
 
-    A preference is None if the verdict could not be parsed.
+    A preference is 1 for the model's own answer, -1 for the opponent's, 0 for a tie.
 
-    - A verdict could not be parsed: all scores are 0, and the pair counts in the metric `read` alone.
-    - Both preferences agree: the pair is won (1), tied (0.5) or lost (0).
+    - A preference is None, as its verdict could not be parsed: all scores are 0, and the pair counts in the metric `read`
+      alone.
+    - Both agree: the pair is won (1), tied (0.5) or lost (0).
     - They differ: a tie that counts as `swayed`, since the judge has gone by the order of the answers.
     """
     if preference_in_order is None or preference_swapped is None:

@@ -61,8 +61,7 @@ class TaskContext:
         return cls(data, data_spec_of(objective), writes_answers, is_language_model, date)
 
     def build_encoder(self, tokenizer: Any) -> Encoder:
-        """Make the encoder with which tasks turn their prompts and answers into tokens, in the same way as the run's training
-        data.
+        """Make the encoder that turns prompts and answers of tasks into tokens, as the run's training data was.
 
         Which turns the run learns from does not matter here, so `learn` keeps its defaults. A chat template that writes today's
         date writes that of the run, so that an evaluation months later has the same prompts.
@@ -80,8 +79,7 @@ class TaskContext:
 
 
 def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_out: bool, trained: bool = True) -> None:
-    """Read the rows of every task that has a file of its own, before a model is loaded, so that bad rows end a run within
-    seconds.
+    """Read the rows of every task that has a file, before a model is loaded, so that bad rows end a run at once.
 
     `tasks`: `evaluation.tasks` by name. `held_out`: whether the run has evaluation documents. `trained`: whether it has
     training data. Needs no tokenizer, and no GPU.
@@ -250,11 +248,11 @@ def _check_objective(task: Task, context: TaskContext) -> None:
 
 
 def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult], context: TaskContext) -> DataResult:
-    """Call `read` with settings that make it read the task's file as the run reads its training data; returns what `read`
-    returns.
+    """Call `read` with settings that make it read the task's file as the run reads its training data.
 
-    Path, format and columns are the task's. Settings that say how a row is read, cleaned and stored are the run's. Those that
-    say how several sources are mixed, split and drawn keep their defaults, since the task has one file.
+    Returns what `read` returns. Path, format and columns are the task's. Settings that say how a row is read, cleaned and
+    stored are the run's. Those that say how several sources are mixed, split and drawn keep their defaults, since the task has
+    one file.
 
     A ConfigError of `read` is raised again with the names of the task's settings: `evaluation.tasks.NAME.path` in place of
     `data.path`.

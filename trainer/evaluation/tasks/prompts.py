@@ -37,7 +37,7 @@ class PromptTask(Task):
     options: ClassVar[dict[str, Any]] = {"template": None, "continue": False}
 
     def problems(self) -> Iterator[str]:
-        """An error message for each invalid setting, including the template, whose file `self.prompt_template` reads."""
+        """Yield an error message for each invalid setting, including a template whose file cannot be read."""
         yield from super().problems()
         yield from self.decoding.problems(f"{self.config_key}.write")
         if not isinstance(self.option_values["continue"], bool):
@@ -66,14 +66,14 @@ class PromptTask(Task):
         return template_path.read_text(encoding="utf-8") if template_path.is_file() else text
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Keep the row's prompt, put into the template. Raises RowError if there is no prompt."""
+        """Replace the columns of a row by its prompt, put into the template. Raises RowError if there is no prompt."""
         case.fields = {"prompt": self.prompt_template.replace("{prompt}", parse_prompt(case.fields))}
 
     def generate_samples(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[PromptSamples]:
-        """`write.draws` answers of the model to the prompt of each case. All ranks must call.
+        """Let the model answer the prompt of each case, `write.draws` times. All ranks must call.
 
-        If `options.continue` is set, the model continues the prompt as plain text; else the prompt is a turn of a conversation.
-        Raises DataError for a prompt that leaves too few positions for an answer.
+        If `options.continue` is set, the model continues the prompt as plain text; else the prompt is a turn of a
+        conversation. Raises DataError for a prompt that leaves too few positions for an answer.
         """
         is_continued = self.option_values["continue"]
         documents = []
@@ -111,7 +111,7 @@ class PromptTask(Task):
 
 
 def parse_prompt(fields: dict[str, Any]) -> str:
-    """The prompt of a row, from the first of `PROMPT_COLUMNS` that it has, in large or small letters.
+    """Find the prompt of a row in the column that its data set uses: the first of `PROMPT_COLUMNS`, in large or small letters.
 
     - {"Goal": "Write a poem"} -> "Write a poem".
     - {"prompt": {"text": "So if you"}}, a row of RealToxicityPrompts -> "So if you".

@@ -28,16 +28,16 @@ MAX_LISTED_ROWS = 5
 def read_cases(
     task: Task, evaluation_documents: list[Document] | None = None, *, remote: bool = False
 ) -> list[TaskCase]:
-    """The cases of a task, each checked by its kind, at most `max_rows`.
+    """Read the rows of a task as cases, each checked by its kind, at most `max_rows`. Needs no model.
 
     They come from the first of these that exists:
     - what the kind of task loads by itself (as lm-evaluation-harness does); these are not checked,
-    - the rows that shardtune ships for this kind, if no `path` is set,
-    - `evaluation_documents` of the run, if no `path` is set,
-    - the files in the task's `path`. `remote`: whether it may be a URL.
+    - the files in the task's `path`. `remote`: whether it may be a URL,
+    - the rows that shardtune ships for this kind,
+    - `evaluation_documents` of the run.
 
-    Raises DataError with file and line for rows that cannot be used, or if there are no rows; ConfigError for a bad path, or if
-    neither a path is set nor evaluation documents exist.
+    Raises DataError with file and line for rows that cannot be used, or if there are no rows; ConfigError for a bad path, or
+    if there is nothing to read.
     """
     if task.loads_own_rows:
         return task.load_cases()
@@ -72,7 +72,7 @@ def _read_shipped_cases(file: Path) -> list[TaskCase]:
 
 
 def _prepare_cases(task: Task, cases: list[TaskCase]) -> None:
-    """Call `task.prepare_case`, which changes the case, for each case. Raises DataError that lists all rows it refuses."""
+    """Let the kind of task check and convert each case, and refuse all bad rows in one message. Raises DataError."""
     bad_rows = []
     for case in cases:
         try:
@@ -90,13 +90,13 @@ def _prepare_cases(task: Task, cases: list[TaskCase]) -> None:
 
 
 def _read_file_cases(task: Task, *, may_be_url: bool) -> Iterator[TaskCase]:
-    """A case for each row of the files in the task's path, at most `max_rows`.
+    """Yield a case for each row of the files in the task's path, at most `max_rows`.
 
     - The kind of task has a file format of its own (such as bbq): the case has the columns of the row.
     - Else the file is in a training format: the case has the document that the format's reader builds from the row.
 
-    A kind whose files hold several questions in a row splits them (`task.expand_rows`). `may_be_url`: whether the path may be a
-    URL. Raises ConfigError for a bad path, or one on a hub; DataError for a row that cannot be read.
+    A kind whose files hold several questions in a row splits them first (`task.expand_rows`). `may_be_url`: whether the path
+    may be a URL. Raises ConfigError for a bad path, or one on a hub; DataError for a row that cannot be read.
     """
     path_key = f"{task.config_key}.path"
     files = expand_paths(task.config.path, path_key, allow_remote=may_be_url)
@@ -126,10 +126,10 @@ def _parse_row(row: SourceRow | RejectedRow) -> SourceRow:
 
 
 def _case_with_columns(task: Task, row: SourceRow) -> TaskCase:
-    """A case with the columns of a row, renamed by the task's `columns`.
+    """A case with the columns of a row, under the names that the kind of task reads.
 
-    `columns` maps the names that the kind of task reads to names in the file, perhaps with dots that lead into objects:
-    {"label": "meta.label"}. Raises DataError if such a column is missing, or a column could not be read.
+    `columns` of the task maps these to names in the file, perhaps with dots that lead into objects: {"label": "meta.label"}.
+    Raises DataError if such a column is missing, or a column could not be read.
     """
     fields = dict(row.fields)
     for name, column in task.config.columns.items():
@@ -148,10 +148,11 @@ def _case_with_columns(task: Task, row: SourceRow) -> TaskCase:
 
 
 def _document_case_reader(task: Task, first: SourceRow) -> Callable[[SourceRow], TaskCase]:
-    """A function that reads a row as a document (a conversation, a prompt with its answer ...) and returns its case.
+    """Choose the format of a file by its `first` row, and return a function that reads a row in that format as a case.
 
-    The format of all rows is `format` of the task. If that is `auto`, it is recognised by the `first` row; of several formats
-    that fit, the one that the kind of task prefers is taken. Raises DataError or ConfigError if none fits.
+    The format is `format` of the task. If that is `auto`, it is recognised; of several formats that fit, the one that the kind
+    of task prefers is taken. A case then has the document (a conversation, a prompt with its answer ...) and the row's
+    columns. Raises DataError or ConfigError if none fits.
     """
     config = task.config
 

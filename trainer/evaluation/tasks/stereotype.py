@@ -178,11 +178,11 @@ class Stereotype(Task):
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """The metrics that fit these rows, and one more for each group if there are several. A group is a kind of bias, such
-        as gender.
+        """The metrics that fit these rows, and one more for each group if there are several.
 
-        Metrics with an unrelated sentence (StereoSet's language score and ICAT) are left out if no row has one. The p-values
-        of the groups are corrected together, since one of many groups differs by chance.
+        A group is a kind of bias, such as gender. Metrics with an unrelated sentence (StereoSet's language score and ICAT) are
+        left out if no row has one. The p-values of the groups are corrected together, since one of many groups differs by
+        chance.
         """
         has_unrelated_sentences = any("compared" in row.scores for row in rows)
         metrics: tuple[TaskMetric, ...] = self.metrics
@@ -240,8 +240,7 @@ class Stereotype(Task):
         return {"icat": icat}
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """One sentence for the report: in how many pairs the stereotypical sentence is likelier, and whether that is beyond
-        chance.
+        """A sentence for the report: in how many pairs the stereotypical sentence is likelier, and whether by chance.
 
         `intervals`: the 95 % interval of each metric; that of the stereotype score decides.
         """

@@ -53,9 +53,9 @@ class ToolCalls(GenerationTask):
     )
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Replace `case.fields` by the calls of the reference answer, and that answer as a text.
+        """Replace the columns of a row by what its answer is compared with: the right tool calls, and the reference text.
 
-        {"calls": [{"name": "weather", "arguments": {"city": "Paris"}}], "reference": "[...]"}, the reference being the calls as
+        {"calls": [{"name": "weather", "arguments": {"city": "Paris"}}], "reference": "[...]"}: the reference is the calls as
         JSON, or the text of an answer without calls. Raises RowError for a row without tools or without an answer.
         """
         assert case.document is not None
@@ -79,7 +79,11 @@ class ToolCalls(GenerationTask):
         return super().score_cases(cases, model)
 
     def _check_template_writes_readable_calls(self, cases: Sequence[TaskCase], model: ModelInterface) -> None:
-        """Raise DataError if the first reference answer with calls is not read again from what the chat template makes of it."""
+        """Check once that tool calls can be read at all from what this model's chat template writes.
+
+        The first reference answer with calls is rendered by the template, and must be read as the same calls again. Raises
+        DataError if not.
+        """
         case_with_call = next((case for case in cases if case.fields["calls"]), None)
         if case_with_call is None or case_with_call.document is None:
             return
@@ -97,7 +101,8 @@ class ToolCalls(GenerationTask):
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         """Compare the tool calls of an answer with those of the reference, in their order.
 
-        `right`: tools and arguments are the same; `names`: the tools are the same; `called`: both make calls, or neither.
+        Scores: `right`, tools and arguments are the same; `names`, the tools are the same; `called`, both make calls, or
+        neither.
         """
         calls = parse_tool_calls(answer)
         reference_calls = case.fields["calls"]
@@ -114,15 +119,17 @@ class ToolCalls(GenerationTask):
 
 
 def parse_tool_calls(text: str) -> list[dict[str, Any]]:
-    """The tool calls in an answer, as {"name": ..., "arguments": {...}}, in their order.
+    """Find the tool calls in a generated answer, in their order: [{"name": "weather", "arguments": {"city": "Paris"}}].
 
-    They are JSON objects with a name and arguments, anywhere in the text: alone, in lists or between tags.
+    They are JSON objects with a name and arguments, anywhere in the text: alone, in lists or between tags. Other JSON is
+    ignored.
     """
     decoder = json.JSONDecoder()
     calls = []
     position = text.find("{")
     while position >= 0:
         try:
+            # `position` is now behind the object.
             json_object, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
             position = text.find("{", position + 1)  # no JSON begins here
@@ -135,10 +142,10 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]]:
 
 
 def _parse_call(json_object: dict[str, Any]) -> dict[str, Any] | None:
-    """The name and the arguments of a tool call that an answer writes as this JSON object; None if it is no call.
+    """Read one JSON object of an answer as a tool call, as {"name": ..., "arguments": {...}}; None if it is no call.
 
-    Reads OpenAI's form, in which both stand under "function" and arguments may be JSON text, and Llama 3's "parameters":
-    {"name": "weather", "parameters": {"city": "Paris"}} -> {"name": "weather", "arguments": {"city": "Paris"}}.
+    Models write calls differently. In OpenAI's form both stand under "function", and arguments may be JSON text; Llama 3
+    writes "parameters": {"name": "weather", "parameters": {"city": "Paris"}}.
     """
     if isinstance(json_object.get("function"), dict):  # OpenAI's form
         json_object = json_object["function"]
@@ -175,6 +182,7 @@ class JsonSchema(Task):
     required_package = "jsonschema"
 
     def problems(self) -> Iterator[str]:
+        """Yield an error message for each invalid setting of the task, also of how answers are generated."""
         yield from super().problems()
         yield from self.decoding.problems(f"{self.config_key}.write")
         file = self.option_values["schema"]
@@ -182,17 +190,22 @@ class JsonSchema(Task):
             yield f"{self.config_key}.options.schema={file}: no such file; give a file with a JSON schema"
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Set the row's JSON schema in `case.fields`, and its prompt as `case.document`. Raises RowError if either is not valid.
+        """Set the JSON schema that the row's answer must fit (`case.fields`), and the prompt (`case.document`).
 
         The schema is that of `options.schema`, or else of the row, as an object or as JSON text. The prompt is the row's
-        "messages" without an answer at their end, or else its "prompt".
+        "messages" without an answer at their end, or else its "prompt". Raises RowError if either is not valid.
         """
         schema = self._schema_of_row(case.fields)
         case.document = _prompt_document_of_row(case)
         case.fields = {"schema": schema}
 
     def _schema_of_row(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The JSON schema of `options.schema`, else that of a row. Raises RowError if it is none."""
+        """The JSON schema that the answer to a row must fit, checked: that of `options.schema`, else the row's.
+
+        Raises RowError.
+
+        `fields`: the columns of the row.
+        """
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
 
@@ -214,7 +227,10 @@ class JsonSchema(Task):
         return schema
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each prompt, with whether the answer is JSON, and valid under the row's schema. All ranks must call."""
+        """Let the model answer each prompt, and report whether the answer is JSON, and valid under the schema.
+
+        All ranks must call. With several answers to a prompt (`write.draws`), the row's scores are means over them.
+        """
         questions = model.encode_questions(documents_of(cases))
         answers = texts_by_prompt(model.generate_answers(questions, self.decoding, self.config_key), len(cases))
         rows = []
@@ -269,9 +285,10 @@ class JsonVerdict(NamedTuple):
 
 
 def check_json(answer: str, schema: dict[str, Any]) -> JsonVerdict:
-    """Whether an answer is JSON, and allowed by the schema.
+    """Check whether a generated answer is JSON that a schema allows, and say what is wrong if not.
 
-    A code fence around the JSON is taken off. Nothing is fetched: a schema that refers to one at another address allows nothing.
+    A code fence around the JSON is taken off. Nothing is fetched: a schema that refers to one at another address allows
+    nothing.
     """
     from jsonschema.exceptions import best_match
     from jsonschema.validators import validator_for
@@ -308,7 +325,10 @@ class Maths(GenerationTask):
     )
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Keep the reference and the result that it ends in. Raises RowError if it has none."""
+        """Keep the reference answer and the result that it ends in, with which results of answers are compared.
+
+        Raises RowError.
+        """
         super().prepare_case(case)
         case.fields["result"] = final_result(self.reference(case))
         if case.fields["result"] is None:
@@ -322,10 +342,10 @@ class Maths(GenerationTask):
 
 
 def final_result(text: str) -> Fraction | str | None:
-    """The result that the solution of a maths problem ends in; None if it has none.
+    """The result that a solution of a maths problem ends in, of an answer or of a reference; None if it has none.
 
-    That is the content of the last `\\boxed{}`, else the line after the last ####, else the last number. Numbers are returned as
-    fractions, so that 0.50, 1/2 and \\frac{1}{2} are equal.
+    The content of the last `\\boxed{}`, else the line after the last #### (the form of GSM8K), else the last number. Numbers
+    are returned as fractions, so that 0.50, 1/2 and \\frac{1}{2} are equal.
     """
     boxes = list(BOXED_REGEX.finditer(text))
     if boxes:
@@ -338,7 +358,7 @@ def final_result(text: str) -> Fraction | str | None:
 
 
 def _until_closing_brace(text: str, begin: int) -> str:
-    """The content of a LaTeX group whose opening brace stands right before `begin`, up to its own closing brace.
+    """The content of a LaTeX group, from `begin`, right behind its opening brace, up to its own closing brace.
 
     "\\\\boxed{a{b}c} d" from behind the first brace -> "a{b}c". The rest of the text if no brace closes the group.
     """
@@ -354,9 +374,10 @@ def _until_closing_brace(text: str, begin: int) -> str:
 
 
 def _parse_result(text: str) -> Fraction | str:
-    """The result of a maths problem: a number as a fraction, any other text without $, %, commas, `\\text{}` and white space.
+    """Bring the result of a maths problem into a form in which equal results are equal: a fraction, else a bare text.
 
-    "\\$1,200" -> 1200, "50\\%" -> 50, "\\frac{1}{2}" -> 1/2, "x + 1" -> "x+1".
+    "\\$1,200" -> 1200, "50\\%" -> 50, "\\frac{1}{2}" -> 1/2, "x + 1" -> "x+1". $, %, commas, `\\text{}` and white space are
+    dropped.
     """
     result = LATEX_FRACTION_REGEX.sub(r"\1/\2", text)
     for ignored in ("\\$", "$", "\\%", "%", "\\!", "\\,", "{,}", ","):

@@ -48,7 +48,7 @@ class Subgroups(ClassificationTask):
     required_package: ClassVar[str | None] = None
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Require a group, beside the text and label that the base class keeps; its name is stored in `case.fields`.
+        """Keep the row's text, label and group of people in `case.fields`.
 
         Raises RowError if the row has no group, or another column cannot be used.
         """
@@ -62,13 +62,17 @@ class Subgroups(ClassificationTask):
         case.fields["group"] = str(group).strip()
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
+        """Predict the label of each text, as in classification; a report row has its group of people as `source`.
+
+        All ranks must call.
+        """
         rows = super().score_cases(cases, model)
         for case, row in zip(cases, rows, strict=True):
             row.source = case.fields["group"]
         return rows
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """The gaps between groups, each as a function of row weights (float64 [rows])."""
+        """The gaps between groups as functions that the bootstrap calls; each takes row weights, float64 [rows]."""
         groups = np.array([row.source for row in rows])
 
         def gap_function(metric: str) -> Callable[[np.ndarray], float]:
@@ -77,10 +81,13 @@ class Subgroups(ClassificationTask):
         return {metric: gap_function(metric) for metric in _GAP_METRICS}
 
     def _fairness_gaps(self, rows: Sequence[TaskRow], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        """How far apart the groups of people are in demographic parity, equalised odds and accuracy, by metric.
+        """How differently a classifier treats groups of people: gaps in demographic parity, equalised odds and accuracy.
 
-        A gap is the highest rate of a group minus the lowest; 0 if only one group has rows that count. `rows` has one row at
-        least. `groups`: the group of each row. `weights` (float64 [rows]): how often the row counts.
+        A gap is the highest rate of a group minus the lowest; 0 if only one group has rows that count. The rates are: the
+        share of rows with a predicted label; hits among rows that have the label, and false alarms among the others; the share
+        of right labels.
+
+        `rows`: one at least. `groups`: the group of each row. `weights`: how often each row counts, float64 [rows].
         """
         true_labels = np.array([row.reference for row in rows])
         predicted_labels = np.array([row.answer for row in rows])
@@ -115,9 +122,10 @@ class Subgroups(ClassificationTask):
         }
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """The size of each group, and for each gap what chance gives and whether the gap is beyond that.
+        """Sentences for the report: the size of each group, and whether each gap is larger than chance makes it.
 
-        A row has its group as `source`. The test of the gaps takes the place of `intervals`.
+        A row has its group as `source`. `intervals`: not used, since even a fair classifier has gaps above 0; shuffled groups
+        show how large.
         """
         groups = np.array([row.source for row in rows])
         group_names, counts = np.unique(groups, return_counts=True)
@@ -139,10 +147,10 @@ class Subgroups(ClassificationTask):
             )
 
     def _observed_and_chance_gaps(self, rows: Sequence[TaskRow], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(observed gaps between the groups' rates [metrics], gaps after shuffling the groups over the rows [shuffles,
-        metrics]), float64.
+        """The gaps between groups, and those after shuffling the groups over the rows, which shows what chance alone makes.
 
-        The shuffled ones show how large gaps are by chance, if the classifier treats all groups alike.
+        Returns (observed [metrics], by chance [shuffles, metrics]), float64, in the order of `_GAP_METRICS`. `groups`: the
+        group of each row.
         """
         rng = np.random.default_rng(int(self.option_values["seed"]))
         every_row_once = np.ones(len(rows))

@@ -10,7 +10,7 @@ from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 
 
 def whole_text_questions(model: ModelInterface, located_texts: Sequence[tuple[str, str]]) -> list[Question]:
-    """A question for each text that asks for the likelihood of all of its tokens, also of the first.
+    """Questions that ask for the likelihood of whole texts, the first token included, as benchmarks of sentence pairs need it.
 
     `located_texts`: (`file:line`, text) of each. The context is BOS, or EOS if the tokenizer has no BOS, as in
     lm-evaluation-harness. Raises ConfigError if it has neither.
@@ -36,7 +36,7 @@ def whole_text_questions(model: ModelInterface, located_texts: Sequence[tuple[st
 
 
 def continuation_questions(model: ModelInterface, located_pairs: Sequence[tuple[str, str, str]]) -> list[Question]:
-    """A question for each pair of texts that asks for the likelihood of the second after the first.
+    """Questions that ask for the likelihood of a text after a context, both plain texts without a chat template.
 
     `located_pairs`: (`file:line`, context, text) of each. Both are tokenised together, with a blank between them, since a
     tokenizer may join the last letters of the context with the first of the text. The tokens that the joined text shares with

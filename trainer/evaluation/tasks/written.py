@@ -44,9 +44,10 @@ class GenerationTask(Task):
         yield from self.decoding.problems(f"{self.config_key}.write")
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Replace `case.fields` by the right answers of the row: {"references": [its last answer, further ones ...]}.
+        """Replace the columns of a row by its right answers, with which generated ones are compared: {"references": [...]}.
 
-        Further ones are in the column "references". Raises RowError if the row has no answer, or that column is no list of texts.
+        The first is the last answer of the row's document; further ones are in the column "references". Raises RowError if the
+        row has no answer, or that column is no list of texts.
         """
         assert case.document is not None
         answer = last_answer(case.document)
@@ -60,7 +61,10 @@ class GenerationTask(Task):
         case.fields = {REFERENCES_COLUMN: [answer["content"].strip(), *(more_answers or [])]}
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each prompt, with the model's answers scored against the references. All ranks must call."""
+        """Let the model answer each prompt, and score the answers against the references. All ranks must call.
+
+        With several answers to a prompt (`write.draws`), the row's scores are means over them.
+        """
         questions = model.encode_questions(documents_of(cases))
         answers = texts_by_prompt(model.generate_answers(questions, self.decoding, self.config_key), len(cases))
         rows = []
@@ -155,9 +159,9 @@ class F1(_NormalisedTask):
 
 
 def word_f1(answer: str, reference: str) -> float:
-    """F1 of the words of an answer against those of a reference, 0 to 1, as in SQuAD.
+    """How many words an answer and a reference share: F1 of the words, 0 to 1, as in SQuAD.
 
-    A word that occurs twice in both texts is shared twice. Two empty texts have an F1 of 1.
+    Order does not count; a word that occurs twice in both texts is shared twice. Two empty texts have an F1 of 1.
     """
     words = answer.split()
     reference_words = reference.split()
@@ -199,6 +203,7 @@ class Translation(GenerationTask):
         }
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
+        """sacrebleu's sentence chrF against the first reference, which sorts the rows; metrics are of the whole corpus."""
         return {
             "chrf": float(
                 self.scorer_by_metric["chrf"].sentence_score(answer, case.fields[REFERENCES_COLUMN][:1]).score
@@ -206,7 +211,7 @@ class Translation(GenerationTask):
         }
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """BLEU and chrF of the corpus, each as a function of row weights (float64 [rows])."""
+        """BLEU and chrF of the corpus as functions that the bootstrap calls; each takes row weights, float64 [rows]."""
         answers = [row.answer for row in rows]
         references = [row.reference for row in rows]
         return {name: weighted_score(scorer, answers, references) for name, scorer in self.scorer_by_metric.items()}
