@@ -169,7 +169,14 @@ class DifferingSetting:
     value_in_command: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.value_in_run_dir} there, {self.value_in_command} here"
+        value_in_run_dir = "null" if self.value_in_run_dir is None else self.value_in_run_dir
+        value_in_command = "null" if self.value_in_command is None else self.value_in_command
+        return f"{self.key}: {value_in_run_dir} there, {value_in_command} here"
+
+    @property
+    def is_missing_on_one_side(self) -> bool:
+        """Whether one of the two configurations lacks the setting, such as a setting of ZeRO under FSDP."""
+        return "-" in (self.value_in_run_dir, self.value_in_command)
 
     @property
     def is_operational(self) -> bool:

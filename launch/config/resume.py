@@ -133,7 +133,18 @@ def _keep_earlier_defaults(composed: ComposedConfig, earlier_config: RunConfig) 
 
 def _join_differences(differing: list[DifferingSetting]) -> str:
     """All differing settings in one line, for messages."""
-    return "; ".join(str(difference) for difference in differing)
+    return "; ".join(_difference_texts(differing))
+
+
+def _difference_texts(differing: list[DifferingSetting]) -> list[str]:
+    """Write each difference, without the settings that only one of two strategies has: `strategy.name` says why they differ."""
+    has_other_strategy = any(difference.key == "strategy.name" for difference in differing)
+    texts = []
+    for difference in differing:
+        is_of_one_strategy = difference.key.startswith("strategy.") and difference.is_missing_on_one_side
+        if not (has_other_strategy and is_of_one_strategy):
+            texts.append(str(difference))
+    return texts
 
 
 def _different_run_message(run_dir: Path, differing: list[DifferingSetting]) -> str:
@@ -145,9 +156,10 @@ def _different_run_message(run_dir: Path, differing: list[DifferingSetting]) -> 
         f"run.dir={run_dir}: already holds a run with different settings; use another run.dir (to start from its "
         f"state: run.resume={run_dir}/checkpoints/<step>), or change these back:"
     )
-    lines = [first_line, *(str(difference) for difference in differing[:MAX_SHOWN_DIFFERENCES])]
-    if len(differing) > MAX_SHOWN_DIFFERENCES:
-        lines.append(f"and {len(differing) - MAX_SHOWN_DIFFERENCES} more")
+    texts = _difference_texts(differing)
+    lines = [first_line, *texts[:MAX_SHOWN_DIFFERENCES]]
+    if len(texts) > MAX_SHOWN_DIFFERENCES:
+        lines.append(f"and {len(texts) - MAX_SHOWN_DIFFERENCES} more")
     return "\n    ".join(lines)
 
 

@@ -258,6 +258,7 @@ def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path
         write_run_config(way, tmp_path)  # as a point of a comparison
     write_run_config(way, tmp_path, may_change_strategy=True)
     assert "resumes in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
+    assert " there, - here" not in said and ": - there" not in said, "what only one strategy has follows from its name"
     assert "strategy.name: single there, fsdp2 here" in said and "parallel.sequence: 1 there, 2 here" in said
     assert load_frozen_config(tmp_path / "config.yaml") == way.config
     for words in (["strategy=fsdp2", "batch.micro=2", "optim.lr=1e-6"], ["batch.micro=2", "run.seed=1"]):
@@ -284,7 +285,7 @@ def test_unfinished_run_resumes_with_other_operational_settings(tmp_path, capsys
     assert "resumes in another way: checkpoint.background: True there, False here; " in said and "data.workers" in said
     assert load_frozen_config(tmp_path / "config.yaml") == changed.config
     # A checkpoint may lie in the earlier fallback directory: without it, an older one would be resumed.
-    with pytest.raises(ConfigError, match=r"fallback_dir: .*other there, None here"):
+    with pytest.raises(ConfigError, match=r"fallback_dir: .*other there, null here"):
         write_run_config(composed(*operational), tmp_path, may_change_strategy=True)
     with pytest.raises(ConfigError, match=r"budget\.steps"):
         write_run_config(composed(*operational, other_disk, "budget.steps=99"), tmp_path, may_change_strategy=True)
