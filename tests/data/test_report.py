@@ -37,7 +37,7 @@ from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
 from trainer.data.report.pages import audit_page_html, datacard_text
 from trainer.data.report.preview import summary_text
-from trainer.data.report.wording import Level, audit_tiles, known_gaps, overall_level
+from trainer.data.report.wording import Severity, audit_tiles, known_gaps, overall_verdict
 from trainer.objectives.classification import LabelDataSpec
 from trainer.objectives.pairs import PairDataSpec
 from trainer.pages.numbers import format_percent
@@ -149,7 +149,7 @@ def test_report_distinguishes_a_shared_prompt_from_a_leak(tmp_path):
     )
     shown, card = read(made.directory)
     assert "near (not looked for) 0" in shown and "near leaks were not looked for" in card
-    assert level_of(audit, "Leakage") is Level.look and "no shared document; 5 prompts shared" in shown
+    assert severity_of(audit, "Leakage") is Severity.warning and "no shared document; 5 prompts shared" in shown
 
 
 def test_report_shows_lost_rows_in_its_first_lines(tmp_path):
@@ -165,7 +165,7 @@ def test_report_shows_lost_rows_in_its_first_lines(tmp_path):
     head = shown[: shown.index("What is learned")]
     assert "44 rows read = 31 kept + 13 dropped: 29.5% of the rows are lost" in head
     assert "13 of 44 rows; most: longer than data.max_length (13)" in head and "raise data.max_length" in head
-    assert level_of(audit, "Rows") is Level.act and "Calls for action: rows lost" in head
+    assert severity_of(audit, "Rows") is Severity.critical and "Calls for action: rows lost" in head
     assert f"{tmp_path / 'train.jsonl'}:32" in shown and "44 rows read = 31 kept + 13 dropped (29.5%)" in card
 
 
@@ -264,50 +264,53 @@ def test_report_cuts_lists_and_texts_and_says_what_is_left_out(tmp_path):
     assert len(kept) == 3000 and len(kept) + int(left_out.replace(",", "")) >= 8000 and kept.startswith("<&<&")
 
 
-def level_of(audit, what):
+def severity_of(audit, what):
     (tile,) = (tile for tile in audit_tiles(audit) if what in tile.title)
-    return tile.level
+    return tile.severity
 
 
 def test_report_verdict_by_its_rules(tmp_path):
     _, audit = everything(tmp_path)
-    assert [tile.level for tile in audit_tiles(audit)] == [
-        Level.look,
-        Level.good,
-        Level.look,
-        Level.good,
-        Level.good,
-        Level.look,
+    assert [tile.severity for tile in audit_tiles(audit)] == [
+        Severity.warning,
+        Severity.good,
+        Severity.warning,
+        Severity.good,
+        Severity.good,
+        Severity.warning,
     ]
-    assert overall_level(audit_tiles(audit)) == (Level.look, "Worth a look: rows lost, truncated, personal data")
+    assert overall_verdict(audit_tiles(audit)) == (
+        Severity.warning,
+        "Worth a look: rows lost, truncated, personal data",
+    )
     _, kept = everything(tmp_path, eval_share=0.0, max_bad_share=0.02, max_length=4096)
-    assert level_of(kept, "Truncated") is Level.good and level_of(kept, "Leakage") is Level.none
+    assert severity_of(kept, "Truncated") is Severity.good and severity_of(kept, "Leakage") is Severity.not_measured
     _, cut = everything(tmp_path, max_length=24, max_bad_share=1.0)
-    assert level_of(cut, "Truncated") is Level.act
+    assert severity_of(cut, "Truncated") is Severity.critical
     _, redacted = everything(tmp_path, privacy=PrivacyConfig(mode=PrivacyMode.redact))
-    assert level_of(redacted, "Personal") is Level.good
+    assert severity_of(redacted, "Personal") is Severity.good
     _, unseen = everything(tmp_path, privacy=PrivacyConfig(mode=PrivacyMode.none))
-    assert level_of(unseen, "Personal") is Level.none
+    assert severity_of(unseen, "Personal") is Severity.not_measured
     rows = chat_rows(40)
     rows[0]["messages"][0]["content"] += " my card is 4111 1111 1111 1111"
     _, grave = prepare(tmp_path, rows + rows[:9])
-    assert level_of(grave, "Personal") is Level.act and level_of(grave, "Duplicates") is Level.act
+    assert severity_of(grave, "Personal") is Severity.critical and severity_of(grave, "Duplicates") is Severity.critical
     _, copied = prepare(tmp_path, rows[1:] + rows[1:3])
-    assert level_of(copied, "Duplicates") is Level.look
-    assert overall_level(audit_tiles(prepare(tmp_path, rows[1:])[1])) == (Level.good, "Nothing stands out")
+    assert severity_of(copied, "Duplicates") is Severity.warning
+    assert overall_verdict(audit_tiles(prepare(tmp_path, rows[1:])[1])) == (Severity.good, "Nothing stands out")
 
 
 def test_report_warns_if_few_documents_teach_where_to_stop(tmp_path):
     rows = chat_rows(40)
     prepared, audit = prepare(tmp_path, rows)
-    assert audit.splits["train"].ends_supervised == 40 and level_of(audit, "Learned") is Level.good
+    assert audit.splits["train"].ends_supervised == 40 and severity_of(audit, "Learned") is Severity.good
     assert "where to stop" not in summary_text(prepared.report)
     # Each answer is longer than `max_length`, so that its end is cut off.
     prompt_and_answer = [{"prompt": row["messages"][0]["content"], "completion": "many words " * 60} for row in rows]
     prepared, audit = prepare(tmp_path, prompt_and_answer, max_length=64, over_length=OverLength.truncate)
     train = audit.splits["train"]
     assert train.ends_supervised < train.documents / 2 and train.supervised_tokens > 0
-    assert level_of(audit, "Learned") is Level.look
+    assert severity_of(audit, "Learned") is Severity.warning
     assert (
         f"only {train.ends_supervised} of {train.documents} documents teach where to stop"
         in read(prepared.directory)[0]

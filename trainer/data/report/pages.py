@@ -15,11 +15,11 @@ from typing import Any
 from trainer.data.config import CardConfig
 from trainer.data.report.audit import Audit, DecodedSample
 from trainer.data.report.wording import (
-    Level,
+    Severity,
     audit_tiles,
     escape_control_characters,
     known_gaps,
-    overall_level,
+    overall_verdict,
     plural,
     reason_text,
     template_environment,
@@ -40,10 +40,10 @@ def audit_page_html(audit: Audit, data_statement: CardConfig) -> str:
     about it (`data.card`).
     """
     all_tiles = audit_tiles(audit)
-    level, verdict = overall_level(all_tiles)
+    severity, verdict = overall_verdict(all_tiles)
     cards = []
     for tile in all_tiles:
-        tone = TONE_BY_LEVEL[tile.level]
+        tone = TONE_BY_SEVERITY[tile.severity]
         cards.append(PageCard(tile.title, tile.value, tile.note, tone, href=f"#{tile.anchor}"))
     return render(
         "trainer.data.report",
@@ -52,17 +52,22 @@ def audit_page_html(audit: Audit, data_statement: CardConfig) -> str:
         finalize=_shorten_plain_text,  # Jinja applies it to each value that the page prints
         audit=audit,
         cards=cards,
-        tone=TONE_BY_LEVEL[level],
+        tone=TONE_BY_SEVERITY[severity],
         verdict=verdict,
-        advice=[tile for tile in all_tiles if tile.level in (Level.act, Level.look)],
+        advice=[tile for tile in all_tiles if tile.severity in (Severity.critical, Severity.warning)],
         known_gaps=known_gaps(audit, data_statement),
         data_statement=data_statement,
         plural=plural,
     )
 
 
-TONE_BY_LEVEL: dict[Level, Tone] = {Level.good: "good", Level.look: "warning", Level.act: "bad", Level.none: ""}
-"""How a level is tinted."""
+TONE_BY_SEVERITY: dict[Severity, Tone] = {
+    Severity.good: "good",
+    Severity.warning: "warning",
+    Severity.critical: "bad",
+    Severity.not_measured: "",
+}
+"""How a finding is tinted."""
 
 
 def _shorten_plain_text(expression: Any) -> Any:

@@ -117,9 +117,9 @@ SETTING_BY_STAGE = {
 """The setting behind what a stage drops."""
 UNREQUESTED_STAGES = frozenset({"read", "checks", "cleaning", "tokenise"})
 """Stages whose drops nobody asked for by a setting: rows that cannot be read, for example."""
-_LOOK_ABOVE_SHARE = 0.01
-_ACT_ABOVE_SHARE = 0.1
-"""Shares of the rows that are lost, or are copies, above which a tile calls for a look, and for action."""
+_WARNING_ABOVE_SHARE = 0.01
+_CRITICAL_ABOVE_SHARE = 0.1
+"""Shares of the rows that are lost, or are copies, above which that is a warning, and critical."""
 NOT_MEASURED = "\N{EN DASH}"
 """Value of a tile that was not measured."""
 KEEPING_POLICIES = frozenset({"report", "none"})
@@ -130,16 +130,15 @@ HARMFUL_TYPES_REGEX = re.compile(
 """Parts of the names of types whose leaking does direct harm: left in the data, they call for action."""
 
 
-class Level(StrEnum):
-    """How serious a finding is."""
+class Severity(StrEnum):
+    """How serious a finding about prepared data is."""
 
     good = "good"
-    look = "look"
+    warning = "warning"
     """A person should look at it."""
-    act = "act"
+    critical = "critical"
     """The data, or a setting, should be changed."""
-    none = "none"
-    """Not measured."""
+    not_measured = "not_measured"
 
 
 @dataclass(slots=True)
@@ -150,7 +149,7 @@ class Tile:
     value: str
     """The number in large type, such as "3 %"."""
     note: str
-    level: Level
+    severity: Severity
     anchor: str
     """The section of the page with more."""
     advice: str = ""
@@ -172,25 +171,28 @@ def audit_tiles(audit: Audit) -> list[Tile]:
     ]
 
 
-def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
-    """How serious the findings are together: (level of the gravest tile, a sentence that names the tiles of that level).
+def overall_verdict(all_tiles: list[Tile]) -> tuple[Severity, str]:
+    """How serious the findings are together: (severity of the gravest tile, a sentence that names the tiles of that severity).
 
-    Such as (Level.look, "Worth a look: leakage").
+    Such as (Severity.warning, "Worth a look: leakage").
     """
-    for level, verdict in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
-        names = [tile.title.lower() for tile in all_tiles if tile.level is level]
+    for severity, verdict in ((Severity.critical, "Calls for action"), (Severity.warning, "Worth a look")):
+        names = [tile.title.lower() for tile in all_tiles if tile.severity is severity]
         if names:
-            return level, f"{verdict}: {', '.join(names)}"
-    return Level.good, "Nothing stands out"
+            return severity, f"{verdict}: {', '.join(names)}"
+    return Severity.good, "Nothing stands out"
 
 
-def _level_of_share(share: float, look_above: float, act_above: float) -> Level:
-    """How serious a share is that is the worse the larger it is: good up to `look_above`, look up to `act_above`, act beyond."""
-    if share > act_above:
-        return Level.act
-    if share > look_above:
-        return Level.look
-    return Level.good
+def _severity_of_share(share: float, warning_above: float, critical_above: float) -> Severity:
+    """How serious a share is that is the worse the larger it is: good up to `warning_above`, critical beyond `critical_above`.
+
+    In between it is a warning.
+    """
+    if share > critical_above:
+        return Severity.critical
+    if share > warning_above:
+        return Severity.warning
+    return Severity.good
 
 
 def few_ends_learned(num_ends: int, num_documents: int) -> bool:
@@ -205,8 +207,8 @@ def few_ends_learned(num_ends: int, num_documents: int) -> bool:
 def _rows_lost_tile(audit: Audit) -> Tile:
     """Make the tile of the audit page on rows that are not in the data set: how many, and the most frequent reason.
 
-    The level goes by rows that no setting asked to drop: more than 1 % calls for a look, more than 10 % for action. Half of all
-    rows gone may be a surprise even if a setting asked for it: look.
+    The severity goes by rows that no setting asked to drop: more than 1 % are a warning, more than 10 % critical. Half of all
+    rows gone may be a surprise even if a setting asked for it: a warning.
     """
     num_rows = audit.conserved["rows_in"]
     num_dropped = audit.conserved["dropped"]
@@ -216,16 +218,18 @@ def _rows_lost_tile(audit: Audit) -> Tile:
         if stage.stage in UNREQUESTED_STAGES:
             num_unrequested += sum(stage.dropped.values())
     unrequested_share = num_unrequested / max(num_rows, 1)
-    level = _level_of_share(unrequested_share, look_above=_LOOK_ABOVE_SHARE, act_above=_ACT_ABOVE_SHARE)
-    if level is Level.good and audit.lost_share > 0.5:
-        level = Level.look
+    severity = _severity_of_share(
+        unrequested_share, warning_above=_WARNING_ABOVE_SHARE, critical_above=_CRITICAL_ABOVE_SHARE
+    )
+    if severity is Severity.good and audit.lost_share > 0.5:
+        severity = Severity.warning
     note = f"{num_dropped:,} of {plural(num_rows, 'row')}"
     advice = ""
     if num_dropped:
         most_frequent = _most_frequent_drop(audit, only_unrequested=num_unrequested > 0)
         note += f"; most: {most_frequent.cause_text()}"
         advice = most_frequent.advice()
-    return Tile("Rows lost", format_percent(audit.lost_share), note, level, anchor="rows", advice=advice)
+    return Tile("Rows lost", format_percent(audit.lost_share), note, severity, anchor="rows", advice=advice)
 
 
 class _Drop(NamedTuple):
@@ -265,46 +269,49 @@ def _most_frequent_drop(audit: Audit, *, only_unrequested: bool) -> _Drop:
 
 
 def _learned_tile(audit: Audit) -> Tile:
-    """Make the tile of the audit page on the share of training tokens that is learned (supervised), with its level:
+    """Make the tile of the audit page on the share of training tokens that is learned (supervised), with its severity:
 
     - The data has labels: how many; good.
-    - Documents begin with two BOS: act.
-    - Few documents teach the model where to stop: look.
-    - 5 % or more: good. Less: look, because the prompts are much longer than the answers, or the mask is wrong. None: act.
+    - Documents begin with two BOS: critical.
+    - Few documents teach the model where to stop: a warning.
+    - 5 % or more: good. Less: a warning, because the prompts are much longer than the answers, or the mask is wrong. None:
+      critical.
     """
     train = audit.splits["train"]
     if train.labelled:
-        return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, anchor="splits")
+        return Tile("Learned", plural(train.documents, "label"), "one a document", Severity.good, anchor="splits")
     share = format_percent(train.supervised_share)
     if train.doubled_bos:
         advice = "check model.chat_template"
-        return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, anchor="splits", advice=advice)
+        return Tile(
+            "Learned tokens", share, "documents begin with two BOS", Severity.critical, anchor="splits", advice=advice
+        )
     if train.supervised_tokens and few_ends_learned(train.ends_supervised, train.documents):
         note = f"only {train.ends_supervised:,} of {plural(train.documents, 'document')} teach where to stop"
         advice = "check the end of turn in model.chat_template, and data.max_length"
-        return Tile("Learned tokens", share, note, Level.look, anchor="splits", advice=advice)
+        return Tile("Learned tokens", share, note, Severity.warning, anchor="splits", advice=advice)
     if train.supervised_share >= 0.05:
-        level = Level.good
+        severity = Severity.good
     elif train.supervised_share > 0:
-        level = Level.look
+        severity = Severity.warning
     else:
-        level = Level.act
+        severity = Severity.critical
     note = f"of {train.tokens:,} in training"
-    return Tile("Learned tokens", share, note, level, anchor="splits", advice="read the samples below")
+    return Tile("Learned tokens", share, note, severity, anchor="splits", advice="read the samples below")
 
 
 def _truncated_tile(audit: Audit) -> Tile:
-    """Make the tile of the audit page on documents that lost something to `data.max_length`: good if none, act above 10 %.
+    """Make the tile of the audit page on documents that lost something to `data.max_length`: good if none did.
 
-    Otherwise they deserve a look.
+    Above 10 % of the documents it is critical, otherwise a warning.
     """
     if not audit.num_truncated:
-        return Tile("Truncated", "0", "every document is whole", Level.good, anchor="splits")
+        return Tile("Truncated", "0", "every document is whole", Severity.good, anchor="splits")
     share = audit.num_truncated / max(audit.conserved["kept"], 1)
     note = f"{plural(audit.num_truncated, 'document')} cut to data.max_length={audit.words['data.max_length']}"
     advice = "raise data.max_length, or choose data.over_length; a cut answer does not teach to stop"
-    level = _level_of_share(share, look_above=0, act_above=0.1)
-    return Tile("Truncated", format_percent(share), note, level, anchor="splits", advice=advice)
+    severity = _severity_of_share(share, warning_above=0, critical_above=0.1)
+    return Tile("Truncated", format_percent(share), note, severity, anchor="splits", advice=advice)
 
 
 def _leakage_tile(audit: Audit) -> Tile:
@@ -312,12 +319,14 @@ def _leakage_tile(audit: Audit) -> Tile:
 
     The first case that applies, from the gravest on:
     - there is no held-out split: not measured;
-    - the policy keeps leaks in training, and there are documents of a held-out group, or documents that leak: act;
-    - prompts are shared: look, since they may be a fixed instruction;
+    - the policy keeps leaks in training, and there are documents of a held-out group, or documents that leak: critical;
+    - prompts are shared: a warning, since they may be a fixed instruction;
     - nothing is left: good.
     """
     if not audit.leakage:
-        return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, anchor="leakage")
+        return Tile(
+            "Leakage", NOT_MEASURED, "no held-out split to compare with", Severity.not_measured, anchor="leakage"
+        )
     all_leaks = audit.leakage.values()  # one for each held-out set
     num_documents = sum(leaks.num_leaked for leaks in all_leaks)
     num_prompts = sum(leaks.train["prompt"] for leaks in all_leaks)
@@ -327,30 +336,30 @@ def _leakage_tile(audit: Audit) -> Tile:
     if num_of_held_out_groups and are_leaks_kept:
         note = f"training documents of a {audit.words['data.group_by']} that is held out too"
         advice = "data.leakage.policy=drop_train takes them out"
-        return Tile("Leakage", f"{num_of_held_out_groups:,}", note, Level.act, anchor="leakage", advice=advice)
+        return Tile("Leakage", f"{num_of_held_out_groups:,}", note, Severity.critical, anchor="leakage", advice=advice)
     if num_documents and are_leaks_kept:
         advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
         note = f"training documents are in {' and '.join(audit.leakage)} too"
-        return Tile("Leakage", f"{num_documents:,}", note, Level.act, anchor="leakage", advice=advice)
+        return Tile("Leakage", f"{num_documents:,}", note, Severity.critical, anchor="leakage", advice=advice)
     if num_prompts:
         if num_documents:
             note = f"taken out; {plural(num_prompts, 'shared prompt')} left"
         else:
             note = f"no shared document; {plural(num_prompts, 'prompt')} shared"
         advice = "read them: is it a fixed instruction?"
-        return Tile("Leakage", f"{num_documents:,}", note, Level.look, anchor="leakage", advice=advice)
+        return Tile("Leakage", f"{num_documents:,}", note, Severity.warning, anchor="leakage", advice=advice)
     note = "taken out of training" if num_documents else "no held-out document in training"
-    return Tile("Leakage", f"{num_documents:,}", note, Level.good, anchor="leakage")
+    return Tile("Leakage", f"{num_documents:,}", note, Severity.good, anchor="leakage")
 
 
 def _duplicates_tile(audit: Audit) -> Tile:
     """Make the tile of the audit page on copies within the training data: how many, and whether they are still there.
 
-    Not measured if not looked for, good if all were taken out or none were found. Else its level goes by the share of rows that
-    are copies still in the data.
+    Not measured if not looked for, good if all were taken out or none were found. Else the severity goes by the share of rows
+    that are copies still in the data.
     """
     if not audit.duplicates:
-        return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, anchor="duplicates")
+        return Tile("Duplicates", NOT_MEASURED, "not looked for", Severity.not_measured, anchor="duplicates")
     num_found = sum(copies.documents for copies in audit.duplicates.values())
     # Copies that are still in the data, by kind ("exact", "normalized", "near").
     num_left_in_by_kind: dict[str, int] = {}
@@ -360,41 +369,43 @@ def _duplicates_tile(audit: Audit) -> Tile:
     num_left_in = sum(num_left_in_by_kind.values())
     if not num_left_in:
         note = "taken out" if num_found else "none found"
-        return Tile("Duplicates", f"{num_found:,}", note, Level.good, anchor="duplicates")
+        return Tile("Duplicates", f"{num_found:,}", note, Severity.good, anchor="duplicates")
     share = num_left_in / max(audit.conserved["rows_in"], 1)
     advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in num_left_in_by_kind) + " takes them out"
     note = f"still in the data, {format_percent(share)} of the rows"
-    level = _level_of_share(share, look_above=_LOOK_ABOVE_SHARE, act_above=_ACT_ABOVE_SHARE)
-    return Tile("Duplicates", f"{num_left_in:,}", note, level, anchor="duplicates", advice=advice)
+    severity = _severity_of_share(share, warning_above=_WARNING_ABOVE_SHARE, critical_above=_CRITICAL_ABOVE_SHARE)
+    return Tile("Duplicates", f"{num_left_in:,}", note, severity, anchor="duplicates", advice=advice)
 
 
 def _personal_data_tile(audit: Audit) -> Tile:
     """Make the tile of the audit page on documents with personal data: how many, and what was done about it.
 
-    Not measured without a search; good if nothing was found or all of it was treated; else look, or act for types in
+    Not measured without a search; good if nothing was found or all of it was treated. Else a warning, or critical for types in
     `HARMFUL_TYPES_REGEX`.
     """
     privacy = audit.privacy
     if privacy is None or not privacy.num_scanned:
         advice = "set data.privacy.mode=report"
-        return Tile("Personal data", NOT_MEASURED, "not looked for", Level.none, anchor="privacy", advice=advice)
+        return Tile(
+            "Personal data", NOT_MEASURED, "not looked for", Severity.not_measured, anchor="privacy", advice=advice
+        )
     limits = "" if privacy.looked_for_names else "; people and places were not looked for"
     scope = f"in {plural(privacy.num_scanned, 'document')} searched"
     if not privacy.num_with_findings:
-        return Tile("Personal data", "0", f"none found {scope}{limits}", Level.good, anchor="privacy")
+        return Tile("Personal data", "0", f"none found {scope}{limits}", Severity.good, anchor="privacy")
     shown_number = f"{privacy.num_with_findings:,}"
     treatment = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(privacy.mode)
     if treatment:
         note = f"documents with findings, {treatment}{limits}"
-        return Tile("Personal data", shown_number, note, Level.good, anchor="privacy")
+        return Tile("Personal data", shown_number, note, Severity.good, anchor="privacy")
     harmful_types = [type_name for type_name in privacy.types if HARMFUL_TYPES_REGEX.search(type_name)]
-    level = Level.look
+    severity = Severity.warning
     note = f"documents with findings {scope}{limits}"
     if harmful_types:
-        level = Level.act
+        severity = Severity.critical
         note = f"documents left in, with {', '.join(harmful_types[:3])}{limits}"
     advice = "data.privacy.mode=redact replaces what was found"
-    return Tile("Personal data", shown_number, note, level, anchor="privacy", advice=advice)
+    return Tile("Personal data", shown_number, note, severity, anchor="privacy", advice=advice)
 
 
 def known_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
@@ -411,8 +422,8 @@ def known_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
         gaps.append(f"{plural(num_unusable, 'row')} could not be used, listed in {audit.quarantine['file']}")
     gaps += _privacy_gaps(audit)
     for tile in (_leakage_tile(audit), _duplicates_tile(audit), _truncated_tile(audit)):
-        if tile.level is not Level.good:
-            shown_value = "" if tile.level is Level.none else tile.value
+        if tile.severity is not Severity.good:
+            shown_value = "" if tile.severity is Severity.not_measured else tile.value
             gaps.append(f"{tile.title.lower()}: {shown_value} {tile.note}")
     setting_values = audit.words  # by name
     if audit.leakage and setting_values["data.leakage.near"] is False:
