@@ -201,7 +201,7 @@ def test_turn_weights_make_the_same_store_for_any_workers_and_shards(tmp_path):
     weights = np.fromfile(stores[0] / "weights.bin", np.float32)
     mask = np.fromfile(stores[0] / "supervised.bin", np.uint8)
     assert ((weights > 0) == mask).all() and set(weights.tolist()) == {0.0, 1.0, 0.5, np.float32(0.3).item()}
-    assert isinstance(TokenDataset.open(stores[0] / "train").sample(0).learned_weight(), int)
+    assert isinstance(TokenDataset.open(stores[0] / "train").sample(0).total_target_weight(), int)
 
 
 def test_turn_weights_are_in_a_batch_only_where_one_is_below_1(tmp_path):
@@ -248,7 +248,7 @@ def test_turn_weight_of_an_encoder_decoder_answer():
     for _, (sample,) in data_spec.sequences(encoder, documents, config, Tally()):
         assert sample.answer_begin() <= 8
         assert (sample.weights == np.where(sample.supervised, np.float32(0.5), 0)).all()
-        assert sample.learned_weight() == 0.5 * sample.supervised.sum() == 2.0
+        assert sample.total_target_weight() == 0.5 * sample.supervised.sum() == 2.0
     plain = next(encoder.encode([document(("user", "a", 1), ("assistant", "b", 1))]))[1]
     assert plain.weights is None
     asked = document(("user", "a", 1), ("assistant", "b", 1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.data.config import DataFormat
 
@@ -226,6 +226,14 @@ MAX_SHOWN_NAMES = 20
 """Names of columns that the report shows."""
 
 
+class _UnreadNames(NamedTuple):
+    """Columns of a row that are neither read nor ignored."""
+
+    names: list[str]
+    meaningful: list[str]
+    """Those among them that carry meaning, such as images, and have a value in the row."""
+
+
 @dataclass(slots=True)
 class UnreadColumns:
     """Remembers which columns of a source nothing reads, for the report, and rejects rows where such a column carries meaning.
@@ -239,8 +247,8 @@ class UnreadColumns:
     setting: str
     """The setting that renames columns, for messages."""
     names: dict[str, None] = field(default_factory=dict)
-    _unread_and_meaningful_by_columns: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
-    """What `_unread_and_meaningful` returned for rows with the same columns."""
+    _unread_names_by_columns: dict[tuple[Any, ...], _UnreadNames] = field(default_factory=dict)
+    """What `_unread_names` returned for rows with the same columns."""
 
     def add_from_row(
         self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
@@ -250,8 +258,8 @@ class UnreadColumns:
         A picture or a tool call that the model never sees changes what the answer means. `unloaded_columns`: further columns of
         the file, whose values were not read. `read_columns`: those that are read.
         """
-        unread_names, meaningful_unread_names = self._unread_and_meaningful(fields, unloaded_columns, read_columns)
-        for name in meaningful_unread_names:
+        unread = self._unread_names(fields, unloaded_columns, read_columns)
+        for name in unread.meaningful:
             if not is_blank_value(fields[name]):
                 raise RowError(
                     f"unread_{name}",
@@ -259,28 +267,27 @@ class UnreadColumns:
                     f"{self.setting}, or set data.ignore_columns=[{name}] to train without it",
                 )
         if len(self.names) < MAX_REMEMBERED_NAMES:
-            self.names.update(dict.fromkeys(unread_names))
+            self.names.update(dict.fromkeys(unread.names))
 
-    def _unread_and_meaningful(
+    def _unread_names(
         self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
-    ) -> tuple[list[str], list[str]]:
-        """Find (columns of a row that are neither read nor ignored, of these the ones that carry meaning and have a value).
+    ) -> _UnreadNames:
+        """Find the columns of a row that nothing reads and that are not ignored; the parameters are as in `add_from_row`.
 
         It depends on the names of the columns alone. Most rows of a source have the same columns, so the answer is remembered.
-        The parameters are as in `add_from_row`.
         """
         all_columns = (read_columns, unloaded_columns, *fields)
-        remembered = self._unread_and_meaningful_by_columns.get(all_columns)
+        remembered = self._unread_names_by_columns.get(all_columns)
         if remembered is not None:
             return remembered
-        unread_names = []
+        names = []
         for name in (*fields, *unloaded_columns):
             if name not in read_columns and name not in self.ignored:
-                unread_names.append(name)
-        meaningful_unread_names = [name for name in self.meaningful if name in unread_names and name in fields]
-        if len(self._unread_and_meaningful_by_columns) < MAX_REMEMBERED_NAMES:
-            self._unread_and_meaningful_by_columns[all_columns] = unread_names, meaningful_unread_names
-        return unread_names, meaningful_unread_names
+                names.append(name)
+        unread = _UnreadNames(names, [name for name in self.meaningful if name in names and name in fields])
+        if len(self._unread_names_by_columns) < MAX_REMEMBERED_NAMES:
+            self._unread_names_by_columns[all_columns] = unread
+        return unread
 
 
 def shorten_name_list(names: Collection[str]) -> list[str]:

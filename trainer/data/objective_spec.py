@@ -93,7 +93,7 @@ class DataSpec:
 
         Stored with the prepared data. A first token is no target, since nothing predicts it.
         """
-        return {"loss": sample.learned_weight()}
+        return {"loss": sample.total_target_weight()}
 
     def number_labels(
         self, columns: DocumentColumns, table: DocumentTable

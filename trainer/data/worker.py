@@ -32,7 +32,7 @@ from trainer.data.store.documents import to_record_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
 from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.encode import Encoder
-from trainer.data.tokens.truncation import last_learned_id
+from trainer.data.tokens.truncation import last_supervised_id
 from trainer.data.transforms.checks import Checks, Cleaner
 from trainer.data.transforms.decontamination import Decontaminator, texts_to_decontaminate_from
 from trainer.data.transforms.filters import Filters
@@ -202,7 +202,7 @@ class BlockMaker:
                 sample.marks[REPLAY] = is_replay
         block.sequences = Sequences.from_samples(samples, self.data_spec.counts)
         # For the report: whether the last target of a sequence is an end-of-turn token, so that the model learns to stop.
-        is_ended = [last_learned_id(sample) in self.encoder.end_ids for sample in samples]
+        is_ended = [last_supervised_id(sample) in self.encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(is_ended, np.int64)
         return tokenised
 

@@ -410,9 +410,9 @@ def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> AnswerRow
         encoder_attention_mask=batch["attention_mask"],
         use_cache=False,
     ).last_hidden_state
-    learned_positions = batch["target_rows"]
-    hidden = hidden.reshape(-1, hidden.shape[-1])[learned_positions]
-    targets = batch["targets"].view(-1)[learned_positions]
+    supervised_positions = batch["target_rows"]
+    hidden = hidden.reshape(-1, hidden.shape[-1])[supervised_positions]
+    targets = batch["targets"].view(-1)[supervised_positions]
     if getattr(seq2seq_model.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
         hidden = hidden * seq2seq_model.config.d_model**-0.5
     bias = getattr(seq2seq_model, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output

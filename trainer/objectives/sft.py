@@ -112,7 +112,7 @@ class SftDataSpec(UnlabelledDataSpec):
 
         A document's first token is no target, since nothing predicts it.
         """
-        num_learned = sample.learned_weight()
+        num_learned = sample.total_target_weight()
         counts = {"loss": num_learned}
         if REPLAY in sample.marks:
             counts[REPLAY] = num_learned * int(sample.marks[REPLAY])

@@ -277,7 +277,7 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
     sample = dataset.sample(index)
     heading = f"{split} {index} · {dataset.lengths[index]:,} tokens, {int(dataset.num_supervised[index]):,} learned"
     # Turns may count for less than 1 in the loss.
-    weight_sum = sample.learned_weight()
+    weight_sum = sample.total_target_weight()
     if weight_sum != dataset.num_supervised[index]:
         heading += f" (total weight {weight_sum:g})"
     if row is not None:

@@ -69,7 +69,7 @@ class Sample:
             return None
         return weights
 
-    def learned_weight(self) -> float:
+    def total_target_weight(self) -> float:
         """What the targets of the sequence count for in the loss, together: their number, or the sum of their weights.
 
         `math.fsum` rounds once, so that the sum is the same in any order.
@@ -95,8 +95,8 @@ class Sample:
 
     def answer_begin(self) -> int:
         """Position of the first learned token; the length of the sequence if none is learned (a filler)."""
-        learned_positions = np.flatnonzero(self.supervised)
-        return int(learned_positions[0]) if len(learned_positions) else len(self.input_ids)
+        supervised_positions = np.flatnonzero(self.supervised)
+        return int(supervised_positions[0]) if len(supervised_positions) else len(self.input_ids)
 
 
 class TokenDataset:

@@ -326,8 +326,8 @@ class Encoder:
         )
         for rendered, (document, messages, escaped_messages) in zip(rendered_conversations, conversations, strict=True):
             if any("weight" in message for message in messages):  # without weights, all learned tokens count 1
-                learned_indices = template.learned_turn_indices(messages)
-                rendered.loss_weights = span_weights(learned_indices, messages, rendered, document.location)
+                supervised_indices = template.supervised_turn_indices(messages)
+                rendered.loss_weights = span_weights(supervised_indices, messages, rendered, document.location)
             if escaped_messages is not messages:
                 rendered.escaped = True
                 check_same_text_without_escaping(template, document, messages, rendered)
@@ -351,10 +351,10 @@ class Encoder:
 
     def _context_turn_indices(self, messages: list[Message]) -> list[int]:
         """Indices of the messages that are only read: neither written by the assistant nor supervised."""
-        learned_indices = self.template.learned_turn_indices(messages) if self.template else ()
+        supervised_indices = self.template.supervised_turn_indices(messages) if self.template else ()
         context_indices = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" and index not in learned_indices:
+            if message["role"] != "assistant" and index not in supervised_indices:
                 context_indices.append(index)
         return context_indices
 

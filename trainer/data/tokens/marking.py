@@ -64,7 +64,7 @@ class RenderedConversation:
     """A plain conversation, as the template wrote it, and which of its turns are supervised."""
 
     messages: list[Message]
-    learned_indices: list[int]
+    supervised_indices: list[int]
     """Indices of the supervised turns in `messages`, ascending."""
     text: str
     """As the template rendered the messages, without marks."""
@@ -72,9 +72,9 @@ class RenderedConversation:
     """`file:line` of the row, for errors."""
 
     @property
-    def learned_roles(self) -> list[str]:
+    def supervised_roles(self) -> list[str]:
         """The roles of the supervised turns."""
-        return [self.messages[index]["role"] for index in self.learned_indices]
+        return [self.messages[index]["role"] for index in self.supervised_indices]
 
 
 class SpanFinder:
@@ -141,11 +141,11 @@ class SpanFinder:
                 whitespace[index] = (before, after)
             roles.append(message["role"])
             contents.append(trimmed)
-        shape = (*roles, tuple(conversation.learned_indices), *whitespace.items())
+        shape = (*roles, tuple(conversation.supervised_indices), *whitespace.items())
         if shape in self._skeletons:
             skeleton = self._skeletons[shape]
         else:
-            skeleton = self._learn_skeleton(shape, roles, conversation.learned_indices, whitespace)
+            skeleton = self._learn_skeleton(shape, roles, conversation.supervised_indices, whitespace)
         if skeleton is None:
             return None
         closed_text = skeleton.fit(contents, conversation.text)
@@ -167,7 +167,7 @@ class SpanFinder:
             self._skeletons[shape] = None
 
     def _learn_skeleton(
-        self, shape: Shape, roles: list[str], learned_indices: list[int], whitespace: ContentWhitespace
+        self, shape: Shape, roles: list[str], supervised_indices: list[int], whitespace: ContentWhitespace
     ) -> Skeleton | None:
         """Learn and remember the skeleton of a shape: what the template writes around the contents of such conversations.
 
@@ -184,16 +184,16 @@ class SpanFinder:
             return None
         if len(self._skeletons) >= _MAX_REMEMBERED_SHAPES:
             self._skeletons.clear()
-        self._skeletons[shape] = self._make_skeleton(roles, learned_indices, whitespace)
+        self._skeletons[shape] = self._make_skeleton(roles, supervised_indices, whitespace)
         return self._skeletons[shape]
 
     def _make_skeleton(
-        self, roles: list[str], learned_indices: list[int], whitespace: ContentWhitespace
+        self, roles: list[str], supervised_indices: list[int], whitespace: ContentWhitespace
     ) -> Skeleton | None:
         """Find what the template writes around contents, by rendering a conversation whose contents are placeholders.
 
-        `roles`: one a turn. `learned_indices`: the supervised turns. `whitespace`: what stands around the content of a turn, by
-        its index.
+        `roles`: one a turn. `supervised_indices`: the supervised turns. `whitespace`: what stands around the content of a turn,
+        by its index.
 
         None if the template refuses the placeholders, or writes something else than them with a fixed text around.
         """
@@ -207,7 +207,7 @@ class SpanFinder:
             messages.append({"role": role, "content": before + placeholder + after})
         try:
             text = self._render(messages)
-            closed_text = self._spans_by_marking(RenderedConversation(messages, learned_indices, text, location=""))
+            closed_text = self._spans_by_marking(RenderedConversation(messages, supervised_indices, text, location=""))
             return cut_skeleton(placeholders, text, closed_text, self._added_tokens)
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
             return None
@@ -229,10 +229,10 @@ class SpanFinder:
                 raise
             conversation = replace(conversation, text=text_now)
             spans = self._content_spans(conversation)
-        return self.close_turns(conversation.text, spans, conversation.learned_roles)
+        return self.close_turns(conversation.text, spans, conversation.supervised_roles)
 
     def _content_spans(self, conversation: RenderedConversation) -> Spans:
-        """Find the spans of supervised contents in a conversation's text, one for each of its `learned_indices`.
+        """Find the spans of supervised contents in a conversation's text, one for each of its `supervised_indices`.
 
         Marks are characters around a content that show where it comes out. A template may trim contents, or take thoughts out of
         them. So marks are put there in three ways, and the first that leaves the rest of the text unchanged is taken.
@@ -241,7 +241,7 @@ class SpanFinder:
         the text, RefusedDocument if the thought of the last turn is lost.
         """
         for mark_content in (mark_whole, mark_trimmed, mark_thought):
-            markers = dict.fromkeys(conversation.learned_indices, mark_content)
+            markers = dict.fromkeys(conversation.supervised_indices, mark_content)
             turns = render_marked(self._render, conversation.messages, conversation.text, markers)
             if turns is None:  # with these marks the template writes something else
                 continue
@@ -257,7 +257,7 @@ class SpanFinder:
                     begin = self._thought_turn_begin(conversation, number, turn.thought_begin)
                 spans.append((begin, turn.content_end))
             return spans
-        role = conversation.learned_roles[-1]
+        role = conversation.supervised_roles[-1]
         article = "an" if role == "assistant" else "a"
         raise DataError(
             f"{conversation.location}: the chat template changes the text of {article} {role} turn (more than "
@@ -272,7 +272,7 @@ class SpanFinder:
         only, or line ends only.
         """
         widened_turns = []
-        for number, (index, turn) in enumerate(zip(conversation.learned_indices, turns, strict=True)):
+        for number, (index, turn) in enumerate(zip(conversation.supervised_indices, turns, strict=True)):
             content = conversation.messages[index]["content"]
             if content != content.strip():
                 # By (begin, end): the turn, if marks around content[begin:end] leave the text as it is. Each is a rendering.
@@ -289,8 +289,8 @@ class SpanFinder:
         Used to try how much of the content's outer whitespace the template keeps. `number`: which supervised turn, from 0.
         """
         # The other turns get marks that are known to leave the text as it is.
-        markers: dict[int, Marker] = dict.fromkeys(conversation.learned_indices, mark_trimmed)
-        markers[conversation.learned_indices[number]] = partial(mark_between, begin=begin, end=end)
+        markers: dict[int, Marker] = dict.fromkeys(conversation.supervised_indices, mark_trimmed)
+        markers[conversation.supervised_indices[number]] = partial(mark_between, begin=begin, end=end)
         turns = render_marked(self._render, conversation.messages, conversation.text, markers)
         return None if turns is None else turns[number]
 
@@ -302,8 +302,8 @@ class SpanFinder:
 
         `turn`: where supervised turn `number` (from 0) stands in the text.
         """
-        has_thought = "</think>" in conversation.messages[conversation.learned_indices[number]]["content"]
-        is_last = number == len(conversation.learned_indices) - 1
+        has_thought = "</think>" in conversation.messages[conversation.supervised_indices[number]]["content"]
+        is_last = number == len(conversation.supervised_indices) - 1
         if has_thought and is_last and "</think>" not in conversation.text[turn.content_begin : turn.content_end]:
             raise RefusedDocument(
                 conversation.location,
@@ -321,7 +321,7 @@ class SpanFinder:
         `number`: which supervised turn, from 0. Raises RefusedDocument if the text does not begin with the prompt.
         """
         # The turns before this one, with the header of an assistant turn, such as "<|im_start|>assistant".
-        earlier_turns = conversation.messages[: conversation.learned_indices[number]]
+        earlier_turns = conversation.messages[: conversation.supervised_indices[number]]
         prompt = self._render(earlier_turns, prompt=True)
         if not conversation.text.startswith(prompt) or len(prompt) > thought_begin:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"

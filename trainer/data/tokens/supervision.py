@@ -88,16 +88,16 @@ def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
 
 
 def span_weights(
-    learned_indices: list[int], messages: list[Message], rendered: RenderedText, location: str
+    supervised_indices: list[int], messages: list[Message], rendered: RenderedText, location: str
 ) -> list[float] | None:
     """What each supervised span of a rendered conversation counts for in the loss: the `weight` of its message, by default 1.
 
-    `learned_indices`: indices of the supervised messages, one for each of `rendered.spans`. None if each counts as 1.
+    `supervised_indices`: indices of the supervised messages, one for each of `rendered.spans`. None if each counts as 1.
 
     Raises RefusedDocument, with the row's `location` (`file:line`), if the chat template marks another number of spans than
     there are supervised messages: its `{% generation %}` blocks need not be one a message.
     """
-    weights = [messages[index].get("weight", 1.0) for index in learned_indices]
+    weights = [messages[index].get("weight", 1.0) for index in supervised_indices]
     if all(weight == 1 for weight in weights):
         return None
     if len(rendered.spans) != len(weights):

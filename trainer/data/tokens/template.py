@@ -47,7 +47,7 @@ class PreparedConversation:
 
     messages: list[Message]
     """As the template gets them, up to the last learned one."""
-    learned_indices: list[int]
+    supervised_indices: list[int]
     """Which of them are learned."""
     location: str
     """`file:line` of the row."""
@@ -121,19 +121,19 @@ class ChatTemplate:
     def _turn_span_finder(self) -> TurnSpanFinder:
         return TurnSpanFinder(self._render, self.learn.reasoning, self._added_tokens, self._end_tokens_by_role)
 
-    def learned_turn_indices(self, messages: Sequence[Message]) -> list[int]:
+    def supervised_turn_indices(self, messages: Sequence[Message]) -> list[int]:
         """Decide which messages of a conversation are supervised: their indices, ascending.
 
         A message's own `train` goes before `data.learn.roles`. With `data.learn.turns=last`, only the last of them.
         """
-        learned_indices = []
+        supervised_indices = []
         for index, message in enumerate(messages):
             is_marked = message.get("train")  # None if the message does not say
             if is_marked or (is_marked is None and message["role"] in self.learn.roles):
-                learned_indices.append(index)
+                supervised_indices.append(index)
         if self.learn.turns is LearnTurns.last:
-            return learned_indices[-1:]
-        return learned_indices
+            return supervised_indices[-1:]
+        return supervised_indices
 
     def render_all(
         self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
@@ -170,7 +170,9 @@ class ChatTemplate:
             indices = []
             for index, conversation in enumerate(conversations):
                 is_plain = conversation.tool_conversation is None
-                if is_plain and uses_blocks is self._uses_blocks(conversation.messages, conversation.learned_indices):
+                if is_plain and uses_blocks is self._uses_blocks(
+                    conversation.messages, conversation.supervised_indices
+                ):
                     indices.append(index)
             options = {"return_assistant_tokens_mask": True} if uses_blocks else {}
             rendered = self._render_batch_or_each([conversations[index] for index in indices], **options)
@@ -185,18 +187,18 @@ class ChatTemplate:
         `text_and_blocks`: a plain conversation as it was rendered; None for one with tools, calls or thoughts, which is rendered
         here. `try_skeleton`: use what is remembered of similar conversations. Raises DataError and RefusedDocument.
         """
-        learned_indices = conversation.learned_indices
+        supervised_indices = conversation.supervised_indices
         if conversation.tool_conversation is not None:
-            return self._render_with_tools(conversation.tool_conversation, learned_indices)
+            return self._render_with_tools(conversation.tool_conversation, supervised_indices)
         assert text_and_blocks is not None, "plain conversations are rendered before"
-        if self._uses_blocks(conversation.messages, learned_indices):
+        if self._uses_blocks(conversation.messages, supervised_indices):
             return self._spans_from_blocks(
-                conversation.messages, learned_indices, conversation.location, text_and_blocks
+                conversation.messages, supervised_indices, conversation.location, text_and_blocks
             )
-        if not learned_indices:
+        if not supervised_indices:
             return RenderedText(text_and_blocks.text, [])
         rendered = RenderedConversation(
-            conversation.messages, learned_indices, text_and_blocks.text, conversation.location
+            conversation.messages, supervised_indices, text_and_blocks.text, conversation.location
         )
         closed = self._span_finder.find_spans(rendered, try_skeleton=try_skeleton)
         return RenderedText(closed.text, closed.spans)
@@ -257,10 +259,10 @@ class ChatTemplate:
 
         Raises RefusedDocument if a text has one of the private-use characters by which spans are found.
         """
-        learned_indices = self.learned_turn_indices(messages)
-        if learned_indices:
+        supervised_indices = self.supervised_turn_indices(messages)
+        if supervised_indices:
             # Nothing is learned behind it.
-            messages = messages[: learned_indices[-1] + 1]
+            messages = messages[: supervised_indices[-1] + 1]
         for message in messages:
             _check_no_reserved_characters(message, location)
         # `train` and `weight` are for us, and a template must not see them.
@@ -268,12 +270,12 @@ class ChatTemplate:
         if self.learn.reasoning is Reasoning.drop:
             turns = [_without_thought(message, location) for message in turns]
         if not tools and self._is_plain(turns):
-            return PreparedConversation(turns, learned_indices, location, tool_conversation=None)
+            return PreparedConversation(turns, supervised_indices, location, tool_conversation=None)
         # Finds out first, by trial, how this template wants tool calls.
         tool_conversation: TemplateConversation = self._call_template(
             self._turn_span_finder.convert_conversation, turns, tools, location, location=location
         )
-        return PreparedConversation(tool_conversation.messages, learned_indices, location, tool_conversation)
+        return PreparedConversation(tool_conversation.messages, supervised_indices, location, tool_conversation)
 
     def _is_plain(self, turns: list[Message]) -> bool:
         """Whether a conversation can be rendered in a batch: only a role and a content in each turn, and no thought to treat."""
@@ -329,41 +331,41 @@ class ChatTemplate:
                 "model.chat_template",
             ) from error
 
-    def _render_with_tools(self, conversation: TemplateConversation, learned_indices: list[int]) -> RenderedText:
+    def _render_with_tools(self, conversation: TemplateConversation, supervised_indices: list[int]) -> RenderedText:
         """Render a conversation with tools, tool calls or thoughts, and find its supervised spans.
 
         The spans come from the template's `{% generation %}` blocks if it has some, else from a second rendering, with marks
-        around each supervised turn. `learned_indices`: the supervised turns. Raises RefusedDocument if the template leaves
+        around each supervised turn. `supervised_indices`: the supervised turns. Raises RefusedDocument if the template leaves
         something of the conversation out.
         """
         finder = self._turn_span_finder
         text = finder.render_and_check_complete(conversation)
-        if not learned_indices:
+        if not supervised_indices:
             return RenderedText(text, [])
-        if self._uses_blocks(conversation.messages, learned_indices):
-            finder.check_thought_not_lost(conversation, learned_indices[-1], text)
-            return self._render_with_tools_and_blocks(conversation, learned_indices)
-        closed = finder.find_spans(conversation, learned_indices, text, str(self.tokenizer.eos_token))
+        if self._uses_blocks(conversation.messages, supervised_indices):
+            finder.check_thought_not_lost(conversation, supervised_indices[-1], text)
+            return self._render_with_tools_and_blocks(conversation, supervised_indices)
+        closed = finder.find_spans(conversation, supervised_indices, text, str(self.tokenizer.eos_token))
         return RenderedText(closed.text, closed.spans)
 
     def _render_with_tools_and_blocks(
-        self, conversation: TemplateConversation, learned_indices: list[int]
+        self, conversation: TemplateConversation, supervised_indices: list[int]
     ) -> RenderedText:
         """Render a conversation with tools, calls or thoughts by a template that encloses supervised turns in blocks itself.
 
-        These are its `{% generation %}` blocks. `learned_indices`: the supervised turns, all of the assistant. Raises
+        These are its `{% generation %}` blocks. `supervised_indices`: the supervised turns, all of the assistant. Raises
         RefusedDocument if blocks and turns do not match.
         """
         (text_and_blocks,) = self._render_batch(
             [conversation.messages], tools=conversation.tools, return_assistant_tokens_mask=True
         )
         rendered = self._spans_from_blocks(
-            conversation.messages, learned_indices, conversation.location, text_and_blocks
+            conversation.messages, supervised_indices, conversation.location, text_and_blocks
         )
         if self.learn.reasoning is Reasoning.context:
             # Thoughts inside the blocks are shown, not learned.
             spans_behind_thoughts = []
-            for index, (begin, end) in zip(learned_indices, rendered.spans, strict=True):
+            for index, (begin, end) in zip(supervised_indices, rendered.spans, strict=True):
                 thought = thought_of(conversation.messages[index])
                 spans_behind_thoughts.append((thought_end(thought, rendered.text, begin, end), end))
             rendered.spans = spans_behind_thoughts
@@ -399,21 +401,21 @@ class ChatTemplate:
         ((text, _),) = self._render_batch([messages], add_generation_prompt=prompt, tools=tools)
         return text
 
-    def _uses_blocks(self, messages: list[Message], learned_indices: list[int]) -> bool:
+    def _uses_blocks(self, messages: list[Message], supervised_indices: list[int]) -> bool:
         """Whether supervised spans come from the template's `{% generation %}` blocks, which enclose assistant turns.
 
         They do if it has some, and all supervised turns are the assistant's.
         """
-        if not self.has_generation_blocks or not learned_indices:
+        if not self.has_generation_blocks or not supervised_indices:
             return False
-        return all(messages[index]["role"] == "assistant" for index in learned_indices)
+        return all(messages[index]["role"] == "assistant" for index in supervised_indices)
 
     def _spans_from_blocks(
-        self, messages: list[Message], learned_indices: list[int], location: str, text_and_blocks: TextAndBlocks
+        self, messages: list[Message], supervised_indices: list[int], location: str, text_and_blocks: TextAndBlocks
     ) -> RenderedText:
         """Find the supervised spans of a conversation in the template's `{% generation %}` blocks, which enclose assistant turns.
 
-        `learned_indices`: the supervised turns, all of the assistant. `text_and_blocks`: as `_render_batch` gives them.
+        `supervised_indices`: the supervised turns, all of the assistant. `text_and_blocks`: as `_render_batch` gives them.
 
         Raises RefusedDocument if a block is empty. Also if only some assistant turns are supervised, and the template has not one
         block for each turn, so that blocks cannot be told apart.
@@ -423,7 +425,7 @@ class ChatTemplate:
         if not spans or any(begin >= end for begin, end in spans):
             raise template_refusal(location, "the {% generation %} blocks of the chat template are empty here")
         assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if assistant_turns != learned_indices:
+        if assistant_turns != supervised_indices:
             if len(spans) != len(assistant_turns):
                 raise template_refusal(
                     location,
@@ -431,7 +433,7 @@ class ChatTemplate:
                     f"{{% generation %}} blocks for {len(assistant_turns)} turns; learn all turns or give another template "
                     "in model.chat_template",
                 )
-            spans = [spans[assistant_turns.index(index)] for index in learned_indices]
+            spans = [spans[assistant_turns.index(index)] for index in supervised_indices]
         roles = ["assistant"] * len(spans)
         # Blocks of some templates hold the end-of-turn token, and those of others do not.
         closed = self._span_finder.close_turns(text, spans, roles, already_closed=tuple(self.end_tokens))

@@ -156,20 +156,20 @@ class TurnSpanFinder:
             return True
 
     def find_spans(
-        self, conversation: TemplateConversation, learned_indices: list[int], text: str, eos: str
+        self, conversation: TemplateConversation, supervised_indices: list[int], text: str, eos: str
     ) -> ClosedText:
         """Find the supervised characters of a conversation that the template rendered as `text`: one span [begin, end) a turn.
 
         A span reaches from where the model begins to write, over thought, content and calls, to the token that closes the turn.
 
-        `learned_indices`: indices of the supervised turns. `eos`: the tokenizer's EOS. Returns the text with the spans; EOS is
+        `supervised_indices`: indices of the supervised turns. `eos`: the tokenizer's EOS. Returns the text with the spans; EOS is
         appended if the template does not close the last turn. Raises RefusedDocument if a turn, or the end of its calls, cannot
         be found.
         """
         spans: list[tuple[int, int]] = []
-        for index in learned_indices:
+        for index in supervised_indices:
             message = conversation.messages[index]
-            is_final = index == learned_indices[-1]
+            is_final = index == supervised_indices[-1]
             position = self._locate_turn(_RenderedTurn(conversation, index, text), is_final=is_final)
             end = position.end
             end_token = self._match_end_token(text, end, position.next_turn_begin, message, is_final=is_final)

@@ -94,10 +94,10 @@ def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: T
             tally.note("tokenise", code, document.location)
 
 
-def last_learned_id(sample: Sample) -> int:
+def last_supervised_id(sample: Sample) -> int:
     """Id of the last supervised token of a sample, which should close a turn; -1 if no token is supervised."""
-    learned_positions = np.flatnonzero(sample.supervised)
-    return int(sample.input_ids[learned_positions[-1]]) if len(learned_positions) else -1
+    supervised_positions = np.flatnonzero(sample.supervised)
+    return int(sample.input_ids[supervised_positions[-1]]) if len(supervised_positions) else -1
 
 
 def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
@@ -110,7 +110,7 @@ def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[s
     """
     codes: list[str] = []
     spells_control_tokens = encoder.escaper.is_spelled_in
-    last_id = last_learned_id(sample)
+    last_id = last_supervised_id(sample)
     is_labelled_text = LABEL in sample.marks  # of which the label is learned, and no token
     if not is_labelled_text and last_id not in encoder.end_ids:
         codes.append("no_supervised" if last_id < 0 else "missing_eos")
@@ -294,10 +294,10 @@ def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message
     if encoder.template is None:
         raise AssertionError("a conversation was encoded without a chat template")
     turns = (document.messages or []) + (document.chosen or [])  # of a pair, the preferred answer stands for both
-    learned_indices = encoder.template.learned_turn_indices(turns)
-    if learned_indices:
-        turns = turns[: learned_indices[-1] + 1]
-    turns = [{**turn, "train": index in learned_indices} for index, turn in enumerate(turns)]
+    supervised_indices = encoder.template.supervised_turn_indices(turns)
+    if supervised_indices:
+        turns = turns[: supervised_indices[-1] + 1]
+    turns = [{**turn, "train": index in supervised_indices} for index, turn in enumerate(turns)]
     num_system_turns = next((index for index, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
     exchanges: list[list[Message]] = []
     previous_role = None
