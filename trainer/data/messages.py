@@ -257,7 +257,11 @@ def _parse_weight(value: Any, shown_name: str) -> float:
 
 
 def require_learnable(turns: list[Message]) -> list[Message]:
-    """Return the turns of a conversation, after a check that it begins as it must and has a turn to learn. Raises RowError."""
+    """Return the turns of a conversation, after a check that it begins as it must and has a turn to learn.
+
+    Raises RowError, whose reason counts the row among the rejected ones: "assistant_first", "no_assistant_turn",
+    "no_learned_turn".
+    """
     roles = [turn["role"] for turn in turns]
     if roles[0] in ("assistant", "tool"):
         message = f"the conversation begins with a turn of the {roles[0]}; it must begin with a system or a user turn"

@@ -393,7 +393,10 @@ def save_block(block: PreparedBlock, path: Path) -> None:
 
 
 def load_block(path: Path) -> PreparedBlock:
-    """Read a prepared block from the `.npz` file that `save_block` wrote, perhaps in another job. Keys are explained there."""
+    """Read a prepared block from the `.npz` file that `save_block` wrote, perhaps in another job. Keys are explained there.
+
+    Without pickles, so that a file of somebody else cannot run code.
+    """
     import pyarrow as pa
 
     with np.load(path, allow_pickle=False) as file:
@@ -408,6 +411,7 @@ def load_block(path: Path) -> PreparedBlock:
         columns=columns_with_prefix(arrays, "column."),
         weights=arrays.get("weights"),
     )
+    # The names of keys are older than those of the fields.
     return PreparedBlock(
         number=json_fields["number"],
         split=json_fields["split"],

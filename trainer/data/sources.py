@@ -105,7 +105,10 @@ def data_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _path_problems(config: DataConfig) -> Iterator[str]:
-    """Find problems of the settings that name the training data: none is named, it is named twice, or a source has no path."""
+    """Find problems of the settings that name the training data: none is named, it is named twice, or a source has no path.
+
+    Each is one sentence with the setting and what to do. Whether the files exist is not looked at here.
+    """
     has_path = config.path not in (None, "")
     if not has_path and not config.sources:
         yield (

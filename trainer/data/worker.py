@@ -157,7 +157,10 @@ class BlockMaker:
         return remaining
 
     def _stages(self, row_range: RowRange) -> Iterator[Stage]:
-        """Make the stages of preparation that the configuration asks for, in order, each only when the documents come to it."""
+        """Make the stages of preparation that the configuration asks for, in order, each only when the documents come to it.
+
+        A stage looks at one document at a time, and keeps, changes or drops it.
+        """
         config = self.config
         yield Checks(config.checks)
         if config.cleaning != CleaningConfig():

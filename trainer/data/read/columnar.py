@@ -232,7 +232,10 @@ def _column_names(schema: pa.Schema, file_name: str) -> list[str]:
 
 
 def _column_values(column: pa.Array) -> list[Any]:
-    """Turn an Arrow column into values as JSON has them, with a `Fault` for each that JSON has nothing for, such as infinity."""
+    """Turn an Arrow column into Python values as JSON has them: dates as texts, NaN as None.
+
+    A `Fault` stands for each value that JSON has nothing for, such as infinity, and says why.
+    """
     import pyarrow as pa
 
     try:

@@ -94,7 +94,11 @@ def _skip_rest_of_line(stream: BinaryIO, beginning: bytes) -> int:
 
 
 def read_json(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
-    """Read a `.json` file: its rows are the elements of a list, or one object a line. Raises DataError with the line."""
+    """Read a `.json` file: its rows are the elements of a list, or one object a line.
+
+    The first line that is not blank tells which. Rows come unparsed, since workers parse them later. Raises DataError with the
+    line if it is neither.
+    """
     line_number, first_line = _first_filled_line(path)
     if first_line.startswith(b"["):
         return _read_json_list(path)

@@ -127,11 +127,15 @@ def _wrong_cell_count_message(cells: list[str], header: list[str], delimiter: st
 
 
 def _malformed_csv_error(path: InputPath, line: int, lines: _RecordLines, error: csv.Error) -> DataError:
-    """Make the error for a record that the csv module cannot read, with what probably happened. `line`: where it begins."""
+    """Make the error for a record that the csv module cannot read, with what probably happened.
+
+    `line`: the number of the line on which it begins. `lines.num_read`: up to which line it was read.
+    """
     if "unexpected end of data" in str(error):
         fault = "a quote is opened and never closed in the record that starts here"
     elif "new-line character" in str(error):
         fault = "the line holds carriage returns alone; end lines with line feeds, or quote the cell"
+    # `read_csv` has set the module's limit to this size.
     elif "field larger" in str(error):
         fault = f"a cell is longer than {MAX_ROW_BYTES >> 20} MiB, perhaps because a quote is never closed"
     else:

@@ -251,7 +251,10 @@ class Audit(_StrictRecord):
 
     @classmethod
     def read(cls, directory: Path) -> Audit:
-        """Read the audit of a prepared data set from its file. Raises DataError if the file is not exactly of this form."""
+        """Read the audit of a prepared data set from `audit.json`. Raises DataError if the file is not exactly of this form.
+
+        Its key and fault are named: an earlier version may have written it.
+        """
         from pydantic import ValidationError
 
         try:

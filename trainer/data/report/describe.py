@@ -55,7 +55,11 @@ class ReportWriter:
         *,
         digests: Callable[[Path], str],
     ) -> None:
-        """Set up the reports on a finished store of prepared data in `directory`. `digests`: gives the SHA-256 of a file."""
+        """Set up the reports on a finished store of prepared data in `directory`.
+
+        `inputs`: the sources and held-out sets. `formats`: how the rows of each were read, by its (split, source). `digests`:
+        gives the SHA-256 of a file.
+        """
         self.config = config
         self.tokenizer = tokenizer
         self.inputs = inputs
@@ -260,7 +264,11 @@ class ReportWriter:
         return {name: shares for name, shares in shares_by_source.items() if name in self.config.sources}
 
     def _describe_personal_data(self, totals: PreparationTotals) -> audit_schema.PersonalData | None:
-        """Say for the audit what the search for personal data found, by type, the most frequent first; None if it was off."""
+        """Say for the audit what the search for personal data found, by type, the most frequent first; None if it was off.
+
+        `totals`: what was counted while rows were read. Findings have masks of the first few, such as "j***@e***.com", never the
+        data itself.
+        """
         config = self.config.privacy
         if config.mode is PrivacyMode.none:
             return None

@@ -179,7 +179,10 @@ def splits_table(prepared: PreparedEntry) -> RenderableType:
 
 
 def source_and_label_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
-    """Make a table of a split's sequences and tokens by source and by label; None if there is one source and no label."""
+    """Make a table of a split's sequences and tokens by source and by label, for the terminal.
+
+    None if there is one source and no label. At most `MAX_GROUPS` rows, and how many more there are.
+    """
     dataset = prepared.split(split)
     # (kind, name, bool [N]: which sequences are of it)
     groups: list[tuple[str, str, np.ndarray]] = []

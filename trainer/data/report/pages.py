@@ -175,7 +175,10 @@ def datacard_text(audit: Audit, config: CardConfig) -> str:
 
 
 def _card_metadata_yaml(audit: Audit, config: CardConfig, title: str, languages: list[str]) -> str:
-    """Write the hub's metadata of a data set, as YAML: title, licence, languages, size and kind of task."""
+    """Write the hub's metadata of a data set, as YAML: title, licence, languages, size and kind of task.
+
+    The Hugging Face hub reads it from the head of the data card, to list and filter data sets.
+    """
     from huggingface_hub import DatasetCardData
 
     licence, licence_name = parse_hub_licence(escape_control_characters(config.licence or "").strip())

@@ -38,6 +38,7 @@ class PreparationProgress:
     """
 
     def __init__(self, print_line: PrintLine = print_on_rank_0, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin to count what preparation does. `print_line`: shows one line to the user. `clock`: tells seconds."""
         self.phase = "looking at the files"
         self._print_line = print_line
         self._clock = clock

@@ -440,7 +440,10 @@ _MAX_LISTED_SOURCES = 10
 
 
 def _unstated_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
-    """List what the owner did not state in `data.card`, and what nobody detected either: questions, licences, languages."""
+    """List what the owner did not state in `data.card`, and what nobody detected either: questions, licences, languages.
+
+    Each is a short sentence, such as "not stated: the licence of the whole (data.card.licence)".
+    """
     question_by_field = {
         "description": "what it was made for",
         "source_description": "how the data was collected",
@@ -463,7 +466,10 @@ def _unstated_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
 
 
 def _privacy_gaps(audit: Audit) -> list[str]:
-    """List what the search for personal data left out: documents, names of people and places, columns kept for rewards."""
+    """List what the search for personal data left out: documents, names of people and places, columns kept for rewards.
+
+    Each is a short sentence, such as "personal data was not looked for".
+    """
     gaps = []
     privacy = audit.privacy
     num_documents = sum(split.documents for split in audit.splits.values())

@@ -176,7 +176,10 @@ class Filters:
 
 
 def filter_problems(config: FilterConfig) -> Iterator[str]:
-    """Find what is wrong with `data.filters`: bounds that cross, empty phrases, languages that the detector does not know."""
+    """Find what is wrong with `data.filters`: bounds that cross, empty phrases, languages that the detector does not know.
+
+    Each problem is one sentence with the setting and what to do.
+    """
     min_characters = config.min_characters
     max_characters = config.max_characters
     if max_characters is not None and max_characters < min_characters:

@@ -312,7 +312,10 @@ def _international_numbers(candidate: str) -> tuple[PhoneNumberSpan, ...]:
 
 
 def _best_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumberSpan, ...]:
-    """Find the valid telephone numbers in a run of digits, read as in the country of `regions` where one is most certain."""
+    """Find the valid telephone numbers in a run of digits, read as in the country of `regions` where one is most certain.
+
+    The same digits may be a number in several countries. Empty if they are in none. Needs the library phonenumbers.
+    """
     import phonenumbers
 
     best_numbers: list[PhoneNumberSpan] = []

@@ -279,7 +279,10 @@ def _masked_findings(document: Document, findings_by_text: dict[str, list[Privac
 
 
 def raise_if_personal_data(findings: Findings, config: PrivacyConfig) -> None:
-    """Raise DataError if `data.privacy.mode` is `fail` and anything was found. Call it once on the findings of all workers."""
+    """Raise DataError if `data.privacy.mode` is `fail` and anything was found, with counts by type and the first place of each.
+
+    Called once on the findings of all workers, so that the error names all.
+    """
     if config.mode != PrivacyMode.fail or not findings.counts:
         return
     lines = []
@@ -364,7 +367,10 @@ def key_identity() -> str:
 
 
 def privacy_problems(config: PrivacyConfig) -> Iterator[str]:
-    """Find what is wrong with `data.privacy`: types and regions that are not known, types nothing looks for, a missing key."""
+    """Find what is wrong with `data.privacy`: types and regions that are not known, types nothing looks for, a missing key.
+
+    Each problem is one sentence with the setting and what to do.
+    """
     if config.mode == PrivacyMode.none:
         return
     not_looked_for = privacy_coverage(config)["not_looked_for"]
