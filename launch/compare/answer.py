@@ -203,19 +203,20 @@ def titled_sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
     For example ("verdict", ["fsdp2: same loss as ddp within 3e-7"]). A section may have no lines; callers do not show it
     then.
     """
+    points = comparison.points
     setting_lines = []
     for setting in comparison.differences:
         setting_lines.append(f"{setting.key}: {_setting_values_text(setting.values)}")
     return [
         (ANSWER_TITLE, comparison.conclusion.lines),
-        ("verdict", [point.verdict for point in comparison.points]),
-        ("loss curves", _loss_curve_lines(comparison)),
-        ("held-out metrics, before and after", _held_out_metric_lines(comparison)),
-        ("steps that stood out", notable_step_lines(comparison)),
+        ("verdict", [point.verdict for point in points]),
+        ("loss curves", _loss_curve_lines(points)),
+        ("held-out metrics, before and after", _held_out_metric_lines(comparison.held_out_metrics, points)),
+        ("steps that stood out", notable_step_lines(points)),
         ("what differs", setting_lines),
-        ("resolved", resolved_setting_lines(comparison)),
+        ("resolved", resolved_setting_lines(points)),
         ("to know", list(comparison.notes)),
-        (TEST_DOCUMENTS_TITLE, _test_metric_lines(comparison)),
+        (TEST_DOCUMENTS_TITLE, _test_metric_lines(points)),
     ]
 
 
@@ -227,14 +228,14 @@ def _setting_values_text(values: Sequence[Any]) -> str:
     return ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
 
 
-def _loss_curve_lines(comparison: Comparison) -> list[str]:
+def _loss_curve_lines(points: Sequence[ComparedPoint]) -> list[str]:
     """Say for each point with a baseline how far its loss curve is from the baseline's, or why they are not comparable.
 
     The baseline is the point that its loss is compared with. Curves are not comparable if the data, its order or the
     objective differs: `lora: not comparable with full: data.path: a and b`.
     """
     lines = []
-    for point in comparison.points:
+    for point in points:
         if point.baseline_name is None:
             continue
         difference = point.loss_difference
@@ -254,13 +255,13 @@ def _loss_curve_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _held_out_metric_lines(comparison: Comparison) -> list[str]:
+def _held_out_metric_lines(metrics: Sequence[str], points: Sequence[ComparedPoint]) -> list[str]:
     """Show how each held-out metric changed in training: a line `eval/loss  ddp: 2.8700 -> 2.3400` for each point that has
     it.
     """
     lines = []
-    for metric in comparison.held_out_metrics:
-        for point in comparison.points:
+    for metric in metrics:
+        for point in points:
             before = point.measured.metrics_before_training.get(metric)
             after = point.measured.metrics_at_end.get(metric)
             if before is not None or after is not None:
@@ -268,7 +269,7 @@ def _held_out_metric_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _test_metric_lines(comparison: Comparison) -> list[str]:
+def _test_metric_lines(points: Sequence[ComparedPoint]) -> list[str]:
     """Show the metrics of the test documents: a line `test/loss  ddp: 2.3100 (40 documents, looked at once)` for each point
     that has one.
 
@@ -276,7 +277,7 @@ def _test_metric_lines(comparison: Comparison) -> list[str]:
     stands for all. Lines are sorted, so that those of a metric are together.
     """
     lines = []
-    for point in comparison.points:
+    for point in points:
         test_record = point.first_repeat.record.test or {}
         num_documents = test_record.get("documents")
         num_looks = test_record.get("looks") or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launch.compare.compared_axes import ComparedAxis
 from launch.compare.comparison import TEST_DOCUMENTS_TITLE, ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
 from launch.compare.cost_plots import comparison_plots
@@ -47,29 +48,29 @@ def comparison_page(
         "launch.compare",
         "comparison.html.j2",
         heading=f"Comparison of {len(comparison.points)} points",
-        axes=_axis_texts(comparison),
+        axes=_axis_texts(comparison.axes),
         answer=conclusion_texts(conclusion),
-        callouts=worst_first(point_callouts(comparison)),
+        callouts=worst_first(point_callouts(comparison.points)),
         cards=recommendation_cards(conclusion),
         recommendations=conclusion.recommendations,
         to_learn_more=conclusion.to_learn_more,
         table=points_table(comparison),
-        held_out=held_out_table(comparison),
+        held_out=held_out_table(comparison.begun_points),
         plots=comparison_plots(comparison),
         sections=_folded_sections(sections),
-        runs=_run_directory_texts(comparison),
+        runs=_run_directory_texts(comparison.points),
         vega_script=vega_script(),
         reload_after_s=reload_after_s,
     )
 
 
-def _axis_texts(comparison: Comparison) -> list[tuple[str, str]]:
+def _axis_texts(axes: Sequence[ComparedAxis]) -> list[tuple[str, str]]:
     """Name the settings in which the points differ, for the head of the page: ("strategy", "ddp, fsdp2") for each axis.
 
     At most `MAX_AXIS_VALUES` values of an axis are named.
     """
     texts = []
-    for axis in comparison.axes:
+    for axis in axes:
         values = ", ".join(axis.values[:MAX_AXIS_VALUES])
         if len(axis.values) > MAX_AXIS_VALUES:
             values += " ..."
@@ -95,7 +96,7 @@ def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:
     return cards
 
 
-def point_callouts(comparison: Comparison) -> list[Callout]:
+def point_callouts(points: Sequence[ComparedPoint]) -> list[Callout]:
     """Warn the reader of points without a result, a call-out for each state (failed, refused, stopped, running), and of
     diverged points.
 
@@ -110,17 +111,17 @@ def point_callouts(comparison: Comparison) -> list[Callout]:
     }
     points_by_state: dict[str, list[ComparedPoint]] = {}
     diverged_names = []
-    for point in comparison.points:
+    for point in points:
         if point.unfinished_state is not None:
             points_by_state.setdefault(point.state, []).append(point)
         elif point_has_diverged(point):
             diverged_names.append(point.name)
     callouts = []
-    for state, points in points_by_state.items():
+    for state, points_in_state in points_by_state.items():
         state_text = "stopped" if state == RunState.preempted else state
-        names = join_names([point.name for point in points])
-        heading = f"{len(points)} of {len(comparison.points)} points {state_text}: {names}"
-        reasons = [f"{point.name}: {point.reason}" for point in points[:MAX_REASONS] if point.reason]
+        names = join_names([point.name for point in points_in_state])
+        heading = f"{len(points_in_state)} of {len(points)} points {state_text}: {names}"
+        reasons = [f"{point.name}: {point.reason}" for point in points_in_state[:MAX_REASONS] if point.reason]
         callouts.append(Callout(tones.get(state, "note"), heading, ". ".join(reasons)))
     if diverged_names:
         advice = (
@@ -148,10 +149,10 @@ def _folded_sections(sections: Sequence[tuple[str, list[str]]]) -> list[tuple[st
     return folded_sections
 
 
-def _run_directory_texts(comparison: Comparison) -> list[tuple[str, str]]:
+def _run_directory_texts(points: Sequence[ComparedPoint]) -> list[tuple[str, str]]:
     """(name of a point, its run directories with commas between them) of each point that was not refused."""
     texts = []
-    for point in comparison.points:
+    for point in points:
         if point.run_dirs:
             texts.append((point.name, ", ".join(point.run_dirs)))
     return texts

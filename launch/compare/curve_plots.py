@@ -264,7 +264,7 @@ def _notable_steps_layer(rows: list[dict[str, Any]]) -> Spec:
 def held_out_plot(comparison: Comparison) -> PagePlot | None:
     """The plot of a held-out metric over training, which the reader chooses in a menu; None if nothing was evaluated."""
     points = comparison.begun_points  # those that took a step
-    metrics = _held_out_menu_metrics(comparison)
+    metrics = _held_out_menu_metrics(points)
     if not metrics:
         return None
     rows: list[tuple[Any, ...]] = []
@@ -289,17 +289,17 @@ def _metric_menu(metrics: list[str]) -> Spec:
     return {"name": "metric", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric "}}
 
 
-def _held_out_menu_metrics(comparison: Comparison) -> list[str]:
+def _held_out_menu_metrics(points: Sequence[ComparedPoint]) -> list[str]:
     """Choose the held-out metrics for the menu of the plot: the one by which quality is judged first, then those that most
     points have.
 
     At most `MAX_HELD_OUT_METRICS`; empty if nothing was evaluated.
     """
     num_points_by_metric: dict[str, int] = {}
-    for point in comparison.begun_points:
+    for point in points:
         for metric in {**point.measured.metrics_before_training, **point.measured.metrics_at_end}:
             num_points_by_metric[metric] = num_points_by_metric.get(metric, 0) + 1
-    decisive_metric = quality_metric_name(comparison.begun_points)
+    decisive_metric = quality_metric_name(points)
     metrics = sorted(
         num_points_by_metric, key=lambda metric: (metric != decisive_metric, -num_points_by_metric[metric])
     )

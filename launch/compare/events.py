@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.compare.comparison import ComparedPoint, Comparison
+from launch.compare.comparison import ComparedPoint
 from launch.compare.run_files import RecordedRun
 from trainer.monitors.guard_config import OUTCOME_TEXT_BY_ACTION, Action, outlier_text
 
@@ -64,15 +65,16 @@ def _event_text(event: dict[str, Any]) -> str:
     return sentence
 
 
-def notable_step_lines(comparison: Comparison) -> list[str]:
-    """A line for each step that stood out in the first repeat of each point, such as `ddp: step 40: grad_norm 9.5 (...); ...`.
+def notable_step_lines(points: Sequence[ComparedPoint]) -> list[str]:
+    """A line for each step that stood out in the first repeat of each point, such as `ddp: step 40: grad_norm 9.5 (...);
+    ...`.
 
     Of a point with more than `MAX_NOTABLE_STEPS_SHOWN` steps, the last ones, and a line that says where the earlier ones
     are.
     """
     lines = []
-    for point in comparison.points:
-        prefix = _point_prefix(comparison, point)
+    for point in points:
+        prefix = f"{point.name}: " if len(points) > 1 else ""
         steps = notable_steps(point.first_repeat)
         if len(steps) > MAX_NOTABLE_STEPS_SHOWN:
             events_file = f"{point.first_repeat.directory}/events.jsonl"
@@ -81,19 +83,21 @@ def notable_step_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def resolved_setting_lines(comparison: Comparison) -> list[str]:
+def resolved_setting_lines(points: Sequence[ComparedPoint]) -> list[str]:
     """Tell the reader what settings such as `auto` were resolved to, as the runs recorded it (`substitutions` in `run.json`).
 
     A line is like `run.matmul: blas` if all points did alike, else `ddp: run.matmul: blas` for each point.
     """
     # A run that never started has an empty record.
-    points = [point for point in comparison.points if not point.first_repeat.record.is_empty]
+    begun_points = [point for point in points if not point.first_repeat.record.is_empty]
     keys: dict[str, None] = {}  # a dict as an ordered set
-    for point in points:
+    for point in begun_points:
         keys |= dict.fromkeys(point.first_repeat.record.substitutions)
     lines = []
     for key in keys:
-        resolved_value_by_point = {point.name: point.first_repeat.record.substitutions.get(key) for point in points}
+        resolved_value_by_point = {
+            point.name: point.first_repeat.record.substitutions.get(key) for point in begun_points
+        }
         different_values = set(resolved_value_by_point.values())
         if len(different_values) == 1:
             lines.append(f"{key}: {different_values.pop()}")
@@ -102,8 +106,3 @@ def resolved_setting_lines(comparison: Comparison) -> list[str]:
             if resolved_value is not None:
                 lines.append(f"{name}: {key}: {resolved_value}")
     return lines
-
-
-def _point_prefix(comparison: Comparison, point: ComparedPoint) -> str:
-    """What a line about a point begins with: `ddp: `, or nothing if it is the only point."""
-    return f"{point.name}: " if len(comparison.points) > 1 else ""

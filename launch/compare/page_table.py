@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
+from launch.compare.compared_axes import ComparedAxis
 from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.cost_plots import is_planned_memory_comparable
 from launch.compare.curves import format_difference
@@ -73,7 +74,7 @@ def points_table(comparison: Comparison) -> PageTable:
         _ColumnWithCells(PageColumn("point"), name_cells),
         # The held-out metrics come right after the name, so that a phone shows the first of them without scrolling.
         *_columns_with_cells(held_out_columns, points),
-        *_axis_columns(comparison),
+        *_axis_columns(comparison.axes),
         *_columns_with_cells(other_columns, points),
         _ColumnWithCells(PageColumn("state"), state_cells),
     ]
@@ -83,10 +84,10 @@ def points_table(comparison: Comparison) -> PageTable:
     return PageTable(columns, rows, caption="A click on a heading sorts.", id="points")
 
 
-def _axis_columns(comparison: Comparison) -> list[_ColumnWithCells]:
+def _axis_columns(axes: Sequence[ComparedAxis]) -> list[_ColumnWithCells]:
     """The columns that show by which settings the points differ, with the value of each point; at most `MAX_AXIS_COLUMNS`."""
     columns_with_cells = []
-    for axis in comparison.axes[:MAX_AXIS_COLUMNS]:
+    for axis in axes[:MAX_AXIS_COLUMNS]:
         cells = [PageCell(label, _label_sort_value(label)) for label in axis.labels]
         columns_with_cells.append(_ColumnWithCells(PageColumn(axis.title, group="settings"), cells))
     return columns_with_cells
@@ -240,7 +241,7 @@ def _speed_columns(comparison: Comparison, best: BestDirection) -> list[NumberCo
         speed_column("supervised/s", read_value=_supervised_per_s, best=best, note="Supervised tokens a second."),
         speed_column(
             "MFU",
-            read_value=_mfu_reader(comparison),
+            read_value=_mfu_reader(is_comparable=comparison.has_comparable_mfu),
             format_value=format_percent,
             best=best,
             note="Share of the device's peak.",
@@ -340,9 +341,11 @@ def _step_part_column(part: str) -> NumberColumn:
     )
 
 
-def _mfu_reader(comparison: Comparison) -> Callable[[ComparedPoint], float | None]:
-    """A function that reads the MFU of a point. It gives None for every point if MFUs are shares of different peaks."""
-    if not comparison.has_comparable_mfu:
+def _mfu_reader(*, is_comparable: bool) -> Callable[[ComparedPoint], float | None]:
+    """A function that reads the MFU of a point; None for every point if MFUs are not comparable, as shares of different
+    peaks.
+    """
+    if not is_comparable:
         return lambda point: None
     return lambda point: point.measured.mfu
 
@@ -353,7 +356,7 @@ def _quality_columns(comparison: Comparison) -> list[NumberColumn]:
     Of many metrics only the first few, because the table must fit on a screen: the metric that decides is the first, and a
     folded table has the others. The difference is from the baseline, so there is none for a single point.
     """
-    metrics = evaluated_metric_names(comparison)
+    metrics = evaluated_metric_names(comparison.begun_points)
     number_columns = []
     held_out_metrics = [metric for metric in metrics if metric.startswith(("eval/", "forgetting"))]
     for metric in held_out_metrics[:MAX_METRIC_COLUMNS]:
@@ -415,26 +418,25 @@ def _best_direction(comparison: Comparison, metric: str) -> BestDirection:
     return "largest" if ranked.metric.greater_is_better else "smallest"
 
 
-def evaluated_metric_names(comparison: Comparison) -> list[str]:
+def evaluated_metric_names(points: Sequence[ComparedPoint]) -> list[str]:
     """The metrics that any point has at its last evaluation, of held-out and test documents, the decisive one first.
 
     The decisive one is that by which quality is judged.
     """
-    decisive_metric = quality_metric_name(comparison.begun_points)
+    decisive_metric = quality_metric_name(points)
     names: dict[str, None] = {}  # a dict as an ordered set
-    for point in comparison.begun_points:
+    for point in points:
         names |= dict.fromkeys(point.measured.metrics_at_end)
     return sorted(names, key=lambda name: name != decisive_metric)
 
 
-def held_out_table(comparison: Comparison) -> PageTable | None:
+def held_out_table(points: Sequence[ComparedPoint]) -> PageTable | None:
     """Build the folded table of a comparison's page: every held-out metric of each point before and after training.
 
     None if no point has any. At most `MAX_FOLDED_CELLS` cells, so that the page stays small: the caption says how many
     metrics are left out.
     """
-    points: Sequence[ComparedPoint] = comparison.begun_points
-    metrics = evaluated_metric_names(comparison)
+    metrics = evaluated_metric_names(points)
     if not metrics:
         return None
     num_cells_of_metric = 2 * max(1, len(points))  # before and after, for each point

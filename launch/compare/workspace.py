@@ -46,13 +46,14 @@ UNKNOWN_CELL = "-"
 
 
 def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
-    """Write the Python source of `workspace.py`, a script by which the user makes a view and a report of this comparison in W&B.
+    """Write the Python source of `workspace.py`, a script by which the user makes a view and a report of this comparison in
+    W&B.
 
     Returns None if no run of the comparison logs to W&B. View and report get the name of `output_dir`, the directory that
     the comparison is written into. A point is one combination of settings, with a run for each repeat; an axis is a setting
     in which the points differ.
     """
-    runs = runs_logged_to_wandb(comparison)
+    runs = runs_logged_to_wandb(comparison.points)
     if not runs:
         return None
     values_by_column = _axis_values_by_column(comparison)
@@ -83,7 +84,7 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
         final_metric=final_metric,
     )
     return workspace_script_source(
-        _panel_sections(comparison, has_axes=bool(values_by_column)),
+        _panel_sections(comparison.points, has_axes=bool(values_by_column)),
         content,
         run_filter_source=_run_filter_source(runs),
         install_command=install_command("workspace"),
@@ -122,7 +123,7 @@ def write_workspace_script_of_runs(run_dirs: Sequence[Path], sweep_dir: Path) ->
     try:
         comparison = compare_points(sources)
         if write_workspace_script(comparison, sweep_dir) is None:
-            return no_workspace_reason(comparison)
+            return no_workspace_reason(comparison.points)
     except ShardtuneError as error:
         return f"no {WORKSPACE_FILE}: {error}"
     return f"in W&B: {sweep_dir / WORKSPACE_FILE} makes a view and a report of these runs there"
@@ -146,13 +147,13 @@ def rewrite_workspace_script_of_array(run_dir: Path) -> None:
     write_workspace_script_of_runs(sorted(run_dirs, key=lambda path: int(path.name)), sweep_dir)
 
 
-def no_workspace_reason(comparison: Comparison) -> str | None:
+def no_workspace_reason(points: Sequence[ComparedPoint]) -> str | None:
     """Explain to the user why there is no `workspace.py`: the runs were recorded without W&B, and how to change that.
 
     None if there is nothing to explain: some run is in W&B, or every point was refused, so that none ran.
     """
-    all_refused = all(point.state == REFUSED_STATE for point in comparison.points)
-    if all_refused or runs_logged_to_wandb(comparison):
+    all_refused = all(point.state == REFUSED_STATE for point in points)
+    if all_refused or runs_logged_to_wandb(points):
         return None
     return (
         "not in W&B: these runs were recorded with logging.wandb=disabled, which debug= sets too; "
@@ -160,10 +161,10 @@ def no_workspace_reason(comparison: Comparison) -> str | None:
     )
 
 
-def runs_logged_to_wandb(comparison: Comparison) -> list[RecordedRun]:
+def runs_logged_to_wandb(points: Sequence[ComparedPoint]) -> list[RecordedRun]:
     """The runs of the comparison that log to W&B, all repeats of all points; refused points have none."""
     runs: list[RecordedRun] = []
-    for point in comparison.points:
+    for point in points:
         if point.state != REFUSED_STATE:
             runs += point.repeats
     return [run for run in runs if _wandb_mode(run) != "disabled"]
@@ -211,7 +212,7 @@ def _x_axis_metric(runs: list[RecordedRun]) -> str:
     return XAxis(x_axes.pop()).tracked_name
 
 
-def _panel_sections(comparison: Comparison, *, has_axes: bool) -> list[PanelSection]:
+def _panel_sections(points: Sequence[ComparedPoint], *, has_axes: bool) -> list[PanelSection]:
     """Choose the sections of the W&B workspace: questions such as `Which is fastest?`, and the plots that answer them.
 
     They are in the order of display. A comparison of one point asks about its run, one of several points asks which is best.
@@ -219,12 +220,12 @@ def _panel_sections(comparison: Comparison, *, has_axes: bool) -> list[PanelSect
     them can change the loss.
     """
     memory_panels = list(MEMORY_PANELS)
-    if any(point.measured.memory_reserved_gib is not None for point in comparison.points):  # on GPUs
+    if any(point.measured.memory_reserved_gib is not None for point in points):  # on GPUs
         memory_panels.append(RESERVED_MEMORY_PANEL)
     loss_panels = list(LOSS_PANELS)
-    if any(map(_has_loss_by_position, comparison.points)):
+    if any(map(_has_loss_by_position, points)):
         loss_panels.append(LOSS_BY_POSITION_PANEL)
-    if len(comparison.points) == 1:
+    if len(points) == 1:
         return [
             PanelSection("Does it learn?", loss_panels),
             PanelSection("How fast is it?", list(SPEED_PANELS)),
@@ -232,7 +233,7 @@ def _panel_sections(comparison: Comparison, *, has_axes: bool) -> list[PanelSect
             PanelSection("What does it cost?", list(COST_PANELS)),
         ]
     # Points with the same of these settings must have the same loss. Of other points one wants to know which learns best.
-    loss_settings = [loss_relevant_settings(point.first_repeat) for point in comparison.points]
+    loss_settings = [loss_relevant_settings(point.first_repeat) for point in points]
     num_different = sum(settings not in loss_settings[:index] for index, settings in enumerate(loss_settings))
     has_points_of_same_loss = num_different < len(loss_settings)
     sections = []
@@ -255,7 +256,8 @@ def _has_loss_by_position(point: ComparedPoint) -> bool:
 
 
 def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
-    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4, 2e-4)}.
+    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4,
+    2e-4)}.
 
     A setting has a column of its own if it is one of `WANDB_COLUMN_BY_SETTING`, or named in `logging.columns`. Only if no
     differing setting has one, columns of the whole configuration are taken, such as `config.parallel.sequence`, at most
@@ -340,7 +342,8 @@ def _run_filter_source(runs: list[RecordedRun]) -> str:
 
 
 def _baseline_run_id(comparison: Comparison) -> str | None:
-    """The id in W&B of the run that the plots mark as baseline: the first repeat of the point that the others are compared with.
+    """The id in W&B of the run that the plots mark as baseline: the first repeat of the point that the others are compared
+    with.
 
     None for a single point, for a baseline that is not in W&B, or if the id is not known.
     """
@@ -382,7 +385,8 @@ class _MarkdownColumn(NamedTuple):
 def _points_markdown_lines(
     comparison: Comparison, values_by_column: dict[str, tuple[Any, ...]], held_out_metric: str
 ) -> list[str]:
-    """Write the points of the comparison as a Markdown table for the W&B report: axes, losses, speed, memory, price and state.
+    """Write the points of the comparison as a Markdown table for the W&B report: axes, losses, speed, memory, price and
+    state.
 
     A column without a value at any point is left out. `values_by_column`: the settings in which the points differ, with the
     value at each point. `held_out_metric`: the metric by which the runs are judged, such as `eval/loss`.

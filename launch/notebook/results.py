@@ -60,7 +60,8 @@ class ComparisonResult:
         return pd.read_csv(io.StringIO(comparison_csv(self.comparison))).set_index("name")
 
     def metrics(self) -> pd.DataFrame:
-        """The curves of all runs for pandas: a row for each step and each evaluation, with its `run` and `repeat` (from 1 on).
+        """The curves of all runs for pandas: a row for each step and each evaluation, with its `run` and `repeat` (from 1
+        on).
 
         A row has the metrics that were logged at its step, so metrics of steps are NaN in the row of an evaluation.
         """
@@ -97,7 +98,7 @@ class ComparisonResult:
             # There is no conclusion of a single run, or of runs that have not begun: then only their numbers are shown.
             lead=Callout(tone, heading, text) if conclusion.sentences else None,
             cards=recommendation_cards(conclusion),
-            callouts=worst_first(point_callouts(self.comparison)),
+            callouts=worst_first(point_callouts(self.comparison.points)),
             lines=_next_command_lines(conclusion.to_learn_more) if conclusion.sentences else self.verdict,
             tables=[_runs_table(self.comparison.points)],
             picture=draw_picture(curves, x_title="steps", description="Training loss of each run over its steps"),
@@ -109,7 +110,9 @@ MAX_CURVES = 16
 
 
 def _next_command_lines(to_learn_more: str) -> list[str]:
-    """The line below the answer that names the command to run next, where the runs show no difference; none if there is none."""
+    """The line below the answer that names the command to run next, where the runs show no difference; none if there is
+    none.
+    """
     return [to_learn_more] if to_learn_more else []
 
 
@@ -196,7 +199,8 @@ class EvaluationResult:
         return pd.DataFrame(_metric_rows(self.report))
 
     def rows(self) -> pd.DataFrame:
-        """Every answer for pandas: a row for each question and model, with prompt, answer, reference and scores (`score/<name>`).
+        """Every answer for pandas: a row for each question and model, with prompt, answer, reference and scores
+        (`score/<name>`).
 
         `arm` says which model answered: `tuned`, or `base` for the model before training. Empty if no rows were written.
         """

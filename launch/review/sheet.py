@@ -124,25 +124,28 @@ def make_review_sheet(
     repeated_pairs = sorted(rng.sample(pair_order, num_repeated), key=pair_order.index)
 
     items: list[ReviewSheetItem] = []
-    key_items: list[Any] = []  # `KeyItem`s
+    key_items: list[KeyItem] = []
     # The repeated pairs come last, with their sides exchanged.
     for item_number, pair_index in enumerate([*pair_order, *repeated_pairs]):
         pair = pairs[pair_index]
-        key_item: dict[str, Any] = dict(pair.key_item)
         is_repeat = item_number >= len(pair_order)
-        if is_repeat:
-            key_item["repeats"] = key_items[pair_order.index(pair_index)]["id"]
-            key_item["tuned"] = "b" if key_item["tuned"] == "a" else "a"
-        # Reviewers see the id: it must not tell model or side.
-        key_item["id"] = hashlib.sha256(f"{salt} {item_number}".encode()).hexdigest()[:12]
-        is_tuned_on_side_a = key_item["tuned"] == "a"
+        is_tuned_left = (pair.tuned_side == LEFT_SIDE) != is_repeat
         item = ReviewSheetItem(
-            id=key_item["id"],
+            # Reviewers see the id: it must not tell model or side.
+            id=hashlib.sha256(f"{salt} {item_number}".encode()).hexdigest()[:12],
             prompt=pair.prompt,
-            answer_a=pair.tuned_answer if is_tuned_on_side_a else pair.other_answer,
-            answer_b=pair.other_answer if is_tuned_on_side_a else pair.tuned_answer,
+            answer_a=pair.tuned_answer if is_tuned_left else pair.other_answer,
+            answer_b=pair.other_answer if is_tuned_left else pair.tuned_answer,
         )
-        key_item["sha256"] = _sha256_of_item(item)
+        key_item = KeyItem(
+            prompt=pair.prompt_index,
+            other=pair.other_arm,
+            tuned=LEFT_SIDE if is_tuned_left else RIGHT_SIDE,
+            repeats=key_items[pair_order.index(pair_index)]["id"] if is_repeat else None,
+            words=sum(len(text.split()) for text in (pair.prompt, pair.tuned_answer, pair.other_answer)),
+            id=item.id,
+            sha256=_sha256_of_item(item),
+        )
         items.append(item)
         key_items.append(key_item)
     key: Any = {
@@ -158,13 +161,15 @@ def make_review_sheet(
 
 @dataclass(frozen=True, slots=True)
 class _AnswerPair:
-    """Two different answers to one prompt, and what the key says of them."""
+    """Two different answers to one prompt: that of the tuned model, and that of another arm."""
 
+    prompt_index: int
     prompt: str
+    other_arm: str
     tuned_answer: str
     other_answer: str
-    key_item: dict[str, Any]
-    """The fields of its `KeyItem` without id and hash, which follow from its place among the items."""
+    tuned_side: str
+    """The side of the tuned model's answer when the pair is shown for the first time, `a` or `b`."""
 
 
 def _pair_answers(
@@ -188,9 +193,15 @@ def _pair_answers(
             if tuned_answer.strip() == other_answer.strip():
                 equal_pairs.append({"prompt": prompt_index, "other": arm})
                 continue
-            num_words = sum(len(text.split()) for text in (prompt.text, tuned_answer, other_answer))
-            key_item = {"prompt": prompt_index, "other": arm, "tuned": tuned_side, "repeats": None, "words": num_words}
-            pairs.append(_AnswerPair(prompt.text, tuned_answer, other_answer, key_item))
+            pair = _AnswerPair(
+                prompt_index,
+                prompt.text,
+                arm,
+                tuned_answer=tuned_answer,
+                other_answer=other_answer,
+                tuned_side=tuned_side,
+            )
+            pairs.append(pair)
     return pairs, equal_pairs
 
 
