@@ -48,9 +48,7 @@ def _milliseconds_cell(seconds: float | None) -> str:
 
 
 def _loss_difference_cell(point: ComparedPoint) -> str:
-    """How far a point's losses are from its baseline's, for a table: the largest relative difference over the first steps,
-    `3e-7`.
-    """
+    """How far a point's losses are from its baseline's over the first steps, for a table: `3e-7`."""
     difference = point.loss_difference
     return UNKNOWN_CELL if difference is None else format_difference(difference.first_steps_difference)
 
@@ -270,8 +268,7 @@ def _held_out_metric_lines(metrics: Sequence[str], points: Sequence[ComparedPoin
 
 
 def _test_metric_lines(points: Sequence[ComparedPoint]) -> list[str]:
-    """Show the metrics of the test documents: a line `test/loss  ddp: 2.3100 (40 documents, looked at once)` for each point
-    that has one.
+    """Show the metrics of the test documents, such as `test/loss  ddp: 2.3100 (40 documents, looked at once)`.
 
     A run records how often its test documents were evaluated, since who chooses by them spoils them. The first repeat
     stands for all. Lines are sorted, so that those of a metric are together.
@@ -290,8 +287,7 @@ def _test_metric_lines(points: Sequence[ComparedPoint]) -> list[str]:
 
 
 def comparison_markdown(comparison: Comparison, plot_images: Sequence[PlotImage] = ()) -> str:
-    """Write `compare.md`, the comparison as a Markdown page: answer, tables, sections, plots, and the run directories of
-    each point.
+    """Write `compare.md`, the comparison as a Markdown page: answer, tables, sections, plots, and the run directories.
 
     A point is one combination of settings, with its runs. `plot_images`: the pictures of plots that the page shows.
     """

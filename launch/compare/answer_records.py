@@ -178,9 +178,7 @@ def _loss_difference_cells(difference: LossDifference | None) -> dict[str, Any]:
 
 
 def _measured_cells(point: ComparedPoint, collectives: list[str]) -> dict[str, Any]:
-    """The cells of `compare.csv` with a point's measurements; each of the `collectives`, such as `all_gather`, has a column
-    of its own.
-    """
+    """The cells of `compare.csv` with a point's measurements; each of the `collectives`, such as `all_gather`, has a column."""
     cells = asdict(point.measured)
     # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes the held-out metrics, one by one; the other
     # two get their columns below.

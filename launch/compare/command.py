@@ -116,8 +116,7 @@ def main(argv: list[str]) -> int:
 
 
 def follow_runs(sources: list[PointSource], output_dir: Path | None, *, as_json: bool) -> None:
-    """Show a comparison while its runs train (`--follow`): rewrite the HTML page, and write all files once when all runs
-    have ended.
+    """Show a comparison while its runs train (`--follow`): rewrite the HTML page, and write all files when they have ended.
 
     `sources`: where the runs of each point are. `output_dir`: where `compare.html` goes. None for a single run, whose page
     is `report.html` in its own directory.

@@ -86,9 +86,7 @@ def _can_be_axis(key: str) -> bool:
 
 
 def _axis_order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
-    """Sort key of axes, (group, position in it): settings of the command in its order, then `KEYS_FIRST_IN_NAME`, then all
-    others.
-    """
+    """Sort key of axes, (group, position in it): settings of the command in its order, `KEYS_FIRST_IN_NAME`, all others."""
     command_key = key.removesuffix(".name")  # `strategy.name` is given as `strategy=ddp`
     if key == WORLD_SIZE_KEY:
         # The number of ranks follows from this setting.

@@ -37,8 +37,7 @@ HEADING_BY_FOLDED_TITLE = {
 def comparison_page(
     comparison: Comparison, sections: Sequence[tuple[str, list[str]]], *, reload_after_s: float | None = None
 ) -> str:
-    """Write the HTML page of a comparison of several points: the answer first, then what to take, a table, plots, and
-    folded details.
+    """Write the HTML page of a comparison of several points: the answer first, then what to take, a table, plots, details.
 
     `sections`: (title, lines) of the sections below the tables in a terminal, most of which the page folds. A browser
     reloads the page after `reload_after_s` seconds; None for a page that will not change any more.
@@ -97,8 +96,7 @@ def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:
 
 
 def point_callouts(points: Sequence[ComparedPoint]) -> list[Callout]:
-    """Warn the reader of points without a result, a call-out for each state (failed, refused, stopped, running), and of
-    diverged points.
+    """Warn the reader of points without a result, a call-out for each state (failed, running ...), and of diverged points.
 
     A call-out names its points, and the reasons of at most `MAX_REASONS`. A state is a `RunState`, or `REFUSED_STATE` for a
     point that no run was started for.

@@ -81,8 +81,7 @@ class Conclusion:
 
 
 def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> Conclusion:
-    """Conclude what a comparison answers: are losses equal where they must be, which job is best, and which point is fast
-    or small?
+    """Conclude what a comparison answers: are losses equal where they must be, which job is best, which point fast or small?
 
     A point is one combination of settings; a job is all points that train the same: they differ in strategy and seed alone.
     A comparison of a single point has nothing to conclude: its answer is empty. `differences`: the settings in which the
@@ -148,10 +147,9 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
 
 
 def _headline(sentences: dict[str, str], *, is_parity_broken: bool) -> str:
-    """Choose the sentence that answers the comparison's question, to stand first: the first kind of sentence that there is,
-    in this order:
+    """Choose the sentence that answers the comparison's question, to stand first: that of the first kind that there is.
 
-    `parity` if parity is broken, `quality`, `parity`, `seeds`, `no quality`, `cost`, `unfinished`.
+    The order of the kinds: `parity` if parity is broken, `quality`, `parity`, `seeds`, `no quality`, `cost`, `unfinished`.
 
     `sentences`: by kind; an empty sentence counts as none.
     """
@@ -299,11 +297,11 @@ def _sentences_without_quality(jobs: Sequence[ComparedJob]) -> dict[str, str]:
 
 
 def _evidence_sentence(ranked: RankedJobs) -> str:
-    """Say what the ranking of the jobs is based on, so that readers know how far to trust it: `The order by eval/loss rests
-    on seeds.`
+    """Say what the ranking of the jobs is based on, so that readers know how far to trust it.
 
-    A job is all points that train the same: they differ in strategy and seed alone. Empty if no job is significantly worse
-    than the best one, because the sentence on quality names the evidence then.
+    For example `The order by eval/loss rests on seeds, with one seed each: another seed may change it.` A job is all points
+    that train the same: they differ in strategy and seed alone. Empty if no job is significantly worse than the best one,
+    because the sentence on quality names the evidence then.
     """
     if not ranked.significantly_worse:
         return ""
@@ -346,8 +344,7 @@ def _quality_sentence(jobs: Sequence[ComparedJob], ranked: RankedJobs, differenc
 
 
 def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequence[SettingDifference]) -> str:
-    """Name a job for a sentence: its only point (`fsdp2-lora`), or the settings in which it differs from other jobs
-    (`tuning=lora`).
+    """Name a job for a sentence: its only point (`fsdp2-lora`), or the settings in which it differs (`tuning=lora`).
 
     A job is all points that train the same: they differ in strategy and seed alone. `differences`: the settings in which
     the points of the comparison differ.

@@ -166,8 +166,7 @@ def _same_loss_limit_layer() -> Spec:
 
 
 def _difference_rows(comparison: Comparison, points: Sequence[ComparedPoint]) -> list[tuple[Any, ...]]:
-    """Data rows of the difference plot: (point index, step, tokens, seconds, relative difference of the loss from the
-    baseline's).
+    """Data rows of the difference plot: (point index, step, tokens, seconds, relative difference from the baseline's loss).
 
     Steps without a finite loss in both runs have no row. A difference below `MIN_DRAWN_DIFFERENCE` becomes that, since a
     logarithmic axis has no zero.
@@ -217,9 +216,7 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _notable_step_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
-    """Data rows for marking the steps at which a guard or detector found something: point, step, tokens, seconds, and what
-    was found.
-    """
+    """Data rows for marking the steps at which a guard or detector found something: point, step, tokens, seconds, finding."""
     rows = []
     for point in points:
         notables = notable_steps(point.first_repeat)
@@ -290,8 +287,7 @@ def _metric_menu(metrics: list[str]) -> Spec:
 
 
 def _held_out_menu_metrics(points: Sequence[ComparedPoint]) -> list[str]:
-    """Choose the held-out metrics for the menu of the plot: the one by which quality is judged first, then those that most
-    points have.
+    """Choose the held-out metrics for the menu of the plot: first that of quality, then those that most points have.
 
     At most `MAX_HELD_OUT_METRICS`; empty if nothing was evaluated.
     """
@@ -309,11 +305,10 @@ def _held_out_menu_metrics(points: Sequence[ComparedPoint]) -> list[str]:
 def _held_out_rows(
     point_index: int, point: ComparedPoint, metrics: Sequence[str], max_evaluations: int
 ) -> list[tuple[Any, ...]]:
-    """Data rows of the held-out metrics of one point, (point index, step, tokens, seconds, metric, value): (0, 40, 20480,
-    31.5, "eval/loss", 2.31).
+    """Data rows of the held-out metrics of one point: (point index, step, tokens, seconds, metric, value).
 
-    At most about `max_evaluations` evaluations are drawn: every n-th and the last. Step 0 is the evaluation before
-    training.
+    Such as (0, 40, 20480, 31.5, "eval/loss", 2.31). At most about `max_evaluations` evaluations are drawn: every n-th and
+    the last. Step 0 is the evaluation before training.
     """
     steps = point.first_repeat.steps
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in steps.values())

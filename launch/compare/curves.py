@@ -184,9 +184,7 @@ def find_incomparable_settings(baseline: RecordedRun, run: RecordedRun) -> list[
 
 
 def _data_source_settings(run: RecordedRun) -> dict[str, Any]:
-    """The settings that say where a run's data came from, for a reader to whom the fingerprint in `identity.json` says
-    nothing.
-    """
+    """The settings that say where a run's data came from, since its fingerprint in `identity.json` tells a reader nothing."""
     keys = ("data.path", "data.eval_path", "data.test_path", "model.path", "model.tokenizer", "model.chat_template")
     return {key: run.config.get(key) for key in keys}
 

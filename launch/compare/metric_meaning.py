@@ -127,9 +127,7 @@ def _differing_held_out_data_keys(baseline: RecordedRun, run: RecordedRun) -> li
 
 
 def _scoring_keys(run: RecordedRun) -> set[str]:
-    """Keys of the settings of a run that decide the reward of an answer: the rewards that count, and where an answer is cut
-    off.
-    """
+    """Keys of the settings that decide the reward of an answer: the rewards that count, and where an answer is cut off."""
     keys = {"objective.rollout.max_new_tokens", "objective.rollout.stop"}
     for key in run.config:
         # A time-out ends a reward that hangs; it scores no answer.

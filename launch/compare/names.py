@@ -216,9 +216,7 @@ def point_arguments(differences: Sequence[SettingDifference], point_index: int) 
 
 
 def setting_as_argument(key: str, value: Any) -> str:
-    """Write a setting as it is typed on the command line: `optim.lr=1e-3`, `tuning.dora=true`; a choice by its group:
-    `tuning=lora`.
-    """
+    """Write a setting as on the command line: `optim.lr=1e-3`, `tuning.dora=true`; a choice by its group: `tuning=lora`."""
     group, _, last_part = key.rpartition(".")
     is_choice = last_part == "name" and group in CHOICE_GROUPS
     return f"{group if is_choice else key}={_argument_value(value)}"

@@ -200,8 +200,7 @@ def _differing_settings_text(baseline: ComparedPoint, point: ComparedPoint) -> s
 
 
 def _single_point_verdict(point: ComparedPoint) -> str:
-    """The verdict on the only point of a comparison: how it ended, its losses and its held-out metrics, before and after
-    training.
+    """The verdict on the only point of a comparison: how it ended, its losses, and its held-out metrics before and after.
 
     Such as `done, 40 steps, loss 2.9 -> 2.3, eval/loss 2.87 -> 2.34`.
     """

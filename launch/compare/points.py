@@ -67,8 +67,7 @@ class PointsPlan:
         return f"compare-{digest[:8]}"
 
     def learning_rate_remark(self, point: PlannedPoint) -> str:
-        """The remark `(optim.lr=0.0002)` on a point whose learning rate follows from its other settings, and differs
-        between points.
+        """The remark `(optim.lr=0.0002)` on a point, if its rate follows from its other settings and differs between points.
 
         If none is set, a usual rate for the optimizer, tuning method and objective is taken. Empty if all points have the
         same rate, if the rate is an axis (then `arguments` of the point shows it), or if there is none.
@@ -314,11 +313,11 @@ def _problem_lines_by_point(problems_by_point: dict[str, list[str]]) -> list[str
 
 
 def run_planned_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPage | None = None) -> int:
-    """Run the comparison as planned: each run below `comparison_dir` that has not finished yet, in turn or as one SLURM job
-    array.
+    """Run the comparison as planned: each run that has not finished yet, in turn or as one SLURM job array.
 
-    Writes the `config.yaml` of every run first, and `comparison.json`, so that the same command, given again, continues.
-    `periodic_page`: a page that shows the points so far, rewritten while the runs train; None for none.
+    The directories of the runs are below `comparison_dir`. Writes the `config.yaml` of every run first, and
+    `comparison.json`, so that the same command, given again, continues. `periodic_page`: a page that shows the points so
+    far, rewritten while the runs train; None for none.
 
     Returns the exit code. For a job array: that of the submission. Else that of a run that was stopped, that of the first
     run if every run failed, else 0. Raises ConfigError if a directory holds another run, and StorageError.

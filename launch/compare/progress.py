@@ -165,9 +165,7 @@ class RunsProgress:
             self._print(f"{self._heading()}: {reason or f'ended with {exit_code}'}; what it printed: {output_file}")
 
     def _progress_line(self, step: int, now: float) -> str:
-        """The line on the current run: its last step and the time to the end of all runs, `[2/6] ddp: step 40 of 100, about
-        9 min left`.
-        """
+        """The line on the current run: its last step and the time to the end, `[2/6] ddp: step 40 of 100, about 9 min left`."""
         line = f"{self._heading()}: {self._run.step_text(step)}"
         seconds_left = self._seconds_left(step, now)
         if seconds_left is not None:

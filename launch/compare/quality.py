@@ -54,10 +54,10 @@ class ComparedJob:
         return runs
 
     def value_of_each_seed(self, metric: str) -> list[float]:
-        """The quality of the job by a held-out metric at its last evaluation, once for each seed: the median over the runs
-        with this seed.
+        """The quality of the job by a held-out metric, once for each seed: the median over the runs with this seed.
 
-        The runs of one seed differ in strategy, or are repeats. Left out are runs that are not done, or lack the metric.
+        The runs of one seed differ in strategy, or are repeats. The metric is that of a run's last evaluation. Runs that
+        are not done, and runs without the metric, are left out.
         """
         values_by_seed: dict[Any, list[float]] = {}
         for run in self.done_runs:

@@ -126,11 +126,10 @@ def quality_difference(
 def _seed_interval(
     baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float
 ) -> tuple[float, float] | None:
-    """How far the difference of two jobs depends on the seed: the confidence interval (low, high) of the relative
-    difference of a metric.
+    """How far the difference of two jobs depends on the seed: a confidence interval (low, high).
 
-    It is that of Student's t-test with equal variances, on the means over the seeds. None if both jobs have one seed, or if
-    the seeds of a job differ by rounding alone: such seeds are like repeats.
+    It is that of the relative difference of the metric, by Student's t-test with equal variances, on the means over the
+    seeds. None if both jobs have one seed, or if the seeds of a job differ by rounding alone: such seeds are like repeats.
     """
     from trainer.monitors.forgetting import student_t_quantile
 
@@ -160,10 +159,10 @@ def _seed_interval(
 def _document_interval(
     baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float
 ) -> tuple[float, float] | None:
-    """How far the difference of two jobs depends on the held-out documents: its confidence interval (low, high), a relative
-    difference.
+    """How far the difference of two jobs depends on the held-out documents: a confidence interval (low, high).
 
-    Both jobs evaluated the same micro-batches of documents, so these are compared in pairs. None if
+    It is that of the relative difference of the metric. Both jobs evaluated the same micro-batches of documents, so these
+    are compared in pairs. None if
 
     - the settings of the two evaluations differ in batch size or number of documents,
     - a run kept no sums of the metric, or their micro-batches do not correspond,
@@ -240,8 +239,7 @@ def _kept_batch_sums(run: RecordedRun, metric: str) -> list[float] | None:
 def _report_intervals_disjoint(
     baseline: ComparedJob, job: ComparedJob, metric: str, *, job_is_larger: bool
 ) -> bool | None:
-    """Whether reports of `shardtune evaluate` show that two jobs differ in a task's metric: their confidence intervals do
-    not overlap.
+    """Whether reports of `shardtune evaluate` show that two jobs differ in a task's metric: their intervals do not overlap.
 
     The interval of `job` must lie above the baseline's if `job_is_larger`, else below it. The report is that on the first
     run of a job, whose other runs have nearly the same weights. None if a job has no such report.
@@ -256,11 +254,10 @@ def _report_intervals_disjoint(
 
 
 def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | None:
-    """The confidence interval (low, high) of a task's metric in the newest report of `shardtune evaluate` on the run's last
-    weights.
+    """The confidence interval (low, high) of a task's metric in the newest report of `shardtune evaluate` on a run.
 
-    `metric`: such as `eval/qa/accuracy`, the metric `accuracy` of the task `qa`. None if there is no such report, or if no
-    task has the metric.
+    `metric`: such as `eval/qa/accuracy`, the metric `accuracy` of the task `qa`. The report must be on the run's last
+    weights. None if there is no such report, or if no task has the metric.
     """
     parts = metric.split("/", 2)
     if len(parts) != 3:

@@ -334,9 +334,7 @@ def last_held_out_metrics(run: RecordedRun) -> dict[str, float]:
 
 
 def _finite_numbers(rows: list[dict[str, Any]], metric: str) -> list[float]:
-    """The values of a metric in the rows that have it, without those that are not finite: the file has null for NaN and
-    infinity.
-    """
+    """The values of a metric in the rows, without those that are not finite: the file has null for NaN and infinity."""
     return [row[metric] for row in rows if isinstance(row.get(metric), int | float)]
 
 

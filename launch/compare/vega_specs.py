@@ -80,8 +80,7 @@ def _csv_cell(value: Any) -> str:
 
 
 def point_lookup_transform(axes: Sequence[VisibleAxis], point_names: Sequence[str]) -> Spec:
-    """The Vega-Lite transform that adds to each data row the name of its point (`point`) and its values on the axes
-    (`axis0` ...).
+    """The Vega-Lite transform that adds to each data row the name of its point and its values on the axes (`axis0` ...).
 
     Data rows have only the index of their point in `point_names`, as `point_index`, so that the page stays small.
     """
@@ -181,9 +180,7 @@ def _are_numbers(values: Sequence[str]) -> bool:
 
 
 def legend_selections(num_axes: int) -> list[Spec]:
-    """Vega-Lite parameters that let the reader click a value in a legend, to select the points that have it; one for each
-    axis.
-    """
+    """Vega-Lite parameters, one for each axis, by which a click on a value in a legend selects the points that have it."""
     selections = []
     for axis_index in range(num_axes):
         selection = {"type": "point", "fields": [f"axis{axis_index}"]}
@@ -240,9 +237,7 @@ def x_axis_encoding() -> Spec:
 
 
 def x_axis_transform() -> Spec:
-    """The Vega-Lite transform that adds `x` to each data row: its step, tokens or seconds, as the reader chose in the menu
-    (`over`).
-    """
+    """The Vega-Lite transform that adds `x` to each data row: its step, tokens or seconds, as the menu says (`over`)."""
     return {"calculate": "datum[over]", "as": "x"}
 
 

@@ -179,8 +179,7 @@ def _wandb_mode(run: RecordedRun) -> str:
 
 
 def _metric_names_in_wandb(metric: str, runs: list[RecordedRun]) -> list[str]:
-    """The names that a metric of steps has in W&B, for a plot over runs of several versions of shardtune: `["loss",
-    "train/loss"]`.
+    """The names of a metric in W&B, for a plot over runs of several versions of shardtune: `["loss", "train/loss"]`.
 
     `metric`: its name in `metrics.jsonl`, such as `loss`. Versions of shardtune renamed metrics: each set of names is an
     edition, numbered from 1. A run keeps the edition with which it began, also when a later version resumes it.
@@ -249,9 +248,7 @@ def _panel_sections(points: Sequence[ComparedPoint], *, has_axes: bool) -> list[
 
 
 def _has_loss_by_position(point: ComparedPoint) -> bool:
-    """Whether a point's runs measured the held-out loss by position in the sequence, under names such as
-    `eval/loss_by_position/512`.
-    """
+    """Whether a point has the held-out loss by position in the sequence, as in `eval/loss_by_position/512`."""
     return any(metric.startswith("eval/loss_by_position/") for metric in point.measured.metrics_at_end)
 
 
@@ -304,9 +301,7 @@ def _is_grouping_axis(axis_values: tuple[Any, ...], num_runs: int) -> bool:
 
 
 def _table_columns(values_by_column: dict[str, tuple[Any, ...]], runs: list[RecordedRun]) -> list[str]:
-    """Columns of W&B's run table for settings: first those in which the points differ, then those that `logging.columns` of
-    a run names.
-    """
+    """Columns of W&B's run table for settings: those in which the points differ, then those in `logging.columns` of a run."""
     columns = list(values_by_column)
     configured_keys: set[str] = set()
     for run in runs:
@@ -342,8 +337,7 @@ def _run_filter_source(runs: list[RecordedRun]) -> str:
 
 
 def _baseline_run_id(comparison: Comparison) -> str | None:
-    """The id in W&B of the run that the plots mark as baseline: the first repeat of the point that the others are compared
-    with.
+    """The id in W&B of the run that the plots mark as baseline, to which the others are compared.
 
     None for a single point, for a baseline that is not in W&B, or if the id is not known.
     """

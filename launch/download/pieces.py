@@ -48,11 +48,10 @@ class HubAsset:
         }
 
     def pinned_settings(self) -> list[tuple[tuple[str, ...], Any]]:
-        """The settings with which a run takes this very commit: (key split at its dots, value), such as (("model",
-        "revision"), "1a2b3c").
+        """The settings with which a run takes this very commit, as (key split at its dots, value).
 
-        A data set named by `data.path` becomes a source of its own, `data.sources.<name>`, because only a source can have a
-        revision.
+        Such as (("model", "revision"), "1a2b3c"). A data set named by `data.path` becomes a source of its own,
+        `data.sources.<name>`, because only a source can have a revision.
         """
         if self.kind == "model":
             return [(tuple(self.key.split(".")), self.hub_id), (("model", "revision"), self.commit)]

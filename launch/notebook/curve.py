@@ -130,9 +130,7 @@ def _finite_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, f
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Leave points of a long curve out, about `MAX_POINTS` stay: of each stretch the lowest and the highest, so that a
-    spike stays.
-    """
+    """Leave points of a long curve out, about `MAX_POINTS` stay: the lowest and highest of each stretch, so spikes stay."""
     if len(points) <= MAX_POINTS:
         return points
     stretch_length = math.ceil(2 * len(points) / MAX_POINTS)  # two points are kept of each

@@ -24,8 +24,7 @@ def notebook_html(
     picture: Picture | None = None,
     footer: str = "",
 ) -> str:
-    """Render what a notebook shows below a cell: HTML without a script, that fetches nothing, has every text escaped, below
-    200 KB.
+    """Render what a notebook shows below a cell: HTML without a script, that fetches nothing, with every text escaped.
 
     `lead` is the answer, and stands first; `cards` are large numbers, `callouts` what the reader should know.
     """

@@ -49,9 +49,7 @@ class ComparisonResult:
         return list(self.comparison.notes)
 
     def runs(self) -> pd.DataFrame:
-        """All numbers of the comparison for pandas: a row for each run, with the columns of `compare.csv`, indexed by the
-        run's name.
-        """
+        """All numbers of the comparison for pandas: a row for each run, with the columns of `compare.csv`."""
         import pandas as pd
 
         from launch.compare.answer_records import comparison_csv
@@ -117,8 +115,7 @@ def _next_command_lines(to_learn_more: str) -> list[str]:
 
 
 def _runs_table(runs: tuple[ComparedPoint, ...]) -> PageTable:
-    """The table of a comparison in a notebook: result and costs of each run, a row each, without columns that no run has a
-    number for.
+    """The table of a comparison in a notebook: result and costs of each run, without columns that have no number.
 
     No cell is marked as the best: the answer names one only if chance does not explain the difference.
     """
@@ -252,8 +249,7 @@ class EvaluationResult:
 
 
 def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Flatten the tasks of `evaluation.json` into a row for each metric: {"task": "qa", "metric": "accuracy", "value": 0.8,
-    "low": 0.7, ...}.
+    """Flatten the tasks of `evaluation.json` into a row for each metric: {"task": "qa", "metric": "f1", "value": 0.8, ...}.
 
     `low` and `high` bound the 95 % interval. If the evaluation was compared with another model (`against`), a row also has
     the keys other (that model's value), difference, difference_low, difference_high (its 95 % interval), p and verdict.
@@ -288,8 +284,7 @@ def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _metrics_table(rows: list[dict[str, Any]]) -> PageTable:
-    """The table of an evaluation in a notebook: value and interval of each metric and, after a comparison, difference and
-    verdict.
+    """The table of an evaluation in a notebook: value and interval of each metric, and how it compares with another model.
 
     `rows`: as `_metric_rows` returns them, such as {"task": "qa", "metric": "accuracy", "value": 0.8, "low": 0.7, ...}.
     """
@@ -412,8 +407,7 @@ def _option_cards(option: dict[str, Any], answer: dict[str, Any]) -> list[PageCa
 
 
 def _options_table(options: list[dict[str, Any]]) -> PageTable:
-    """The table of a plan in a notebook: for each option its settings, the memory that stays free, its speed, and a verdict
-    on it.
+    """The table of a plan in a notebook: for each option its settings, the memory left, its speed, and a verdict.
 
     `options`: as in `shardtune plan --json`. A negative `margin_gib` is what the card lacks; an option that does not fit
     gets no speed.

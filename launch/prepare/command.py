@@ -155,8 +155,7 @@ def _end_stuck_process(signal_name: str) -> None:
 
 
 def print_audit(report: dict[str, Any], directory: Path, *, cached: bool) -> None:
-    """Show the user what `prepare` made: the summary of the audit, the first document with what is learned of it, and the
-    directory.
+    """Show the user what `prepare` made: the summary of the audit, the first document with what is learned, the directory.
 
     `report`: the audit; its "samples" are documents in pieces, [{"where": "a.jsonl:1", "pieces": [{"text": "Hello",
     "learned": true}], ...}], several of one document if it was split. `cached`: whether the data was prepared before.

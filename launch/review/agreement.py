@@ -63,9 +63,7 @@ def cohen_kappa(first_votes: list[str], second_votes: list[str]) -> float | None
 
 
 def pairwise_kappas(votes: VotesOnQuestion) -> list[dict[str, Any]]:
-    """How far every two reviewers agree, on the items that both judged: {"reviewers": ["ada", "bert"], "items": 12,
-    "kappa": 0.4}.
-    """
+    """How far every two reviewers agree on items that both judged: {"reviewers": ["ada", "bert"], "items": 12, "kappa": 0.4}."""
     kappas = []
     reviewers = sorted({reviewer for reviewer, _ in votes})
     for first, second in combinations(reviewers, 2):

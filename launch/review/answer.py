@@ -63,8 +63,7 @@ def _win_rate_rows(metrics: dict[str, dict[str, Any]], arms: list[str]) -> list[
 
 
 def _agreement_lines(metrics: dict[str, dict[str, Any]], kappas: list[dict[str, Any]]) -> list[str]:
-    """Say how far the reviewers agree: Krippendorff's alpha of each question on one line, then Cohen's kappa of every two
-    reviewers.
+    """Say how far the reviewers agree: Krippendorff's alpha of each question, then Cohen's kappa of every two reviewers.
 
     `metrics`: those of the review by name, of which `alpha` and `alpha/<question>` are shown. `kappas`: {"reviewers":
     [name, name], "items": 12, "kappa": 0.4} each.

@@ -57,8 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 def make_review(argv: list[str]) -> int:
-    """Run `review make`: let the models answer prompts, and write a page and a table for reviewers, and the key to who
-    wrote what.
+    """Run `review make`: let the models answer prompts, and write a page and a table for reviewers, and the key.
 
     Returns the exit code: 0, or 75 if it was stopped while the models answered.
     """

@@ -111,7 +111,7 @@ def make_review_sheet(
 
     `answers_by_arm`: {"tuned": answers in the order of the prompts, "base": ...}.
     `entries_on_judged_model`: the entries `run` and `model` of the key.
-    `salt`: random unless a test gives one; keeps the sides from being guessed.
+    `salt`: random unless a test gives one; makes sides and ids hard to guess.
     """
     salt = salt or secrets.token_hex(16)
     rng = random.Random(f"sides {config.seed} {salt}")

@@ -129,10 +129,9 @@ class _BestCheckpoint(NamedTuple):
 
 
 def _best_checkpoint(published_checkpoints: list[StepCheckpoint]) -> _BestCheckpoint:
-    """Tell which checkpoint is the best, as the newest one with a readable `progress.json` says; its fields are None if
-    none does.
+    """Tell which checkpoint is the best, as the newest one with a readable `progress.json` says.
 
-    `published_checkpoints`: in the order of the steps.
+    The fields of the result are None if none says it. `published_checkpoints`: in the order of the steps.
     """
     for _, path in reversed(published_checkpoints):
         progress = _read_progress(path)

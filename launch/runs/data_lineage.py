@@ -203,8 +203,7 @@ def _times_trained(
     skipped_ranges: list[dict[str, int]],
     rows: np.ndarray,
 ) -> int:
-    """Count how often the run trained on one of the documents in `rows`, among the first `num_samples_drawn` samples that
-    it drew.
+    """Count how often the run trained on one of the documents in `rows`, among its first `num_samples_drawn` samples.
 
     The order of the samples is built again: it follows from the data, the settings and the seed. `rows`: row numbers in the
     table of documents. `skipped_ranges`: samples that a rollback left out, such as `{"first": 640, "count": 64}`.
@@ -228,9 +227,7 @@ def _times_trained(
 
 
 def matching_rows(document_table: DocumentTable, query: DocumentQuery) -> np.ndarray:
-    """Find the documents that match the query: their row numbers in the table of prepared documents, int64, in increasing
-    order.
-    """
+    """Find the documents that match the query: increasing row numbers in the table of prepared documents, int64."""
     rows = []
     first_row_of_batch = 0
     for batch in document_table.batches:

@@ -70,8 +70,7 @@ class StartUsage:
 def record_start_usage(
     run_dir: Path, job_id: str, start_number: int, exit_code: int, env: Mapping[str, str] = os.environ
 ) -> str:
-    """Measure what a start of a SLURM job used of its allocation, keep it in the run's files, and return a line on it for
-    the log.
+    """Measure what a start of a SLURM job used of its allocation, keep it in the run's files, and return a line for the log.
 
     Called at the end of each start; a job that is requeued has several. `start_number`: 0 for the first one, then one more
     for each requeue.
@@ -166,8 +165,7 @@ def _is_ranks_step(row: Mapping[str, str]) -> bool:
 
 
 def start_usage_text(usage: Mapping[str, Any]) -> str:
-    """Write a line for people on what a start of a job used: `job 17, start 0: 1:02:03 of 2:00:00 (52%), 8 GPUs 91% busy,
-    $12.34`.
+    """Write a line on what a start of a job used: `job 17, start 0: 1:02:03 of 2:00:00 (52%), 8 GPUs 91% busy, $12.34`.
 
     `usage` has the keys of `StartUsage`, as `recorded_starts` returns them.
     """

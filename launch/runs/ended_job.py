@@ -71,9 +71,7 @@ def slurm_end_text(job_id: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _cached_slurm_end_text(job_id: str, cache_period: int) -> str | None:
-    """Ask SLURM how a job ended, once for each `cache_period`: that only makes the cached answers expire, as it changes
-    with time.
-    """
+    """Ask SLURM how a job ended, once for each `cache_period`, which changes with time so that cached answers expire."""
     # sacct needs SLURM's accounting, which not every cluster has; scontrol forgets a job after some minutes.
     sacct_output = _slurm_output(
         ["sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"]

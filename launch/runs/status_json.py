@@ -40,8 +40,7 @@ def status_as_dict(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] 
 
 
 def _details_as_dict(details: RunDetails, damage_by_checkpoint: Mapping[Path, str]) -> dict[str, Any]:
-    """What `status --json` says of a single run beyond its entry in a list: its failure, its checkpoints and the starts of
-    its jobs.
+    """What `status --json` says of a single run beyond its entry in a list: failure, checkpoints, and starts of its jobs.
 
     "given_up": a rollback went back to an earlier checkpoint. "starts": what each start of a SLURM job used (`jobs.jsonl`).
     """

@@ -78,8 +78,7 @@ def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExpos
 
 
 def _exposure_sentence(exposure: DocumentExposure) -> str:
-    """Say how one run met the documents: `in its training data, trained on 2 times by step 40; began with the weights of
-    runs/first`.
+    """Say how one run met the documents: `in its training data, trained on 2 times by step 40; ...`.
 
     Held-out documents are evaluated on and not trained on. If there are several documents, the first of them are named at
     its end.
@@ -108,8 +107,7 @@ def _exposure_sentence(exposure: DocumentExposure) -> str:
 
 
 def lineage_as_dict(query: DocumentQuery, exposures: list[DocumentExposure]) -> dict[str, Any]:
-    """The JSON value that `status document= --json` prints: every run that was searched, and whether it was trained on the
-    document.
+    """The JSON value that `status document= --json` prints: every run, and whether it was trained on the document.
 
     `trained` is null if it cannot be told. `through` names an earlier run whose weights it began with.
     """

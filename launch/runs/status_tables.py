@@ -140,9 +140,7 @@ def _most_urgent_runs_table_lines(status: RunsStatus) -> list[str]:
 
 
 def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
-    """Make a run's row of the table, with notes below it: where it runs, why it is in its state and, if `live`, its loss
-    curve.
-    """
+    """Make a run's row of the table, with notes below: where it runs, why it is in its state, its loss curve if `live`."""
     is_below_root = run.directory.is_relative_to(root) and run.directory != root
     name = run.directory.relative_to(root) if is_below_root else run.directory
     cells = (
@@ -231,9 +229,7 @@ def _single_run_lines(run: RunView, details: RunDetails, damage_by_checkpoint: M
 
 
 def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
-    """How the training of a run goes, as (name, text) rows: loss, held-out metrics, speed and memory; no row for what is
-    not known.
-    """
+    """How the training of a run goes, as (name, text) rows: loss, held-out metrics, speed and memory, where known."""
     facts = []
     if run.loss is not None:
         facts.append(("loss", f"{format_metric(run.loss)}  {sparkline(details.sampled_losses)}"))
@@ -259,8 +255,7 @@ def _last_evaluation_text(last_evaluation: Mapping[str, float]) -> str:
 
 
 def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
-    """Who runs a run, as (name, text) rows: its process, its job in the queue, what its starts used, and the jobs of its
-    pipeline.
+    """Who runs a run, as (name, text) rows: its process, its job in the queue, what its starts used, jobs of its pipeline.
 
     A run has several starts if it was restarted. `details.start_usages` has what each start of a SLURM job used.
     """
@@ -390,7 +385,8 @@ def _checkpoint_row(
 ) -> TableRow:
     """Make a checkpoint's row of the table: name, age, size and remarks, such as `best: eval/loss 2.31`.
 
-    `damage_by_checkpoint`: what is wrong with each damaged checkpoint; None if none was verified.
+    `monitored_metric`: by which the best checkpoint is chosen; None if it is not known. `damage_by_checkpoint`: what is
+    wrong with each damaged checkpoint; None if none was verified.
     """
     remarks = []
     if damage_by_checkpoint is not None:

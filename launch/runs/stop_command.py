@@ -177,9 +177,7 @@ class StoppingRun:
     """Why the last call of squeue failed; None if it succeeded."""
 
     def wait_until_ended(self) -> int:
-        """Wait up to `wait_s` seconds until the run has ended, print what was saved, and return the exit code of `shardtune
-        stop`.
-        """
+        """Wait up to `wait_s` seconds until the run has ended, print what was saved, and return the command's exit code."""
         from launch.runs.metrics_tail import last_step
 
         began_at = reported_at = time.monotonic()

@@ -84,9 +84,7 @@ def _answers_of_run(run: RecordedRun) -> list[AnswerPair]:
 
 
 def _pair_of_rows(task: str, first_row: dict[str, Any], last_row: dict[str, Any]) -> AnswerPair:
-    """Pair two rows of kept answers with the same prompt: `first_row` from before training, `last_row` from the newest
-    evaluation.
-    """
+    """Pair two rows of kept answers with the same prompt: from before training, and from the newest evaluation."""
     return AnswerPair(
         task,
         prompt=shorten_at_start(str(last_row["prompt"])),

@@ -46,9 +46,7 @@ def run_cards(compared: ComparedPoint) -> list[PageCard]:
 
 
 def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
-    """The card of a held-out metric: its value at the end of the run, before training, and at the best step if that was
-    better.
-    """
+    """The card of a held-out metric: its value at the end, before training, and at the best step if that was better."""
     notes = []
     if change.value_before is not None:
         notes.append(f"before training {change.format_value(change.value_before)}")
@@ -141,9 +139,7 @@ def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None
 
 
 def _predicted_cost(run: RecordedRun) -> PredictedCost:
-    """What the plan at the start of the run predicted, as `run.json` recorded it (the receipt); its fields are None without
-    one.
-    """
+    """What the plan at the start of the run predicted, as `run.json` recorded it; its fields are None without a plan."""
     receipt = run.record.receipt or Receipt()
     return receipt.predicted or PredictedCost()
 
@@ -303,9 +299,7 @@ def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def run_links(run: RecordedRun) -> list[tuple[str, str]]:
-    """The links to the pages and files about the run that exist: (text, URL relative to the page), such as ("metrics",
-    "metrics.jsonl").
-    """
+    """The links to the pages and files about the run that exist: (text, relative URL), such as ("metrics", "metrics.jsonl")."""
     targets: list[tuple[str, Path]] = []
     if run.record.data_directory:
         targets.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))

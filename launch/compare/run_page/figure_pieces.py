@@ -110,8 +110,7 @@ def tooltip_fields(value_field: str, title: str) -> list[Spec]:
 
 
 def held_out_rows_of(run: RecordedRun, x_values_by_step: dict[int, Row], metric: str) -> list[Row]:
-    """Data rows of a held-out metric for a plot: one for each evaluation with a finite value; of very many, about
-    `MAX_DRAWN_STEPS`.
+    """Data rows of a held-out metric: one for each evaluation with a finite value; of very many, about `MAX_DRAWN_STEPS`.
 
     Such as {"series": "held-out", "step": 40, "tokens": 20480, "seconds": 31.5, "value": 2.31, "metric": "eval/loss"}.
     """

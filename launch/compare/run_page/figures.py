@@ -183,11 +183,10 @@ def _training_metric_rows(run: RecordedRun, x_values_by_step: dict[int, Row], me
 
 
 def _answer_metrics(run: RecordedRun) -> list[str]:
-    """Choose the metrics of generated answers for the menu: the reward, its components, then others; `MAX_ANSWER_METRICS`
-    at most.
+    """Choose the metrics of generated answers for the menu: the reward, its components, then others.
 
-    The page holds the numbers of each step for each of them, so there must not be many. Empty for a run that generates
-    none.
+    The page holds the numbers of each step for each of them, so there are at most `MAX_ANSWER_METRICS`. Empty for a run
+    that generates none.
     """
     metrics: dict[str, None] = {}  # a dict as an ordered set
     for row in run.steps.values():
@@ -222,8 +221,7 @@ def _training_course_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) 
 
 
 def _training_course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
-    """Build the Vega-Lite plot of one metric over training, such as `grad_norm`, as a low strip; several stand beneath each
-    other.
+    """Build the Vega-Lite plot of one metric over training, such as `grad_norm`, as one of several low strips.
 
     `title`: of its y axis; the x axis has none, as all strips share it. `rows`: {"grad_norm": 0.8, "step": 5, "tokens":
     2560, "seconds": 4.1}.

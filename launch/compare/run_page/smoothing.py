@@ -14,8 +14,7 @@ def smoothing_weight(num_steps: float, min_steps: int) -> float:
 
 
 def smoothed(value_by_step: dict[int, float], weight: float) -> dict[int, float]:
-    """Smooth a curve by an exponential mean of the value at each step and those before it, without a bias towards 0 at the
-    beginning.
+    """Smooth a curve by an exponential mean over the steps so far, without a bias towards 0 at the beginning.
 
     `value_by_step`: finite values. `weight`: that of the earlier values, from 0 (no smoothing) to below 1.
     """

@@ -169,9 +169,7 @@ def _training_length_text(run: RecordedRun) -> str:
 
 
 def run_callouts(run: RecordedRun) -> list[Callout]:
-    """What a reader of a run's page should know beside the verdict, the worst first: data leaks, slow ranks, early stops
-    and the like.
-    """
+    """What a reader of a run's page should know beside the verdict, the worst first, such as leaks of data or slow ranks."""
     return worst_first(
         [
             *_finding_callouts(run),
@@ -188,8 +186,7 @@ def run_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _finding_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader what the detectors found while the run trained, such as overfitting or forgetting: a call-out for each
-    finding.
+    """Tell the reader what detectors found while the run trained, such as overfitting: a call-out for each finding.
 
     Left out are the finding that is the verdict already, and early stopping, which has a call-out of its own.
     """
@@ -381,9 +378,7 @@ def _export_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _resumed_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader that the run was resumed: from which checkpoint, and which changed settings were accepted
-    (`run.accept`).
-    """
+    """Tell the reader that the run was resumed: from which checkpoint, and which changed settings were accepted."""
     if not run.record.resumed_from:
         return []
     text = f"From {run.record.resumed_from}. Duration, speed and memory are those of all attempts where they were recorded."
