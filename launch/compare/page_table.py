@@ -88,7 +88,7 @@ def _axis_columns(axes: Sequence[ComparedAxis]) -> list[_ColumnWithCells]:
     """The columns that show by which settings the points differ, with the value of each point; at most `MAX_AXIS_COLUMNS`."""
     columns_with_cells = []
     for axis in axes[:MAX_AXIS_COLUMNS]:
-        cells = [PageCell(label, _label_sort_value(label)) for label in axis.labels]
+        cells = [PageCell(label, sort_value=_label_sort_value(label)) for label in axis.labels]
         columns_with_cells.append(_ColumnWithCells(PageColumn(axis.title, group="settings"), cells))
     return columns_with_cells
 
@@ -122,7 +122,7 @@ def _name_cell(point: ComparedPoint) -> PageCell:
     """The cell with a point's name; below it stands `failed`, `diverged` or the like if its numbers do not count."""
     has_numbers_that_do_not_count = point.measured.steps > 0 and not is_recommendable(point)
     note = _state_and_tone(point)[0] if has_numbers_that_do_not_count else ""
-    return PageCell(point.name, point.name, note=note)
+    return PageCell(point.name, sort_value=point.name, note=note)
 
 
 def _label_sort_value(label: str) -> float | str:
@@ -170,7 +170,7 @@ def _state_cell(point: ComparedPoint) -> PageCell:
     """The cell with a point's state; below it stands why it ended if it is not done."""
     state, tone = _state_and_tone(point)
     reason = point.reason or ""
-    return PageCell(state, state, tone=tone, note=reason.removeprefix(f"{state}: "))
+    return PageCell(state, sort_value=state, tone=tone, note=reason.removeprefix(f"{state}: "))
 
 
 def _number_columns(comparison: Comparison) -> list[NumberColumn]:

@@ -139,10 +139,9 @@ def _runs_table(runs: tuple[ComparedPoint, ...]) -> PageTable:
 def _run_cells(run: ComparedPoint) -> list[PageCell]:
     """The cells of one run, in the order of the columns of `_runs_table`."""
     measured = run.measured
-    state = run.state
     return [
-        PageCell(run.name, run.name),
-        PageCell(state, state),
+        _text_cell(run.name),
+        _text_cell(run.state),
         _number_cell(measured.steps or None),
         _number_cell(measured.loss, digits=5),
         _number_cell(measured.metrics_at_end.get("eval/loss"), digits=5),
@@ -151,9 +150,14 @@ def _run_cells(run: ComparedPoint) -> list[PageCell]:
     ]
 
 
+def _text_cell(text: str) -> PageCell:
+    """A table cell that is sorted by its text."""
+    return PageCell(text, sort_value=text)
+
+
 def _number_cell(value: float | None, digits: int = 4) -> PageCell:
     """A table cell with a number in so many significant digits, sorted by its full value; a dash for None."""
-    return PageCell(format_number(value, digits), value)
+    return PageCell(format_number(value, digits), sort_value=value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,10 +302,10 @@ def _metrics_table(rows: list[dict[str, Any]]) -> PageTable:
         if row["low"] is not None:
             interval = f"{format_number(row['low'])} to {format_number(row['high'])}"
         cell_by_title = {
-            "task": PageCell(row["task"], row["task"]),
-            "metric": PageCell(row["metric"], row["metric"]),
+            "task": _text_cell(row["task"]),
+            "metric": _text_cell(row["metric"]),
             "value": _number_cell(row["value"]),
-            "95 % interval": PageCell(interval, interval),
+            "95 % interval": _text_cell(interval),
         }
         if is_compared:
             verdict = row["verdict"]
@@ -425,11 +429,11 @@ def _options_table(options: list[dict[str, Any]]) -> PageTable:
         speed = option["tokens_per_s"] if option["fits"] else None
         rows.append(
             [
-                PageCell(option["strategy"], option["strategy"]),
-                PageCell(settings, settings),
-                PageCell(f"{option['margin_gib']:+.1f}", option["margin_gib"]),
+                _text_cell(option["strategy"]),
+                _text_cell(settings),
+                PageCell(f"{option['margin_gib']:+.1f}", sort_value=option["margin_gib"]),
                 _number_cell(speed),
-                PageCell(option["why"], option["why"]),
+                _text_cell(option["why"]),
             ]
         )
     return PageTable(columns, rows)

@@ -86,10 +86,11 @@ class SignalJob:
         """The shell commands that do the same."""
         return "; ".join(shlex.join(command) for command in self.commands)
 
-    def send(self) -> None:
-        """Send both signals. Raises CannotStopError with scancel's message."""
+    def send(self) -> bool:
+        """Send both signals; returns True: the job is there. Raises CannotStopError with scancel's message if it is not."""
         for command in self.commands:
             run_slurm_command(command)
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,12 @@ class CancelJob:
         """The shell command that does the same."""
         return f"scancel {self.job.id}"
 
-    def send(self) -> None:
-        """Take the job out of the queue. Raises CannotStopError with scancel's message."""
+    def send(self) -> bool:
+        """Take the job out of the queue; returns True: the job was there. Raises CannotStopError with scancel's message if
+        not.
+        """
         run_slurm_command(["scancel", self.job.id])
+        return True
 
 
 StopMethod = NotRunning | SignalProcess | SignalJob | CancelJob

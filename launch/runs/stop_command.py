@@ -117,9 +117,8 @@ def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> StopResult:
     if dry_run:
         print(f"{run_dir}: {run.state} at step {run.step or 0}; would be stopped by: {method}")
         return StopResult(exit_code=0, shell_command=str(method))
-    # Only a process can have ended meanwhile: for a job, `send` returns None, or raises an error.
-    has_ended_by_itself = method.send() is False
-    if has_ended_by_itself:
+    was_still_running = method.send()
+    if not was_still_running:
         print(f"{run_dir}: ended by itself; {saved_checkpoint_text(run_dir, run.step)}")
         return StopResult(exit_code=0, shell_command=None)
     print(f"{run_dir}: asked to save and to end ({method})", flush=True)

@@ -191,10 +191,12 @@ def _cost_row(
     """
     if not measured:
         return None
-    # The second value of a cell is what the column is sorted by.
-    planned_cell = PageCell(format_value(planned), planned) if planned else PageCell(UNKNOWN)
-    ratio_cell = PageCell(f"{measured / planned:.2f}", measured / planned) if planned else PageCell(UNKNOWN)
-    return [PageCell(title, title), planned_cell, PageCell(format_value(measured), measured), ratio_cell]
+    planned_cell = ratio_cell = PageCell(UNKNOWN)
+    if planned:
+        planned_cell = PageCell(format_value(planned), sort_value=planned)
+        ratio_cell = PageCell(f"{measured / planned:.2f}", sort_value=measured / planned)
+    measured_cell = PageCell(format_value(measured), sort_value=measured)
+    return [PageCell(title, sort_value=title), planned_cell, measured_cell, ratio_cell]
 
 
 def _gib_to_bytes(gib: float | None) -> float | None:
@@ -250,7 +252,8 @@ def _value_on_command_line(value: Any) -> str:
 
 
 def _default_settings(run_dir: Path) -> dict[str, Any]:
-    """The defaults of a run's settings by dotted key, among which are those of the choices that it made, such as `tuning=lora`.
+    """The defaults of a run's settings by dotted key, among which are those of the choices that it made, such as
+    `tuning=lora`.
 
     Empty if its `config.yaml` is of another version or cannot be read.
     """
@@ -299,7 +302,9 @@ def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def run_links(run: RecordedRun) -> list[tuple[str, str]]:
-    """The links to the pages and files about the run that exist: (text, relative URL), such as ("metrics", "metrics.jsonl")."""
+    """The links to the pages and files about the run that exist: (text, relative URL), such as ("metrics",
+    "metrics.jsonl").
+    """
     targets: list[tuple[str, Path]] = []
     if run.record.data_directory:
         targets.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))

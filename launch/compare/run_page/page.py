@@ -92,7 +92,7 @@ def _text_table(headings: list[str], rows: list[list[str]], caption: str) -> Pag
     """
     cells = []
     for row in rows:
-        cells.append([PageCell(text, _sort_value(text)) for text in row])
+        cells.append([PageCell(text, sort_value=_sort_value(text)) for text in row])
     columns = [PageColumn(heading) for heading in headings]
     return PageTable(columns, cells, caption)
 

@@ -199,7 +199,7 @@ def _finding_callouts(run: RecordedRun) -> list[Callout]:
         heading = HEADING_BY_FINDING.get(finding.name, finding.name.capitalize())
         tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
         text = f"Since step {finding.step}: {finding.observation}.{_remedies_text(finding)}"
-        callouts.append(Callout(tone, heading, text, _remedy_commands(run, finding)))
+        callouts.append(Callout(tone, heading, text, commands=_remedy_commands(run, finding)))
     return callouts
 
 
@@ -285,13 +285,13 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
         before = monitored.format_value(monitored.value_before) if monitored.value_before is not None else ""
         text = f"{monitored.title} was {before} before training, and {best_value} at best, at step {best.step}."
         heading = "No step is better than the model before training"
-        return [Callout("warning", heading, text, (_lower_learning_rate_command(run),))]
+        return [Callout("warning", heading, text, commands=(_lower_learning_rate_command(run),))]
     if best.is_last_step_as_good:
         return []
     text = f"{monitored.title} was {best_value} there, and {monitored.format_value(monitored.value_after)} at the end."
     if _has_exported_best(run):
         text += " Its weights were exported."
-    return [Callout("note", f"Step {best.step} was the best", text, _export_best_commands(run))]
+    return [Callout("note", f"Step {best.step} was the best", text, commands=_export_best_commands(run))]
 
 
 def _leak_callouts(run: RecordedRun) -> list[Callout]:
@@ -312,7 +312,7 @@ def _leak_callouts(run: RecordedRun) -> list[Callout]:
             continue
         text = f"{num_documents:,} training documents are in the held-out data ({split}) too. "
         text += "Its numbers are better than those on new documents would be."
-        callouts.append(Callout("warning", "Training documents in the held-out data", text, (retry_command,)))
+        callouts.append(Callout("warning", "Training documents in the held-out data", text, commands=(retry_command,)))
     return callouts
 
 
@@ -327,7 +327,7 @@ def _straggler_callouts(run: RecordedRun) -> list[Callout]:
     sentences = [_slow_rank_text(slow_rank) for slow_rank in outcome.slow_ranks]
     num_slow = len(sentences)
     heading = "A rank held the others up" if num_slow == 1 else f"{num_slow} ranks held the others up"
-    return [Callout("warning", heading, f"{'. '.join(sentences)}.", ("shardtune doctor",))]
+    return [Callout("warning", heading, f"{'. '.join(sentences)}.", commands=("shardtune doctor",))]
 
 
 def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
@@ -385,7 +385,7 @@ def _resumed_callouts(run: RecordedRun) -> list[Callout]:
     if run.record.accepted:
         text += f" Accepted differences: {'; '.join(run.record.accepted)}."
     status_command = f"shardtune status {shlex.quote(str(run.directory))}"
-    return [Callout("note", "The run was resumed", text, (status_command,))]
+    return [Callout("note", "The run was resumed", text, commands=(status_command,))]
 
 
 def _outlier_callouts(run: RecordedRun) -> list[Callout]:
@@ -404,7 +404,7 @@ def _outlier_callouts(run: RecordedRun) -> list[Callout]:
     if were_only_noted:
         text += " To leave the updates of such steps out:"
         commands = (_train_again_command(run, "guards.loss=skip", "guards.grad_norm=skip", directory_suffix="guarded"),)
-    return [Callout("note", heading, text, commands)]
+    return [Callout("note", heading, text, commands=commands)]
 
 
 def _unreadable_line_callouts(run: RecordedRun) -> list[Callout]:
@@ -438,4 +438,4 @@ def _stopped_early_callouts(run: RecordedRun) -> list[Callout]:
         text = f"The watched metric had not improved for {patience} evaluations."
         override = f"evaluation.patience={2 * int(patience or 1)}"
     command = _train_again_command(run, override, directory_suffix="longer")
-    return [Callout("note", "The run stopped early", f"{text} To wait longer:", (command,))]
+    return [Callout("note", "The run stopped early", f"{text} To wait longer:", commands=(command,))]
