@@ -39,9 +39,11 @@ def build_evaluators(
     runtime: Runtime,
     new_stop_check: Callable[[], Callable[[], bool]],
 ) -> list[Evaluator]:
-    """The evaluator of the loss and, if configured, that of generated answers; none without held-out data.
+    """Build what computes a run's held-out metrics: the evaluator of the loss and, if configured, that of generated answers.
 
-    `new_stop_check` makes, for each of them, a function that says on all ranks alike whether the run must stop.
+    Empty without held-out data. `held_out`: the evaluation documents as tokens. `new_stop_check`: makes, for each evaluator, a
+    function that says on all ranks alike whether the run must stop. Raises ConfigError if `evaluation.watch` names a part of
+    the data that does not exist.
     """
     if held_out is None or len(held_out) == 0:
         return []
@@ -115,11 +117,12 @@ def _raise_if_watched_part_is_missing(
     metric_names_by_source: dict[int, dict[str, str]],
     position_metrics: list[str],
 ) -> None:
-    """Raise ConfigError if the metric of `evaluation.watch` belongs to a source, position group or task that does not exist.
+    """Refuse, before the run starts, an `evaluation.watch` that names a source, position group or task that does not exist.
 
     Only names with two slashes or more are checked, such as `eval/loss/code`: others, such as `eval/loss`, exist in every run.
-    `metric_names_by_source`: what `source_metric_names` returns. `position_metrics`: full names of the losses by position, such
-    as `eval/loss_by_position/1024`.
+
+    `metric_names_by_source`: what `source_metric_names` returns. `position_metrics`: full names of the losses by position,
+    such as `eval/loss_by_position/1024`. Raises ConfigError.
     """
     if config.watched.count("/") < 2:
         return
@@ -144,10 +147,11 @@ def build_model_interface(
     runtime: Runtime,
     stop_now: Callable[[], bool],
 ) -> ModelInterface:
-    """The interface through which evaluation tasks ask the model of an engine: for answers, likelihoods, logits and losses.
+    """Build the interface through which tasks ask an engine's model for answers, likelihoods, logits and losses.
 
-    `labels`: names of the labels of a classification head, in the order of their ids; None for a language model. `stop_now`:
-    whether the run must stop, the same on all ranks.
+    `built`: the model with its objective. `labels`: names of the labels of a classification head, in the order of their ids;
+    None for a language model. `encoder`: turns prompts and answers into tokens. `stop_now`: whether the run must stop, the
+    same on all ranks.
     """
     decoder_start = built.encoder_decoder.decoder_start if built.encoder_decoder else None
     answer_generator = AnswerGenerator(
@@ -177,14 +181,16 @@ def build_model_interface(
 
 
 def source_metric_names(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
-    """The metrics that are reported for single sources of the evaluation documents: {source index: {metric: its full name}}.
+    """Which metrics single sources of the evaluation documents have, with their full names: {source: {metric: name}}.
+
+    A source is its index, as batches have it.
 
     - Sets named in `data.eval_path`: {0: {"loss": "eval/code/loss", "accuracy": "eval/code/accuracy", ...}}.
     - Several sources without names of sets: {0: {"loss": "eval/loss/code"}, 1: {"loss": "eval/loss/prose"}}.
     - One source: {}.
 
-    Metrics whose terms depend on counts of the whole set are left out. A source is an index, as batches have it. `generates`:
-    whether answers are generated, so that named sets also get BLEU and ROUGE-L.
+    Metrics whose terms depend on counts of the whole set are left out. `generates`: whether answers are generated, so that
+    named sets also get BLEU and ROUGE-L.
     """
     name_by_source = source_name_by_number(held_out)
     if held_out.manifest.get("sets"):  # named in data.eval_path: reported by name even if there is one alone
@@ -201,6 +207,6 @@ def source_metric_names(held_out: TokenDataset, *, generates: bool = False) -> d
 
 
 def _loss_denominator(held_out: TokenDataset, sequences: np.ndarray, source: int) -> float:
-    """The denominator of the mean loss of one source: the sum of its targets' weights over the evaluated sequences."""
+    """What the summed loss of one source is divided by to get its mean: the weights of its targets in the evaluated sequences."""
     sequences_of_source = sequences[held_out.sources[sequences] == source]
     return exact_sum(held_out.counts["loss"][sequences_of_source])

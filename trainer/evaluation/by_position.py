@@ -25,7 +25,7 @@ GROUP_OF_TARGET_KEY = "row_source"
 
 
 def position_group_bounds(longest_document: int, *, loss_by_position: bool | None) -> list[int]:
-    """The token positions at which position groups end: the held-out loss is reported for each group.
+    """The token positions at which position groups end, for each of which the held-out loss is reported.
 
     A longest document of 3,000 tokens -> [1024, 2048, 4096]. Empty if the loss is not reported by position.
 
@@ -49,15 +49,15 @@ def position_metric_names(bounds: list[int]) -> list[str]:
 def with_position_groups(
     batches: Callable[[], Iterable[dict[str, Any]]], bounds: list[int]
 ) -> Iterator[dict[str, Any]]:
-    """The micro-batches that `batches` yields, each with the position group that every target token belongs to.
+    """Yield micro-batches whose target tokens have position groups, by which the objective then sums the loss too.
 
-    `batches` is called once for each evaluation. Two keys are added. Objectives read them to sum the loss by data source; here
-    they make them sum it by position group instead:
+    Objectives can sum the loss by data source; here their two keys of a batch name position groups instead:
 
     - `GROUP_NAMES_KEY`: the names of the groups, such as ["position/1024", "position/2048"].
     - `GROUP_OF_TARGET_KEY`: int64, for each target the index of its group among them.
 
-    Objectives without a loss of single tokens ignore both.
+    Objectives without a loss of single tokens ignore both. `batches`: called once for each evaluation, yields the
+    micro-batches. `bounds`: where the groups end.
     """
     group_names = [f"{POSITION_GROUP_PREFIX}{bound}" for bound in bounds]
     for batch in batches():
@@ -71,11 +71,10 @@ def with_position_groups(
 
 
 def position_group_counts(batch: Mapping[str, Any], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sum of target weights in each position group of a micro-batch: {"count/position/1024": float64 scalar, ...}.
+    """The denominators of the losses by position: the target weights of each group, {"count/position/1024": scalar, ...}.
 
-    It is the denominator of the group's loss. `batch`: of `with_position_groups`. `terms`: what the objective returned for it.
-    The result is empty if the batch has no position groups, or if the objective computes no loss of single tokens, and so has
-    none by group among its terms.
+    `batch`: of `with_position_groups`. `terms`: what the objective returned for it. Empty if the batch has no position groups,
+    or if the objective computes no loss of single tokens, and so has none by group among its terms. The scalars are float64.
     """
     group_names = [name for name in batch.get(GROUP_NAMES_KEY, ()) if name.startswith(POSITION_GROUP_PREFIX)]
     if not group_names or f"loss/{group_names[0]}" not in terms:
@@ -90,10 +89,10 @@ def position_group_counts(batch: Mapping[str, Any], terms: Mapping[str, Tensor])
 
 
 def pop_position_losses(totals: dict[str, Tensor]) -> dict[str, float]:
-    """Remove the terms of position groups from `totals`, and return the mean loss of each group that has tokens.
+    """Turn the summed losses of position groups into metrics: removes them from `totals`, and returns the mean of each group.
 
-    `totals`: terms of the objective, summed over all ranks. Two terms of a group become one metric:
-    {"count/position/1024": 10.0, "loss/position/1024": 21.0} -> {"loss_by_position/1024": 2.1}.
+    `totals`: terms of the objective, summed over all ranks. Two terms of a group become one metric: {"count/position/1024":
+    10.0, "loss/position/1024": 21.0} -> {"loss_by_position/1024": 2.1}. A group without tokens has none.
     """
     group_names = [term.removeprefix("count/") for term in totals if term.startswith(f"count/{POSITION_GROUP_PREFIX}")]
     mean_losses = {}

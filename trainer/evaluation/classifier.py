@@ -27,10 +27,10 @@ class ClassifierLabels:
 
     @classmethod
     def from_directory(cls, directory: Path, setting_key: str) -> ClassifierLabels:
-        """The labels of the classifier in a directory, in the order of its outputs, from its config.json.
+        """Read the labels of the classifier in a directory from its config.json, in the order of its outputs.
 
-        Raises ConfigError if the file cannot be read, or the model is no sequence classifier. `setting_key`: the setting that
-        names the directory, for the error.
+        `setting_key`: the setting that names the directory, for the error. Raises ConfigError if the file cannot be read, or
+        the model is no sequence classifier.
         """
         try:
             config = read_json_object(directory / "config.json")
@@ -50,14 +50,14 @@ class ClassifierLabels:
         return cls(labels, is_multi_label=is_multi_label_problem or len(labels) == 1)
 
     def toxic_label_index(self, label: Any, key: str) -> int:
-        """The index of the label that means toxic among the classifier's outputs.
+        """Which output of the classifier says how toxic a text is, as an index:
 
-        - `label`, the user's setting, is set: the index of that label.
+        - `label`, the user's setting, is set: that label.
         - The classifier has one label: 0.
-        - Else: the index of the only label whose name is in `TOXIC_LABEL_NAMES`.
+        - Else: the only label whose name is in `TOXIC_LABEL_NAMES`.
 
-        Raises ConfigError that lists the labels if there is no such label, or several. `key`: the setting that names the label,
-        for the error.
+        `key`: the setting that names the label, for the error. Raises ConfigError that lists the labels if there is no such
+        label, or several.
         """
         known_labels = ", ".join(self.names)
         if label is not None:
@@ -87,9 +87,10 @@ class Classifier:
     """The classifier of a directory, loaded on every rank."""
 
     def __init__(self, directory: Path, key: str, runtime: Runtime, *, batch: int) -> None:
-        """Load model and tokenizer, in float32, onto the rank's device. Raises ConfigError if they cannot be loaded.
+        """Load model and tokenizer from a directory, in float32, onto the rank's device.
 
-        `key`: the setting that names the directory, for the error. `batch`: texts in a forward pass.
+        `key`: the setting that names the directory, for the error. `batch`: texts in a forward pass. Raises ConfigError if
+        they cannot be loaded.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -129,7 +130,7 @@ class Classifier:
         return [results[index] for index in range(len(texts))]
 
     def _classify_texts(self, texts: list[str], label_index: int) -> list[ClassifiedText]:
-        """The probability of one label for each text, from one forward pass on this rank."""
+        """The probability of one label for each of a few texts, from one forward pass on this rank."""
         import torch
 
         lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]  # before they are cut to `max_tokens`

@@ -37,10 +37,11 @@ _GOLDEN_RATIO_STEP = -7046029254386353131
 def generation_config_for_answers(
     model_generation_config: GenerationConfig, settings: DecodingConfig, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationConfig:
-    """A copy of the model's GenerationConfig (transformers) with the lengths, beams and end tokens of `settings`.
+    """What transformers' `generate` is called with: the model's GenerationConfig with our lengths, beams and end tokens.
 
-    Sampling is off in it: temperature, top_p and top_k act through logits processors (`_sampling_processors`). A stop string that
-    is a special token (`<|im_end|>`) becomes an end token, because decoded text does not show it.
+    Returns a copy. Sampling is off in it: temperature, top_p and top_k act through logits processors of our own
+    (`_sampling_processors`), whose random numbers belong to a row. A stop string that is a special token (`<|im_end|>`)
+    becomes an end token, because decoded text does not show it.
     """
     generation: Any = copy.deepcopy(model_generation_config)
     generation.max_new_tokens = settings.max_new_tokens
@@ -94,9 +95,10 @@ class GenerateAnswers:
         self.keep_logprobs = keep_logprobs
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Generate an answer to each prompt of a batch. Returns `answers`, int64 [S, M]: the new tokens, padded on the right.
+        """Generate an answer to each prompt of a batch: `answers`, int64 [S, M], the new tokens, padded on the right.
 
-        If `keep_logprobs` is set, also `logprobs`, float32 [S, M]; values after the end of an answer mean nothing.
+        The step module calls this in place of computing a loss. If `keep_logprobs` is set, also returns `logprobs`, float32
+        [S, M]; values after the end of an answer mean nothing.
 
         `batch["input_ids"]` are the prompts, padded on the left. `batch["seeds"]` has a seed for each row.
         `batch["max_new_tokens"]` is the largest number of new tokens; without it, that of the GenerationConfig holds.
@@ -111,8 +113,10 @@ class GenerateAnswers:
         criteria = []
         if self.settings.stop:
             criteria.append(StopAtText(self.tokenizer, self.settings.stop, answer_start))
+        # A copy, since the number of new tokens differs between batches.
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("max_new_tokens", config.max_new_tokens)
+        # Such a model computes the whole row again for each token.
         if not can_generate_with_cache(causal_model):
             config.use_cache = False
         processors = list(self._sampling_processors(batch["seeds"], answer_start))
@@ -130,10 +134,11 @@ class GenerateAnswers:
         return terms
 
     def _sampling_processors(self, seeds: Sequence[int], answer_start: int) -> Iterator[Any]:
-        """The logits processors that sample, in their order: temperature, top-k, top-p, then the noise.
+        """The logits processors by which transformers' greedy search samples, in their order; none at temperature 0.
 
-        There are none at temperature 0, which is greedy. The last one is a `SamplerWithLogprobs` if `keep_logprobs` is set, else
-        a `GumbelNoise`. `seeds`: one for each row. `answer_start`: position of the first new token.
+        First temperature, top-k and top-p, then the noise that makes the argmax a sample: a `SamplerWithLogprobs` if
+        `keep_logprobs` is set, else a `GumbelNoise`. `seeds`: one for each row. `answer_start`: position of the first new
+        token.
         """
         from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -189,11 +194,13 @@ class SamplerWithLogprobs:
 
 
 def sample_in_two_levels(scores: Tensor, seeds: Tensor, position: int) -> tuple[Tensor, Tensor]:
-    """(tokens int64 [S] sampled from the softmax of the logits `scores [S, V]`, their log-probabilities float32 [S]).
+    """Sample a token for each row from the softmax of its logits: (tokens int64 [S], log-probabilities float32 [S]).
 
-    The vocabulary is divided into blocks of `BLOCK_TOKENS`. First a block is sampled, then a token in it, each as the argmax of
-    logits plus Gumbel noise. The result depends on the scores, the row's seed (`seeds`, int64 [S]) and the position of the new
-    token in its answer alone.
+    The vocabulary is divided into blocks of `BLOCK_TOKENS`. First a block is sampled, then a token in it, each as the argmax
+    of logits plus Gumbel noise. The log-probabilities are float32.
+
+    `scores`: logits [S, V]. `seeds`: int64 [S], one for each row. `position`: of the new token in its answer. The result
+    depends on these alone, not on what else is in the batch.
     """
     num_padded = -scores.shape[1] % BLOCK_TOKENS  # fills up the last block
     blocks = F.pad(scores.float(), (0, num_padded), value=-math.inf).unflatten(1, (-1, BLOCK_TOKENS))
@@ -211,11 +218,11 @@ def sample_in_two_levels(scores: Tensor, seeds: Tensor, position: int) -> tuple[
 
 
 def gumbel_noise(seeds: Tensor, position: int, num_tokens: int) -> Tensor:
-    """Gumbel noise, float64 [S, num_tokens]: a function of (seed of the row, position, token), the same on every device.
+    """Noise whose argmax, added to logits, is a sample from their softmax: Gumbel's, float64 [S, num_tokens].
 
-    `seeds`: int64 [S]. `position`: position of the new token in its answer, from 0. The random numbers are SplitMix64's (Steele,
-    Lea and Flood 2014), whose n-th number does not need those before it. Each row and position has a sequence of its own, with a
-    number for each token.
+    A function of (seed of the row, position, token), the same on every device. `seeds`: int64 [S]. `position`: position of the
+    new token in its answer, from 0. The random numbers are SplitMix64's (Steele, Lea and Flood 2014), whose n-th number does
+    not need those before it. Each row and position has a sequence of its own, with a number for each token.
     """
     # The state of SplitMix64 grows by the golden ratio step with each number, so the n-th state is start + n * step.
     position_step = torch.full_like(seeds, position + 1) * _GOLDEN_RATIO_STEP
@@ -254,7 +261,10 @@ class StopAtText:
         self.num_decoded_tokens = 4 * longest_stop + 8
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """bool [S]: whether the end of each answer contains a stop string. `scores` are not used."""
+        """Whether the end of each answer contains a stop string, bool [S]; transformers asks after each new token.
+
+        `input_ids`: int64 [S, N], prompts and answers so far. `scores` are not used.
+        """
         decode_start = max(self.answer_start, input_ids.shape[1] - self.num_decoded_tokens)
         last_ids = input_ids[:, decode_start:].tolist()
         texts = self.tokenizer.batch_decode(last_ids, skip_special_tokens=True)
@@ -266,10 +276,10 @@ class StopAtText:
 
 @contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Inside the context the model uses an attention of transformers that has a KV cache, and compiled blocks run eagerly.
+    """A context in which the model can generate: with an attention that has a KV cache, and without compiled blocks.
 
-    The padding-free attention of training has no cache. Compiled blocks would be compiled again for each length of the cache, up
-    to torch's limit, after which training too would run uncompiled.
+    The padding-free attention of training has no cache. Compiled blocks would be compiled again for each length of the cache,
+    up to torch's limit, after which training too would run uncompiled.
     """
     config = model.config
     attention_name = attention_of(config)

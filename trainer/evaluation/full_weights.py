@@ -39,7 +39,9 @@ class GatherDecision:
 
 
 def decide_weight_gathering(engine: Engine, runtime: Runtime, kv_cache_bytes: int) -> GatherDecision:
-    """Decide whether every rank gathers all sharded weights once, or each forward pass gathers them block by block.
+    """Decide how sharded weights are gathered for many forward passes: once for all, or block by block in each.
+
+    Once is faster, but every rank then holds the whole model.
 
     - Weights are not sharded: every rank has them, and there is nothing to gather.
     - Parameters are offloaded to NVMe: block by block.
@@ -48,6 +50,7 @@ def decide_weight_gathering(engine: Engine, runtime: Runtime, kv_cache_bytes: in
 
     `kv_cache_bytes`: memory of the KV cache of the largest batch on this rank. All ranks must call.
     """
+    # With expert parallelism, each pass is a collective even if all other weights are gathered.
     sends_tokens_to_experts = engine.full_parameters.forward_is_collective
     if not engine.full_parameters.sharded:
         return GatherDecision(sharded=False, gathered_once=True, description="every rank holds all weights")
@@ -94,13 +97,14 @@ def bytes_per_parameter(model: Any) -> int:
 
 
 def kv_cache_bytes_upper_bound(config: Any, rows: int, tokens: int, bytes_per_number: int) -> int:
-    """Bytes of the KV cache of `rows` rows of `tokens` tokens each, in all layers.
+    """The most memory that the keys and values of `rows` rows of `tokens` tokens each can take, in all layers, in bytes.
 
-    It is an upper bound: MLA and sliding windows need less. `config`: the transformers configuration of the model.
+    An upper bound, for planning: MLA and sliding windows need less. `config`: the transformers configuration of the model.
     """
     text_config = text_model_config(config)
     num_heads = getattr(text_config, "num_attention_heads", 1) or 1
     default_head_width = getattr(text_config, "hidden_size", 0) // num_heads
+    # Layers may differ; the widest counts.
     head_width = max(filter(None, layer_values(text_config, "head_dim")), default=default_head_width)
     num_key_heads = max(filter(None, layer_values(text_config, "num_key_value_heads")), default=num_heads)
     num_layers = getattr(text_config, "num_hidden_layers", 0)

@@ -116,14 +116,15 @@ class AnswerGenerator:
         averaged: bool = True,
         keep_logprobs: bool = False,
     ) -> list[GeneratedAnswer]:
-        """`settings.draws` answers to each prompt, prompt by prompt, the same list on every rank.
+        """Let the model answer prompts: `settings.draws` answers to each, prompt by prompt, the same list on every rank.
 
-        All ranks must call with the same prompts (token ids; an encoder reads them, if the model has one). An answer is shorter
-        than `settings.max_new_tokens` if the model has too few positions. `seeds`: seeds[prompt][sample]; None: derived from
-        `settings.seed` and both indices. `averaged`: see `Engine.inference`. `keep_logprobs`: whether answers have `logprobs`.
+        `prompts`: token ids; an encoder reads them, if the model has one. `seeds`: seeds[prompt][sample]; None: derived from
+        `settings.seed` and both indices. `averaged`: whether the averaged weights generate, if the run keeps some.
+        `keep_logprobs`: whether answers have `logprobs`. An answer is shorter than `settings.max_new_tokens` if the model has
+        too few positions.
 
-        Also sets `throughput`. Raises, on all ranks or none, DataError for a prompt without tokens or one that leaves no position
-        for an answer, and Interrupted if the run is asked to stop.
+        All ranks must call with the same prompts. Also sets `throughput`. Raises, on all ranks or none, DataError for a prompt
+        without tokens or one that leaves no position for an answer, and Interrupted if the run is asked to stop.
         """
         began = time.perf_counter()
         model = transformers_model_of(engine)
@@ -147,6 +148,7 @@ class AnswerGenerator:
         gathering = self._decide_weight_gathering(engine, model, batches, row_lengths, settings.beams)
 
         def seed_of(row: _SampleRow) -> int:
+            """The seed of one sample, which decides its random numbers whatever rank and batch it is in."""
             if seeds is not None:
                 return seeds[row.prompt_index][row.sample_index]
             return derived_seed(settings.seed, "draw", row.prompt_index, row.sample_index)
@@ -189,10 +191,10 @@ class AnswerGenerator:
         row_lengths: Sequence[int],
         num_beams: int,
     ) -> GatherDecision:
-        """Decide by memory how weights are gathered while these batches generate. All ranks must call.
+        """Decide by memory whether sharded weights are gathered once for all these batches. All ranks must call.
 
-        `row_numbers_by_batch`: the batches of this rank, the longest row of each first. `row_lengths`: tokens of each row, prompt
-        and answer together.
+        `row_numbers_by_batch`: the batches of this rank, the longest row of each first. `row_lengths`: tokens of each row,
+        prompt and answer together. `num_beams`: of beam search; 1 without it.
         """
         # The rows of a batch are padded to its longest one, and beam search caches each row once for each beam.
         tokens_of_batches = [len(numbers) * row_lengths[numbers[0]] for numbers in row_numbers_by_batch if numbers]
@@ -241,7 +243,11 @@ class AnswerGenerator:
         max_tokens: int | None,
         group_of_row: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """This rank's batches of row numbers; see `batches_of_rank`. One row a batch if the model needs that."""
+        """Split rows into batches of similar length, and return those of this rank, as row numbers (see `batches_of_rank`).
+
+        A batch is one row if the model computes correctly only for one row at a time. `max_tokens`: a batch has as many rows
+        as fit into that many tokens; None: `self.batch` rows. `group_of_row`: rows of different groups are never in one batch.
+        """
         max_rows = self.batch
         forward_path = getattr(transformers_model_of(engine), "forward_path", STOCK_PATH)
         needs_single_rows = forward_path.alone  # the model computes correctly only for one row at a time
@@ -268,12 +274,15 @@ class AnswerGenerator:
         gathering: GatherDecision,
         averaged: bool = True,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Run forward passes over this rank's batches: yields (row numbers, what `objective` returns for these rows).
+        """Run the model on this rank's batches: yields (row numbers, what `objective` returns for these rows).
 
-        `objective` takes the place of the training objective; it generates or scores instead of computing a loss. `batches`: row
-        numbers of each batch, as many batches on every rank, some of them empty. `make_batch` builds the tensors of some rows.
-        `averaged`: use the averaged weights, if the run keeps them. All ranks must exhaust the generator. Raises Interrupted, on
-        all ranks or none, if the run is asked to stop: the ranks agree on it after each batch (`stop_now` is a collective).
+        `objective` takes the place of the training objective: it generates or scores instead of computing a loss. `batches`:
+        row numbers of each batch, as many batches on every rank, some of them empty. `make_batch`: builds the tensors of some
+        rows. `gathering`: whether sharded weights are gathered once. `averaged`: use the averaged weights, if the run keeps
+        them.
+
+        All ranks must exhaust the generator. Raises Interrupted, on all ranks or none, if the run is asked to stop: the ranks
+        agree on it after each batch (`stop_now` is a collective).
         """
         with (
             engine.inference(InferenceWeights.averaged if averaged else InferenceWeights.trained) as module,
@@ -292,7 +301,7 @@ class AnswerGenerator:
                         raise Interrupted
 
     def gather_in_order(self, own_results: dict[int, Any]) -> list[Any]:
-        """The results of all ranks, sorted by their row numbers. All ranks must call.
+        """Bring the results of all ranks together, sorted by their row numbers, on every rank. All ranks must call.
 
         `own_results`: this rank's results by row number. Rank 0 has {0: "a", 2: "c"}, rank 1 {1: "b"} -> ["a", "b", "c"].
         """
@@ -304,7 +313,9 @@ class AnswerGenerator:
 
 @contextmanager
 def replaced_objective(step_module: Any, objective: Any) -> Iterator[None]:
-    """Inside the context the step module calls `objective.terms` in place of the training objective's.
+    """Inside the context the step module calls `objective.terms` in place of its own objective's, to generate or score.
+
+    A step module is the model together with its objective.
 
     The model is called through the root module's own forward, because only there its sharded parameters are gathered.
     """
@@ -331,10 +342,11 @@ def answer_from_tokens(
     end_ids: frozenset[int],
     tokenizer: Any,
 ) -> GeneratedAnswer:
-    """An answer from its new token ids, cut at the first end token or stop string.
+    """Turn the new token ids of one row into an answer, cut at the first end token or stop string.
 
     It is sample number `sample_index` of prompt number `prompt_index`, both from 0. `ids` may have padding after the end. The
     answer's `ids` include the end token, or the tokens that complete the stop string; its text ends before the stop string.
+    `end_ids`: the tokens that end an answer.
     """
     num_tokens = next((position + 1 for position, token in enumerate(ids) if token in end_ids), None)
     ids = ids[:num_tokens]
@@ -351,7 +363,7 @@ def answer_from_tokens(
 
 
 def _num_tokens_until_stop(ids: list[int], stop_strings: Sequence[str], tokenizer: Any) -> int:
-    """The smallest number of first tokens whose text has a stop string. The text of all tokens must have one.
+    """How many tokens an answer has up to the one that completes a stop string; `ids` as a whole must contain one.
 
     Found by bisection: once a text has a stop string, longer texts have it too.
     """
@@ -367,9 +379,10 @@ def _num_tokens_until_stop(ids: list[int], stop_strings: Sequence[str], tokenize
 
 
 def _check_pairs_fit_positions(pairs: Sequence[ContinuationPair], config: Any, *, is_decoder_only: bool) -> None:
-    """Raise DataError for a pair whose context has no tokens, or that the model has too few positions for.
+    """Refuse a pair without tokens in its context, or one that is too long for the model. Raises DataError.
 
-    `config`: the transformers config of the model. An encoder-decoder model reads the context with its encoder, without a limit.
+    `config`: the transformers config of the model. An encoder-decoder model reads the context with its encoder, without a
+    limit.
     """
     check_sequences_fit_positions("context", [context for context, _ in pairs], positions=None)
     if is_decoder_only:
@@ -386,7 +399,7 @@ def transformers_model_of(engine: Engine) -> Any:
 
 
 def max_positions(config: Any) -> int | None:
-    """The number of positions of a model, by its transformers config; None if there is no limit, as with rotary positions."""
+    """The most tokens that a model can read, by its transformers config; None if there is no limit, as with rotary positions."""
     text_config = text_model_config(config)
     if getattr(text_config, "rope_parameters", None) is not None:
         return None
@@ -397,9 +410,10 @@ def max_positions(config: Any) -> int | None:
 
 
 def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
-    """How many tokens the answer to each prompt may have: `max_new_tokens`, or fewer if the model's positions leave less.
+    """How many tokens the answer to each prompt may have, so that prompt and answer fit the model's positions; at least 1.
 
-    At least 1. With 512 positions and 64 new tokens, a prompt of 500 tokens leaves 12. `config`: the model's transformers config.
+    `max_new_tokens`, or fewer: with 512 positions and 64 new tokens, a prompt of 500 tokens leaves 12. `config`: the model's
+    transformers config.
     """
     positions = max_positions(config)
     if positions is None:
@@ -412,9 +426,9 @@ def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], max_new_tok
 
 
 def check_sequences_fit_positions(noun: str, sequences: Sequence[Sequence[int]], positions: int | None) -> None:
-    """Raise DataError for a sequence without tokens, or one that leaves none of the model's `positions` for a further token.
+    """Refuse a sequence without tokens, or one that leaves no position for a further token. Raises DataError.
 
-    `noun`: what a sequence is called in the message, such as "prompt". `positions`: None is no limit.
+    `noun`: what a sequence is called in the message, such as "prompt". `positions`: the model's; None is no limit.
     """
     for number, sequence in enumerate(sequences):
         if len(sequence) == 0:
@@ -438,11 +452,11 @@ def batches_of_rank(
     max_tokens: int | None = None,
     group_of_row: Sequence[int] | None = None,
 ) -> Iterator[list[int]]:
-    """The batches of one rank, as lists of row numbers: the longest rows first, rows of similar length on all ranks.
+    """Split rows over all ranks into batches of similar length; yields those of one rank, as lists of row numbers.
 
-    Every rank has the same number of batches, and some of them may be empty. `row_lengths`: tokens of each row. `max_rows`: rows
-    of a batch. `max_tokens`: if set, a batch has instead as many rows of its longest length as fit into that many tokens, at
-    least one. `group_of_row`: if set, all rows of a batch are of the same group.
+    The longest rows come first. Every rank has the same number of batches, and some of them may be empty. `row_lengths`:
+    tokens of each row. `max_rows`: rows of a batch. `max_tokens`: if set, a batch has instead as many rows of its longest
+    length as fit into that many tokens, at least one. `group_of_row`: if set, all rows of a batch are of the same group.
 
     Lengths [5, 9, 7, 3], 2 ranks, batches of 1 row: rank 0 has [[1], [0]], rank 1 has [[2], [3]].
     """
@@ -454,6 +468,7 @@ def batches_of_rank(
         rows_per_batch = max_rows
         if max_tokens is not None:
             rows_per_batch = max(1, max_tokens // row_lengths[longest_row])
+        # One batch for each rank.
         candidates = ordered_rows[begin : begin + rows_per_batch * world_size]
         rows_of_all_ranks = [row for row in candidates if groups[row] == groups[longest_row]]
         yield rows_of_all_ranks[rank::world_size]

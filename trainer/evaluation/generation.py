@@ -65,10 +65,13 @@ class GenerationEvaluator:
         """Called after each evaluation, on every rank, with the answers to all documents."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Yield (name, value), equal on all ranks. All ranks must call; raises Interrupted on all or none.
+        """Let the model answer the evaluation documents, and yield (name, value) of each metric, equal on all ranks.
 
-        `eval/written_tokens_per_s` is the speed of all ranks together. `eval/weights_gathered` is yielded for sharded weights:
-        1 if they were gathered once for all answers, 0 if block by block in each pass.
+        `eval/bleu` and `eval/rougeL` compare with the reference answers. `eval/written_tokens_per_s` is the speed of all ranks
+        together. `eval/weights_gathered` is yielded for sharded weights: 1 if they were gathered once for all answers, 0 if
+        block by block in each pass.
+
+        All ranks must call; raises Interrupted on all or none.
         """
         answers = self.answer_documents(engine)
         self.on_answers(answers)
@@ -81,7 +84,7 @@ class GenerationEvaluator:
             yield "eval/weights_gathered", float(throughput.gathering.gathered_once)
 
     def _compute_metrics(self, answers: list[AnswerWithReference]) -> dict[str, float]:
-        """BLEU and ROUGE-L of all answers (`eval/bleu`) and of those to each named set (`eval/SET/bleu`). On rank 0."""
+        """BLEU and ROUGE-L of all answers (`eval/bleu`) and of those to each named set (`eval/SET/bleu`). Only rank 0 calls."""
         metrics = {f"eval/{name}": score for name, score in bleu_and_rouge(answers).items()}
         for source, set_name in self._named_sets.items():
             set_answers = [answer for answer in answers if self.dataset.sources[answer.document] == source]
@@ -90,7 +93,10 @@ class GenerationEvaluator:
         return metrics
 
     def answer_documents(self, engine: Engine) -> list[AnswerWithReference]:
-        """The model's answer to each evaluation document, in their order, the same on every rank. All ranks must call."""
+        """Let the model answer each evaluation document, greedily or as `settings` say, the same on every rank.
+
+        All ranks must call. The prompt is the document up to its first answer, which is the reference.
+        """
         # Every rank has the prompts of all evaluated documents; `generate_answers` splits them over the ranks.
         # A data set whose answers are generated has one sequence for each document, so that the indices are the same.
         document_indices = [int(index) for index in self.evaluated_share.covered_documents(self.dataset)]
@@ -116,7 +122,10 @@ class GenerationEvaluator:
 
 
 def reference_answer_ids(sample: Sample) -> np.ndarray:
-    """Token ids (int32) of the right answer in a sequence, of its first answer: the first supervised tokens in a row."""
+    """Token ids (int32) of the right answer in a sequence, with which a generated one is compared.
+
+    It is the first answer: the first supervised tokens in a row.
+    """
     start = sample.answer_begin()
     unsupervised = np.flatnonzero(~sample.supervised[start:])
     if not len(unsupervised):

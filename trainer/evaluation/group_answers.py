@@ -1,8 +1,8 @@
 """Several samples for each prompt with the prompt computed once: the answers of rounds (`trainer/rollout/writer.py`).
 
-transformers' `generate` computes the prompt of each row, and computes all rows until the last one has ended. Here the KV cache of
-a prompt is computed once and copied to the rows of all its samples, and rows that have ended leave the batch. The sampled tokens
-are the same.
+transformers' `generate` computes the prompt of each row, and computes all rows until the last one has ended. Here the KV cache
+of a prompt is computed once and copied to the rows of all its samples, and rows that have ended leave the batch. The sampled
+tokens are the same.
 """
 
 from __future__ import annotations
@@ -65,11 +65,14 @@ class SharedPromptGenerator(AnswerGenerator):
     def generate_samples(
         self, engine: Engine, prompts: Sequence[Sequence[int]], settings: DecodingConfig, seeds: Sequence[Sequence[int]]
     ) -> list[GeneratedAnswer]:
-        """`settings.draws` samples for each prompt by the trained (not averaged) weights, with log-probabilities.
+        """Let the model in training write `settings.draws` answers to each prompt of a round, with log-probabilities.
 
-        `generate_answers` generates the same samples, each with its own prompt, if the model must be called by transformers'
-        `generate`, or if each forward pass is a collective. `seeds`: seeds[prompt][sample]. All ranks must call, with the same
-        arguments.
+        In a round of reinforcement learning, the answers are scored and then learned from. `seeds`: seeds[prompt][sample]. The
+        trained weights generate, not averaged ones.
+
+        Each prompt is computed once for all its samples, if the model can be called without transformers' `generate` and a
+        forward pass is no collective; else `generate_answers` generates the same samples, each with its own prompt. All ranks
+        must call, with the same arguments.
 
         Raises, on all ranks or none, DataError for a prompt without tokens or one that leaves no position for an answer, and
         Interrupted if the run is asked to stop.
@@ -77,6 +80,7 @@ class SharedPromptGenerator(AnswerGenerator):
         model = transformers_model_of(engine)
         limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)  # by prompt
         gathering = None
+        # Otherwise `generate_answers` decides it by itself.
         if can_share_prompts(model):
             gathering = self._decide_gathering_for_samples(engine, model, prompts, limits, settings)
         if gathering is None or gathering.forward_is_collective:
@@ -92,9 +96,10 @@ class SharedPromptGenerator(AnswerGenerator):
         limits: Sequence[int],
         settings: DecodingConfig,
     ) -> GatherDecision:
-        """Decide whether sharded weights are gathered once: if they fit beside the KV cache of the largest batch.
+        """Decide whether sharded weights are gathered once for all samples: if they fit beside the largest KV cache.
 
-        `limits`: most tokens of an answer, by prompt. All ranks must call.
+        If they do not fit into memory, each forward pass gathers them block by block, which is slower. `limits`: most tokens
+        of an answer, by prompt. All ranks must call.
         """
         most_tokens = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
         kv_cache_bytes = kv_cache_bytes_upper_bound(
@@ -119,14 +124,16 @@ class SharedPromptGenerator(AnswerGenerator):
         limits: Sequence[int],
         gathering: GatherDecision,
     ) -> list[GeneratedAnswer]:
-        """The samples of `generate_samples`, from one computation of each prompt. All ranks must call.
+        """Generate the samples of `generate_samples`, with one computation of each prompt. All ranks must call.
 
-        `limits`: most tokens of an answer, by prompt.
+        `limits`: most tokens of an answer, by prompt. `gathering`: whether sharded weights are gathered once. Returns the
+        answers of all ranks, prompt by prompt.
         """
         chunks = []
         for prompt_index in range(len(prompts)):
             for first in range(0, settings.draws, self.batch):
                 sample_indices = range(first, min(first + self.batch, settings.draws))
+                # A batch has at most `self.batch` rows, so many samples of one prompt are several chunks.
                 chunks.append(_PromptChunk(prompt_index, sample_indices))
         # All answers of a batch have the same limit, so chunks are grouped by it.
         chunk_limits = [limits[chunk.prompt_index] for chunk in chunks]
@@ -140,6 +147,7 @@ class SharedPromptGenerator(AnswerGenerator):
         )
 
         def make_batch(chunk_numbers: list[int]) -> dict[str, Any]:
+            """The tensors of one batch; `max_new_tokens` is the same for all its chunks."""
             batch_chunks = [chunks[number] for number in chunk_numbers]
             batch = _batch_of_chunks(batch_chunks, prompts, seeds, pad_token_id=self.tokenizer.pad_token_id)
             return {**batch, "max_new_tokens": chunk_limits[chunk_numbers[0]]}
@@ -171,9 +179,9 @@ def _batch_of_chunks(
     *,
     pad_token_id: int,
 ) -> dict[str, Any]:
-    """What `SampleGroups.terms` reads: a row for each chunk's prompt; for each sample, the row of its prompt and its seed.
+    """Build what `SampleGroups.terms` reads: each prompt once, and for each sample which prompt it continues.
 
-    `prompts`: token ids of all prompts. `seeds`: seeds[prompt][sample].
+    `prompts`: token ids of all prompts, of which the chunks name theirs. `seeds`: seeds[prompt][sample].
     """
     chunk_prompts = [prompts[chunk.prompt_index] for chunk in chunks]
     prompt_row_of_sample: list[int] = []
@@ -190,13 +198,14 @@ def _batch_of_chunks(
 
 
 def can_share_prompts(model: Any) -> bool:
-    """Whether the KV cache of a prompt can be computed once for all its samples, by the loop here instead of `generate`.
+    """Whether the KV cache of a prompt can be computed once for all its samples, without transformers' `generate`.
 
     False if one of these is missing: forward passes over several rows, positions as an argument, every argument of
     `NEEDED_ARGUMENTS`, and a KV cache whose rows can be selected and repeated.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    # How the padding-free training path calls this model; a model without such a path has the stock one.
     forward_path = getattr(model, "forward_path", STOCK_PATH)
     needs_single_rows = forward_path.alone
     takes_positions = forward_path.positions
@@ -217,7 +226,9 @@ class SampleGroups:
         self.stop_criterion = StopAtText(tokenizer, settings.stop, 0) if settings.stop else None
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`answers` int64 and `logprobs` float32 [samples, max_new_tokens]; values after the end of an answer mean nothing.
+        """Sample the answers of one batch: `answers` int64 and `logprobs` float32, [samples, max_new_tokens].
+
+        Values after the end of an answer mean nothing. The step module calls this in place of computing a loss.
 
         `batch["input_ids"]`: the prompts, int64 [prompts, N], padded on the left, with their `attention_mask`. Also
         `prompt_row_of_sample` and `seeds`, int64 [samples], and the number `max_new_tokens`.
@@ -227,7 +238,10 @@ class SampleGroups:
             return self._sample(causal_model, batch)
 
     def _sample(self, causal_model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Sample the answers token by token; see `terms`. Ended rows leave the batch once they are `MIN_ENDED_SHARE` of it."""
+        """Sample the answers token by token (see `terms`), with one row for each sample that has not ended.
+
+        Ended rows leave the batch once they are `MIN_ENDED_SHARE` of it.
+        """
         from transformers.cache_utils import DynamicCache
 
         # Prefill: one row for each prompt, whose keys and values go into the cache.
@@ -264,13 +278,14 @@ class SampleGroups:
                 sample_of_row = sample_of_row[unfinished_rows]
                 mask = mask[unfinished_rows]
                 tokens = tokens[unfinished_rows]
+            # The new token takes part in attention from now on.
             mask = torch.cat([mask, mask.new_ones(len(sample_of_row), 1)], dim=1)
             token_positions = (prompt_lengths[sample_of_row] + position)[:, None]
             logits = _next_token_logits(causal_model, tokens[:, None], mask, token_positions, cache)
         return {"answers": answers, "logprobs": logprobs}
 
     def _has_just_ended(self, last_tokens: Tensor, answers: Tensor) -> Tensor:
-        """bool [rows]: whether each answer ends with its last token, because it is an end token or completes a stop string.
+        """Whether each answer ends with its last token, because it is an end token or completes a stop string: bool [rows].
 
         `last_tokens`: int64 [rows]. `answers`: all tokens so far, int64 [rows, positions].
         """
@@ -282,7 +297,11 @@ class SampleGroups:
 
 
 def _next_token_logits(causal_model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """float32 [rows, V]: the logits of the token after `ids` [rows, N], whose keys and values are added to the cache."""
+    """Run the model on new tokens, and return the logits of the token after them, float32 [rows, V].
+
+    `ids`: int64 [rows, N], the tokens since the last call, at `positions`. `mask`: over all tokens so far. Their keys and
+    values are added to `cache`.
+    """
     outputs = causal_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
     )

@@ -32,8 +32,9 @@ class RunSize:
 
 
 def automatic_evaluation_interval(size: RunSize) -> int:
-    """Steps between two evaluations of the held-out loss, the largest of three lower bounds.
+    """What `evaluation.every_steps=auto` means for a run of this size: steps between two evaluations of the held-out loss.
 
+    The largest of three lower bounds:
     - There are about twenty evaluations in the run.
     - Evaluations between the first step and the last read at most 5 % of the run's training tokens.
     - At least ten steps lie between two evaluations.
@@ -54,9 +55,9 @@ def num_intermediate_evaluations(interval: int, total_steps: int) -> int:
 
 
 def auto_interval_reason(interval: int, size: RunSize, patience: int) -> str:
-    """Why `evaluation.every_steps=auto` became `interval` steps, for the start screen and `run.json`.
+    """Say why `evaluation.every_steps=auto` became `interval` steps, for the start screen and `run.json`.
 
-    The text has the number of evaluations and their share of the run's tokens. It also warns if there are fewer evaluations than
+    "19 evaluations of the held-out loss on the way, 4.1% of the run's tokens". Warns if there are fewer evaluations than
     `patience` (`evaluation.patience`), because early stopping could never happen.
     """
     num_evaluations = num_intermediate_evaluations(interval, size.total_steps)

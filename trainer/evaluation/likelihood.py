@@ -38,12 +38,13 @@ class ScoreContinuations:
     """Takes the place of the objective in a step module, which calls `terms`: scores continuations, computes no loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The scores of each continuation in a batch of `continuation_batch`, float64 [S] each.
+        """Score each continuation of a batch (of `continuation_batch`), in place of computing a loss: float64 [S] each.
 
         `logprobs`: the sum of the log-probabilities of its tokens. `num_not_greedy`: how many of its tokens are not the
         likeliest one.
         """
         causal_model: Any = unwrap_adapter(model)
+        # A bias of the output head, which only some encoder-decoder models have.
         bias: Tensor | None = None
         with stock_attention(causal_model):
             if causal_model.config.is_encoder_decoder:
@@ -64,11 +65,12 @@ class ScoreContinuations:
 def continuation_batch(
     pairs: Sequence[ContinuationPair], *, pad_token_id: int, decoder_start: int | None
 ) -> dict[str, Any]:
-    """The tensors of some pairs, on the CPU, padded on the right, where no token attends to the padding.
+    """Build the tensors of some pairs of context and continuation, on the CPU, padded on the right.
 
-    A decoder-only model (`decoder_start` None) reads context and continuation in one sequence: context [5, 6] and continuation
-    [7, 8] become the input [5, 6, 7] with the targets [ignored, 7, 8]. In an encoder-decoder model the encoder reads the context,
-    and the decoder the continuation after the token `decoder_start`. Contexts must not be empty.
+    No token attends to the padding. A decoder-only model (`decoder_start` None) reads context and continuation in one
+    sequence: context [5, 6] and continuation [7, 8] become the input [5, 6, 7] with the targets [ignored, 7, 8]. In an
+    encoder-decoder model the encoder reads the context, and the decoder the continuation after the token `decoder_start`.
+    Contexts must not be empty.
 
     Keys, for S pairs, N positions and T target tokens:
     - `input_ids`, `attention_mask`: int64 [S, N].

@@ -62,10 +62,11 @@ class ServedAnswerGenerator:
     def generate_answers(
         self, engine: Any, prompts: Sequence[Sequence[int]], settings: DecodingConfig
     ) -> list[GeneratedAnswer]:
-        """`settings.draws` answers of the server to each prompt (token ids), prompt by prompt, without their token ids.
+        """Let the server answer prompts (token ids): `settings.draws` answers to each, prompt by prompt.
 
-        Also sets `throughput`. Raises ConfigError if beams are asked for or the server refuses a request, EndpointFailed if it
-        does not answer, Interrupted if the run is asked to stop.
+        They come without token ids. `engine`: not used; it stands where a local model's is. Also sets `throughput`. Raises
+        ConfigError if beams are asked for or the server refuses a request, EndpointFailed if it does not answer, Interrupted
+        if the run is asked to stop.
         """
         if settings.beams > 1:  # a task of lm-evaluation-harness may ask for beams in its YAML
             raise ConfigError(
@@ -86,7 +87,7 @@ class ServedAnswerGenerator:
         return [completion.answer for completion in completions]
 
     def _request_completion(self, request: _CompletionRequest, settings: DecodingConfig) -> _Completion:
-        """The server's answer to one request. Raises ConfigError if it sends no text."""
+        """Send one prompt to the server for one answer. Raises ConfigError if it sends no text, or refuses; EndpointFailed."""
         # Special tokens do not appear in the text in which a server looks for stop strings, so they are sent as ids.
         special_stops = [text for text in settings.stop if text in self.tokenizer.all_special_tokens]
         text_stops = [text for text in settings.stop if text not in special_stops]
@@ -125,19 +126,15 @@ class ServedAnswerGenerator:
         return _Completion(answer, num_tokens=tokens_used(response, "completion_tokens") or 0)
 
     def likelihoods(self, engine: Any, pairs: Sequence[ContinuationPair]) -> list[Likelihood]:
-        """The likelihood of each continuation after its context, in the order of the pairs.
+        """How likely the server's model finds each continuation after its context, in the order of the pairs of token ids.
 
-        Context [5, 8] and continuation [13, 2] -> the likelihood of [13, 2]. Raises
-        ConfigError if the server sends no log-probabilities of a prompt's tokens, EndpointFailed if it does not answer,
-        Interrupted if the run is asked to stop.
+        Raises ConfigError if the server sends no log-probabilities of a prompt's tokens, EndpointFailed if it does not answer,
+        Interrupted if the run is asked to stop. `engine`: not used.
         """
         return self._send_all(self._request_likelihood, pairs)
 
     def _request_likelihood(self, pair: ContinuationPair) -> Likelihood:
-        """The likelihood of one continuation, from the server.
-
-        Raises ConfigError if the server sends no log-probabilities of the prompt.
-        """
+        """Ask the server how likely one continuation is. Raises ConfigError if it sends no log-probabilities of the prompt."""
         context, continuation = pair
         ids = [*context, *continuation]
         # With `echo`, the server returns the prompt with log-probabilities. The one token that it must generate is ignored.
@@ -167,10 +164,10 @@ class ServedAnswerGenerator:
         )
 
     def _send_all(self, request: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
-        """Call `request` with each argument, and return the results in the order of the arguments.
+        """Send many requests, several at a time, and return the results in the order of `arguments`.
 
-        As many calls run at a time as `evaluation.server.parallel` says. They are made in batches, four for each connection.
-        After each batch, `on_batch` is called, and Interrupted is raised if the run is asked to stop.
+        `request`: sends one. As many run at a time as `evaluation.server.parallel` says. They are made in batches, four for
+        each connection. After each batch, `on_batch` is called, and Interrupted is raised if the run is asked to stop.
         """
         results: list[Any] = []
         num_connections = self.client.config.parallel
@@ -212,10 +209,10 @@ def connect_served_model(
     runtime: Runtime,
     stop_now: Callable[[], bool],
 ) -> ServedModel:
-    """The interface through which evaluation tasks ask a model that a server serves. Raises ConfigError if it serves another.
+    """Build the interface through which evaluation tasks ask a model that a server serves; no weights are loaded here.
 
     `path`: the model's directory on this machine, whose tokenizer `encoder` has. `positions`: the number of positions of the
-    model; None if its configuration does not say.
+    model; None if its configuration does not say. Raises ConfigError if the server serves another model.
     """
     client = Client(config.server, SERVER_SETTING)
     model = find_served_model(client, path)
@@ -237,11 +234,11 @@ def connect_served_model(
 
 
 def find_served_model(client: Client, path: str) -> str:
-    """The name under which a server serves the model in `path`.
+    """Find the name under which a server serves the model in `path`.
 
     - `evaluation.server.model` is set: that name. Raises ConfigError if the server does not serve it.
-    - Else: the one model whose name or directory is `path`, or has the same last component ("/models/llama" and "llama"). Raises
-      ConfigError if none or several do.
+    - Else: the one model whose name or directory is `path`, or has the same last component ("/models/llama" and "llama").
+      Raises ConfigError if none or several do.
     """
     served_models = client.list_models()
     ids = [str(model["id"]) for model in served_models]
