@@ -146,13 +146,14 @@ def cli_text_without_secrets(setting: str, value: Any) -> str:
     return redact(to_cli_text(value))
 
 
-def scalar_settings(tree: Mapping[str, Any]) -> dict[str, str]:
+def scalar_settings(file_settings: Mapping[str, Any]) -> dict[str, str]:
     """The settings at the outermost level of a file that are one value, as command-line text: {"learning_rate": "1e-4"}.
 
-    `tree`: the file as nested dictionaries. Left out are blocks and settings without a value. Rules of translation read this.
+    `file_settings`: the file as nested dictionaries. Left out are blocks and settings without a value. Rules of translation read
+        this.
     """
     values = {}
-    for key, value in tree.items():
+    for key, value in file_settings.items():
         if value is not None and not isinstance(value, dict):
             values[str(key)] = to_cli_text(value)
     return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launch.config.importers import rules
@@ -70,27 +70,27 @@ NOT_PASSED_ON_REASON = "it is not passed on to DeepSpeed: what its engine is tol
 
 
 def translate_deepspeed_settings(
-    tree: Mapping[str, Any],
+    deepspeed_config: Mapping[str, Any],
     conversion: ConvertedSettings,
     outer_values: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> None:
     """Translate every setting of a DeepSpeed configuration into `conversion`, as settings of shardtune or notes.
 
-    `tree`: the configuration, as read from JSON: {"zero_optimization": {"stage": 3}, "train_batch_size": 64}.
+    `deepspeed_config`: the configuration, as read from JSON: {"zero_optimization": {"stage": 3}, "train_batch_size": 64}.
     `outer_values`: the settings, as text by normalised name, of the trainer whose file names this configuration; they override
         it. None if the file stands alone.
     `prefix`: what stands before the names of settings in notes, such as `ds.json: `.
     """
-    deepspeed_settings = OtherTrainerSettings({**scalar_settings(tree), **(outer_values or {})})
+    deepspeed_settings = OtherTrainerSettings({**scalar_settings(deepspeed_config), **(outer_values or {})})
     is_used_alone = outer_values is None
-    for key, value in tree.items():
+    for key, value in deepspeed_config.items():
         full_name = f"{prefix}{key}"
         # `auto`: the trainer that calls DeepSpeed fills the value in, and its own setting is translated.
         if _is_auto(value):
             conversion.names_without_value.append(full_name)
         elif key in BLOCKS_WITH_OWN_RULES and isinstance(value, dict):
-            _translate_block(key, value, tree, conversion, full_name, is_used_alone=is_used_alone)
+            _translate_block(key, value, deepspeed_config, conversion, full_name, is_used_alone=is_used_alone)
         elif key == "activation_checkpointing":
             why = "strategy.activation_checkpointing=full or selective recomputes activations"
             conversion.add_unsupported(full_name, value, why)
@@ -101,7 +101,7 @@ def translate_deepspeed_settings(
 def _translate_block(
     key: str,
     block: Mapping[str, Any],
-    tree: Mapping[str, Any],
+    deepspeed_config: Mapping[str, Any],
     conversion: ConvertedSettings,
     block_name: str,
     *,
@@ -110,7 +110,7 @@ def _translate_block(
     """Translate one block of a DeepSpeed configuration that has rules of its own, such as `optimizer`, into `conversion`.
 
     `key`: one of `BLOCKS_WITH_OWN_RULES`.
-    `tree`: the whole configuration, since `fp16` and `bf16` are read together.
+    `deepspeed_config`: the whole configuration, since `fp16` and `bf16` are read together.
     `block_name`: the block in messages, such as `ds.json: optimizer`.
     `is_used_alone`: no other trainer's file names this configuration, so nothing else decides on the precision.
     """
@@ -123,7 +123,9 @@ def _translate_block(
     elif key in ("wandb", "tensorboard"):
         _translate_tracker_block(key, block, conversion, block_name)
     else:
-        _translate_precision_block(key, block, tree, conversion, block_name, is_used_alone=is_used_alone)
+        # A block that is off says nothing if the block of another precision is on, or another trainer's setting decides.
+        off_means_fp32 = is_used_alone and not _is_another_precision_on(key, deepspeed_config)
+        _translate_precision_block(key, block, conversion, block_name, off_means_fp32=off_means_fp32)
 
 
 def _translate_top_level(key: str, value: Any, deepspeed_settings: OtherTrainerSettings) -> TranslatedSetting:
@@ -146,6 +148,21 @@ def _translate_top_level(key: str, value: Any, deepspeed_settings: OtherTrainerS
 def _is_auto(value: Any) -> bool:
     """Whether a setting has no value of its own: `auto`, null or empty, which the trainer that calls DeepSpeed fills in."""
     return value is None or (isinstance(value, str) and value.lower() in ("auto", ""))
+
+
+def _settings_with_value(
+    block: Mapping[str, Any], block_name: str, conversion: ConvertedSettings
+) -> Iterator[tuple[str, str, Any]]:
+    """The settings of a block that have a value of their own, as (key, full name in messages, value).
+
+    Those that are `auto` or empty are noted in `conversion` as names without a value. `block_name`: such as `ds.json: optimizer`.
+    """
+    for key, value in block.items():
+        full_name = f"{block_name}.{key}"
+        if _is_auto(value):
+            conversion.names_without_value.append(full_name)
+        else:
+            yield key, full_name, value
 
 
 def _translation_in_table(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
@@ -175,13 +192,9 @@ def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSetting
         translation = TranslatedSetting(note="strategy is ddp, zero1, zero2 or zero3; type one")
     conversion.add_translation(f"{block_name}.stage", stage_text, translation)
 
-    for key, value in block.items():
-        full_name = f"{block_name}.{key}"
-        if key == "stage":
-            continue
-        if _is_auto(value):
-            conversion.names_without_value.append(full_name)
-        elif key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
+    other_settings = {key: value for key, value in block.items() if key != "stage"}
+    for key, full_name, value in _settings_with_value(other_settings, block_name, conversion):
+        if key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
             _translate_offload_block(key, value, zero_overrides, conversion, full_name)
         else:
             conversion.add_translation(full_name, value, _translate_zero_setting(key, value, strategy))
@@ -240,30 +253,20 @@ def _translate_offload_block(
 def _translate_precision_block(
     key: str,
     block: Mapping[str, Any],
-    tree: Mapping[str, Any],
     conversion: ConvertedSettings,
     block_name: str,
     *,
-    is_used_alone: bool,
+    off_means_fp32: bool,
 ) -> None:
     """Translate DeepSpeed's block `bf16` or `fp16`, such as {"enabled": true}, to shardtune's `precision`, in `conversion`.
 
-    `key`: `bf16`, `bfloat16` or `fp16`.
-    `tree`: the whole file, which may have the other block as well.
-    `is_used_alone`: no other trainer's file names this one. If one does, that trainer's own settings decide on the precision.
-    `block_name`: the block in messages.
-
-    Settings beside `enabled`, such as the loss scale, have no equivalent and get a note.
+    `key`: `bf16`, `bfloat16` or `fp16`. `block_name`: the block in messages. `off_means_fp32`: if the block is off, nothing else
+    in the settings names a precision. Settings beside `enabled`, such as the loss scale, have no equivalent and get a note.
     """
     precision = "fp16" if key == "fp16" else "bf16"
     is_on = is_true(to_cli_text(block.get("enabled")))
-    for inner_key, value in block.items():
-        full_name = f"{block_name}.{inner_key}"
-        if _is_auto(value):
-            conversion.names_without_value.append(full_name)
-        elif inner_key == "enabled":
-            # A block that is off says nothing if the block of another precision is on.
-            off_means_fp32 = is_used_alone and not _is_another_precision_on(key, tree)
+    for inner_key, full_name, value in _settings_with_value(block, block_name, conversion):
+        if inner_key == "enabled":
             translation = _translate_precision_switch(value, precision, off_means_fp32=off_means_fp32)
             conversion.add_translation(full_name, value, translation)
         elif not is_on:
@@ -274,7 +277,7 @@ def _translate_precision_block(
 
 
 def _translate_precision_switch(value: Any, precision: str, *, off_means_fp32: bool) -> TranslatedSetting:
-    """Shardtune's `precision` for `enabled` (`value`) of DeepSpeed's block `fp16` or `bf16` (`precision`).
+    """Shardtune's `precision` for the setting `enabled` of DeepSpeed's block `fp16` or `bf16`.
 
     - It is on: that precision.
     - It is off and nothing else in the settings names a precision (`off_means_fp32`): fp32.
@@ -287,10 +290,10 @@ def _translate_precision_switch(value: Any, precision: str, *, off_means_fp32: b
     return TranslatedSetting(not_needed=True)
 
 
-def _is_another_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
+def _is_another_precision_on(key: str, deepspeed_config: Mapping[str, Any]) -> bool:
     """Whether a DeepSpeed file turns on another precision than that of its block `key`: for `fp16`, `bf16` or `bfloat16`."""
     for other_key in ("fp16", "bf16", "bfloat16"):
-        block = tree.get(other_key)
+        block = deepspeed_config.get(other_key)
         if other_key != key and isinstance(block, dict) and is_true(to_cli_text(block.get("enabled", False))):
             return True
     return False
@@ -322,13 +325,9 @@ def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSe
     if optimizer_type is not None:
         translation = rules.translate_optimizer_name(to_cli_text(optimizer_type))
         conversion.add_translation(f"{block_name}.type", optimizer_type, translation)
-    for key, value in parameters.items():
-        full_name = f"{block_name}.params.{key}"
+    for key, full_name, value in _settings_with_value(parameters, f"{block_name}.params", conversion):
         # Switched off, these would be another optimizer, which has no equivalent.
         is_on_as_here = key in ADAM_SWITCHES_THAT_ARE_ON_HERE and is_true(to_cli_text(value))
-        if _is_auto(value):
-            conversion.names_without_value.append(full_name)
-            continue
         if key in OPTIMIZER_PARAMETERS_OF_SAME_NAME:
             translation = TranslatedSetting({f"optim.{key}": to_cli_text(value)})
         elif is_on_as_here:
@@ -356,13 +355,9 @@ def _translate_scheduler_block(block: Mapping[str, Any], conversion: ConvertedSe
     conversion.add_translation(
         f"{block_name}.type", scheduler_type, _translate_scheduler_type(scheduler_type, parameters)
     )
-    for key, value in parameters.items():
-        full_name = f"{block_name}.params.{key}"
-        # True for 0, and for `auto`, which is no number and is dealt with first.
+    for key, full_name, value in _settings_with_value(parameters, f"{block_name}.params", conversion):
+        # Also true for text that is no number.
         starts_near_zero = key == "warmup_min_lr" and not parse_number(to_cli_text(value))
-        if _is_auto(value):
-            conversion.names_without_value.append(full_name)
-            continue
         if key in SETTING_BY_SCHEDULER_PARAMETER:
             translation = TranslatedSetting({SETTING_BY_SCHEDULER_PARAMETER[key]: to_cli_text(value)})
         elif starts_near_zero or key == "warmup_type":

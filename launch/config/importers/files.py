@@ -122,8 +122,8 @@ def convert_settings_file(path: Path, num_ranks: int | None = None) -> Converted
     Returns shardtune's settings as text by key, such as {"optim.lr": "1e-4"}, and notes on every setting that did not become one.
     Raises ConfigError if the file cannot be read, or was written for no trainer that is known here.
     """
-    tree = read_settings_tree(path)
-    trainer = detect_trainer(tree)
+    file_settings = read_settings_tree(path)
+    trainer = detect_trainer(file_settings)
     if trainer is None:
         raise ConfigError(
             f"from={path}: no setting in it is one of axolotl, LLaMA-Factory, Hugging Face's Trainer, TRL or DeepSpeed; "
@@ -132,9 +132,9 @@ def convert_settings_file(path: Path, num_ranks: int | None = None) -> Converted
     conversion = ConvertedSettings(trainer)
     # A file of DeepSpeed alone has nested blocks with rules of their own, and no defaults that would have to be added.
     if trainer == DEEPSPEED:
-        deepspeed.translate_deepspeed_settings(tree, conversion)
+        deepspeed.translate_deepspeed_settings(file_settings, conversion)
     else:
-        _translate_settings(tree, conversion, path.parent, num_ranks)
+        _translate_settings(file_settings, conversion, path.parent, num_ranks)
     return conversion
 
 
@@ -154,66 +154,66 @@ def read_settings_tree(path: Path) -> dict[str, Any]:
     is_json = path.suffix == ".json"
     try:
         if is_json:
-            tree = json.loads(content)
+            file_settings = json.loads(content)
         else:
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
                 # A few lines of aliases can stand for a tree without an end.
                 raise ConfigError(
                     f"from={path}: has YAML aliases (*name), which are not followed; write the values out"
                 )
-            tree = yaml.safe_load(content)
+            file_settings = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         file_format = "JSON" if is_json else "YAML"
         raise ConfigError(f"from={path}: is no {file_format} ({' '.join(str(error).split())})") from error
-    if not isinstance(tree, dict):
+    if not isinstance(file_settings, dict):
         raise ConfigError(f"from={path}: holds no settings; give a file of `name: value`")
-    return tree
+    return file_settings
 
 
-def detect_trainer(tree: Mapping[str, Any]) -> str | None:
+def detect_trainer(file_settings: Mapping[str, Any]) -> str | None:
     """Name the trainer that a settings file was written for, by the names of the settings in it; such as `axolotl`.
 
-    `tree`: the file as nested dictionaries. The answer decides which defaults hold and how ambiguous names are read:
+    `file_settings`: the file as nested dictionaries. The answer decides which defaults hold and how ambiguous names are read:
 
     - The first trainer in `TELLING_SETTINGS_BY_TRAINER` (DeepSpeed before axolotl) of whose settings the file has one.
     - Otherwise Hugging Face's Trainer, if any setting has a rule for its translation.
     - Otherwise None.
     """
-    setting_names = {str(key) for key in tree}
-    for key, value in tree.items():
+    setting_names = {str(key) for key in file_settings}
+    for key, value in file_settings.items():
         if isinstance(value, dict):
             setting_names |= {f"{key}.{name}" for name in value}  # such as `zero_optimization.stage`
     # The order matters, since trainers share names of settings.
     for trainer, telling_settings in TELLING_SETTINGS_BY_TRAINER.items():
         if setting_names & set(telling_settings):
             return trainer
-    has_known_name = any(normalised_name(str(key)) in RULE_BY_NORMALISED_NAME for key in tree)
+    has_known_name = any(normalised_name(str(key)) in RULE_BY_NORMALISED_NAME for key in file_settings)
     return HUGGING_FACE if has_known_name else None
 
 
 def _translate_settings(
-    tree: Mapping[str, Any], conversion: ConvertedSettings, file_dir: Path, num_ranks: int | None = None
+    file_settings: Mapping[str, Any], conversion: ConvertedSettings, file_dir: Path, num_ranks: int | None = None
 ) -> None:
     """Translate every setting of a file into `conversion`, then the trainer's defaults; for any trainer but DeepSpeed.
 
     A default is translated only if the file says nothing in its place and it differs from shardtune's own, so that the run stays
     the same.
 
-    `tree`: the settings of the file, as read from YAML.
+    `file_settings`: the settings of the file, as read from YAML.
     `conversion`: the result so far, which knows the trainer; settings and notes are added to it.
     `file_dir`: the directory of the file, from which relative paths start.
     `num_ranks`: ranks of the planned run; None if not known.
     """
     # Such as {"lr": "1e-4"}.
-    written_values = {normalised_name(key): value for key, value in scalar_settings(tree).items()}
+    written_values = {normalised_name(key): value for key, value in scalar_settings(file_settings).items()}
     defaults = _defaults_in_effect(conversion.trainer, written_values)
     other_trainer = OtherTrainerSettings({**defaults, **written_values}, num_ranks)
     # axolotl trains all weights unless the file names an adapter.
     if conversion.trainer == AXOLOTL and "adapter" not in written_values:
         conversion.add_translation("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
     # In this order, because the first of two contradicting settings stays.
-    for key in sorted(tree, key=_translation_order):
-        _add_setting(str(key), tree, other_trainer, conversion, file_dir)
+    for key in sorted(file_settings, key=_translation_order):
+        _add_setting(str(key), file_settings, other_trainer, conversion, file_dir)
     # The defaults last, so that they do not go before what the file says.
     for key, value in defaults.items():
         translation = translate_by_rule(key, other_trainer) or TranslatedSetting(not_needed=True)
@@ -270,7 +270,7 @@ def _defaults_in_effect(trainer: str, written_values: Mapping[str, str]) -> dict
 
 def _add_setting(
     key: str,
-    tree: Mapping[str, Any],
+    file_settings: Mapping[str, Any],
     other_trainer: OtherTrainerSettings,
     conversion: ConvertedSettings,
     file_dir: Path,
@@ -278,14 +278,14 @@ def _add_setting(
     """Translate one setting of another trainer's file into `conversion`: settings of shardtune, or a note why there are none.
 
     `key`: the setting, as the file spells it at its outermost level.
-    `tree`: the whole file; a data set's or FSDP's setting is read together with others.
+    `file_settings`: the whole file; a data set's or FSDP's setting is read together with others.
     `other_trainer`: all settings of the file as text by normalised name, on which a rule may depend, such as the batch size.
     `file_dir`: the directory of the file, from which relative paths start.
 
     Data sets, DeepSpeed and FSDP are blocks with structure, which have functions of their own. All others are one value with one
     rule.
     """
-    value = tree[key]
+    value = file_settings[key]
     name = normalised_name(key)
     if value is None or value in ("", [], {}):
         conversion.names_without_value.append(key)
@@ -293,12 +293,12 @@ def _add_setting(
         datasets.translate_axolotl_datasets(value, name, conversion, file_dir)
     elif name in ("dataset", "eval_dataset") and conversion.trainer == LLAMA_FACTORY:
         dataset_names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        dataset_directory = str(tree.get("dataset_dir", "data"))
+        dataset_directory = str(file_settings.get("dataset_dir", "data"))
         datasets.translate_llama_factory_datasets(dataset_names, name, dataset_directory, conversion, file_dir)
     elif name == "deepspeed":
         _add_deepspeed_settings(value, other_trainer, conversion, file_dir)
     elif name in ("fsdp", "fsdp_config"):
-        _add_fsdp(key, tree, other_trainer, conversion)
+        _add_fsdp(key, file_settings, other_trainer, conversion)
     elif name == "deepspeed_config" and isinstance(value, dict):
         _add_accelerate_deepspeed(value, other_trainer, conversion, file_dir)
     else:
@@ -430,21 +430,23 @@ def _overrides_of_accelerate_zero_setting(key: str, value: Any, block: Mapping[s
 
 
 def _add_fsdp(
-    key: str, tree: Mapping[str, Any], other_trainer: OtherTrainerSettings, conversion: ConvertedSettings
+    key: str, file_settings: Mapping[str, Any], other_trainer: OtherTrainerSettings, conversion: ConvertedSettings
 ) -> None:
     """Translate `fsdp` or `fsdp_config` of Hugging Face's Trainer or accelerate into `conversion`, as a sharding strategy.
 
     Called once for each of the two that the file has. The strategy follows from both together, so it is added once: with `fsdp`
     if that is set, otherwise with `fsdp_config`. The settings within `fsdp_config` are translated or noted one by one.
 
-    `key`: which of the two. `tree`: the whole file. `other_trainer`: its settings as text, for the rule.
+    `key`: which of the two. `file_settings`: the whole file. `other_trainer`: its settings as text, for the rule.
     """
-    has_fsdp = tree.get("fsdp") not in (None, "", [])
-    block = tree.get("fsdp_config")
+    has_fsdp = file_settings.get("fsdp") not in (None, "", [])
+    block = file_settings.get("fsdp_config")
     if not isinstance(block, dict):
         block = {}
     if key == "fsdp" or not has_fsdp:
-        conversion.add_translation(key, tree[key], rules.fsdp_strategy(_fsdp_option_text(tree, block), other_trainer))
+        conversion.add_translation(
+            key, file_settings[key], rules.fsdp_strategy(_fsdp_option_text(file_settings, block), other_trainer)
+        )
     if key == "fsdp_config":
         _add_fsdp_block(block, conversion)
 
@@ -470,14 +472,14 @@ def _add_fsdp_block(block: Mapping[str, Any], conversion: ConvertedSettings) -> 
         conversion.add_translation(setting_name, value, translation)
 
 
-def _fsdp_option_text(tree: Mapping[str, Any], block: Mapping[str, Any]) -> str:
+def _fsdp_option_text(file_settings: Mapping[str, Any], block: Mapping[str, Any]) -> str:
     """Join what `fsdp` and the block `fsdp_config` ask for into one text in the form of `fsdp`: `full_shard,offload`.
 
-    So one rule translates both. `tree`: the whole file, whose `fsdp` may be a text or a list. `block`: its `fsdp_config`, empty
-    if there is none.
+    So one rule translates both. `file_settings`: the whole file, whose `fsdp` may be a text or a list. `block`: its
+    `fsdp_config`, empty if there is none.
     """
-    has_fsdp = tree.get("fsdp") not in (None, "", [])
-    options = [to_cli_text(tree["fsdp"]).strip("[]") if has_fsdp else "full_shard"]
+    has_fsdp = file_settings.get("fsdp") not in (None, "", [])
+    options = [to_cli_text(file_settings["fsdp"]).strip("[]") if has_fsdp else "full_shard"]
     # Each setting of the block has two spellings, with and without `fsdp_`, by the version of the other trainer.
     sharding = str(block.get("fsdp_sharding_strategy", block.get("sharding_strategy", "")))
     if sharding:

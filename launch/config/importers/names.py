@@ -210,13 +210,16 @@ REPORTING_RULES = {
     **_rules("wandb_entity", renamed_to("logging.entity")),
     **_rules("wandb_mode", renamed_to("logging.wandb")),
     **_rules("use_tensorboard", renamed_to("logging.tensorboard")),
-    **_rules("save_steps", rules.save_interval),
+    **_rules(
+        "save_steps",
+        rules.step_interval("checkpoint.every_steps", "set checkpoint.every_steps or checkpoint.every_minutes"),
+    ),
     **_rules("save_strategy", lambda value, _: _saving_strategy(value)),
     **_rules("save_total_limit", renamed_to("checkpoint.keep")),
     **_rules(
         "saves_per_epoch", without_equivalent("checkpoint.every_steps or checkpoint.every_minutes says how often")
     ),
-    **_rules("eval_steps", rules.evaluation_interval),
+    **_rules("eval_steps", rules.step_interval("evaluation.every_steps", "set evaluation.every_steps")),
     **_rules("evals_per_epoch", without_equivalent("evaluation.every_steps says how often")),
     **_rules("eval_strategy evaluation_strategy", lambda value, other_trainer: _evaluation_strategy(value)),
     **_rules("per_device_eval_batch_size eval_batch_size", renamed_to("evaluation.batch")),

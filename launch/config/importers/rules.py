@@ -122,6 +122,21 @@ def choice(key: str, other_names_by_choice: dict[str, str], note: str = "") -> R
     return rule
 
 
+def step_interval(key: str, advice: str) -> Rule:
+    """Make a rule for a setting that says how often something is done: a number of steps is shardtune's setting `key`.
+
+    Other trainers also take a share of the run (below 1), which has no equivalent: then a note gives the `advice`.
+    """
+
+    def rule(value: str, _: OtherTrainerSettings) -> TranslatedSetting:
+        steps_or_share = parse_number(value)
+        if steps_or_share is None or steps_or_share < 1:
+            return TranslatedSetting(note=f"a share of the run; {advice}")
+        return TranslatedSetting({key: format_number(steps_or_share)})
+
+    return rule
+
+
 def without_equivalent(why: str) -> Rule:
     """A rule for a setting that shardtune has no equivalent for. `why`: the note for the user."""
     return lambda value, _: TranslatedSetting(note=why)
@@ -312,22 +327,6 @@ def warmup_length(value: str, other_trainer: OtherTrainerSettings) -> Translated
     return TranslatedSetting({"schedule.warmup_steps": value})
 
 
-def save_interval(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """Our `checkpoint.every_steps` for a number of steps; a note for a share of the run (below 1), which has no equivalent."""
-    steps_or_share = parse_number(value)
-    if steps_or_share is None or steps_or_share < 1:
-        return TranslatedSetting(note="a share of the run; set checkpoint.every_steps or checkpoint.every_minutes")
-    return TranslatedSetting({"checkpoint.every_steps": format_number(steps_or_share)})
-
-
-def evaluation_interval(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """Our `evaluation.every_steps` for a number of steps; a note for a share of the run (below 1), which has no equivalent."""
-    steps_or_share = parse_number(value)
-    if steps_or_share is None or steps_or_share < 1:
-        return TranslatedSetting(note="a share of the run; set evaluation.every_steps")
-    return TranslatedSetting({"evaluation.every_steps": format_number(steps_or_share)})
-
-
 def deepspeed_stage(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """The strategy of shardtune for the setting `deepspeed: <path>`, for a message about that setting on the command line.
 
@@ -339,14 +338,14 @@ def deepspeed_stage(value: str, other_trainer: OtherTrainerSettings) -> Translat
     `other_trainer` is not read; every rule takes it.
     """
     path = Path(value).expanduser()
-    tree = None
+    deepspeed_config = None
     if path.suffix == ".json" and path.is_file():
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            deepspeed_config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             return TranslatedSetting(note=f"{value} cannot be read ({error}); set strategy=zero1, zero2 or zero3")
-    if isinstance(tree, dict):
-        zero_block = tree.get("zero_optimization") or {}
+    if isinstance(deepspeed_config, dict):
+        zero_block = deepspeed_config.get("zero_optimization") or {}
         if str(zero_block.get("stage") or 0) not in ("0", "1", "2", "3"):
             return TranslatedSetting(note=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
         note = f"of {value}; `shardtune init from={value}` turns the rest"
