@@ -220,8 +220,7 @@ def refuse_job_with_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) 
     from launch.cluster.preflight.answer import report_text
     from launch.cluster.preflight.coordinator import preflight_request, run_preflight, srun_check_command
 
-    request = preflight_request(run.settings, num_nodes=len(job.nodes))
-    request.master = rendezvous
+    request = preflight_request(run.settings, len(job.nodes), rendezvous)
     container = containers.container_command(run.settings, [CODE_DIRECTORY, run.directory])
     python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable  # the job script sets the variable
     if containers.container_runtime(run.settings["launcher"]):  # the host's interpreter is not in the container

@@ -17,10 +17,10 @@ def report_text(request: PreflightRequest, reports: NodeReports, verdict: Prefli
 
     A preflight asks all nodes of a job, before its ranks start, whether they can run it.
     """
-    nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
-    processes = f"{request.processes} process{'es' * (request.processes > 1)}"
+    nodes = f"{request.num_nodes} node{'s' * (request.num_nodes > 1)}"
+    processes = f"{request.ranks_per_node} process{'es' * (request.ranks_per_node > 1)}"
     lines = [f"preflight: {nodes} x {processes}"]
-    lines += format_table(NODE_COLUMNS, [_node_row(node, reports) for node in range(request.nodes)])
+    lines += format_table(NODE_COLUMNS, [_node_row(node, reports) for node in range(request.num_nodes)])
     if reports.communication_rates is not None:
         lines += wrap_text(_communication_line(reports.communication_rates), indent=2)
     if verdict.problems:
@@ -76,7 +76,7 @@ def _communication_line(rates: dict[str, Any]) -> str:
 def preflight_json(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> dict[str, Any]:
     """The result of a preflight for `--json`, with everything that the nodes reported; rates in GB/s, sizes in GiB."""
     node_rows: list[dict[str, Any]] = []
-    for node in range(request.nodes):
+    for node in range(request.num_nodes):
         has_answered = node in reports.facts
         row: dict[str, Any] = {"node": node, "host": reports.host_name(node), "answered": has_answered}
         if has_answered:
@@ -84,7 +84,7 @@ def preflight_json(request: PreflightRequest, reports: NodeReports, verdict: Pre
         node_rows.append(row)
     return {
         "fit": not verdict.problems,
-        "processes": request.processes,
+        "processes": request.ranks_per_node,
         "nodes": node_rows,
         "exchange": reports.communication_rates,
         "problems": verdict.problems,

@@ -41,7 +41,7 @@ PATIENCE_WHILE_UNANSWERED_S = 10.0
 """Seconds in which further reports may come after that, while other nodes have neither answered nor ended."""
 LABELLED_LINE_REGEX = re.compile(r"\s*(\d+): ?(.*)")
 """A line of `srun --label`: the number of the node's task before what it printed."""
-# A line looks like: preflight 3 -1 1/2 {"look": {"node": 3, ...
+# A line looks like: preflight 3 -1 1/2 {"node_facts": {"node": 3, ...
 # The texts of all pieces together are one JSON object. Rank -1 stands for the node itself.
 REPORT_LINE_REGEX = re.compile(
     rf"{REPORT_MARK} (?P<node>\d+) (?P<rank>-?\d+) (?P<piece>\d+)/(?P<num_pieces>\d+) (?P<text>.*)"
@@ -52,44 +52,50 @@ SETUP_AND_EXEC_SCRIPT = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 """A script of `bash -c`: runs the function `setup` of the job, then becomes the command in its arguments."""
 
 
-def preflight_request(settings: dict[str, Any], num_nodes: int) -> PreflightRequest:
-    """What each node of a job must have for a run, to be asked of all nodes before ranks start: GPUs, memory, directories, model.
+def preflight_request(settings: dict[str, Any], num_nodes: int, rendezvous: str | None = None) -> PreflightRequest:
+    """What to ask of each node of a job before its ranks start: GPUs, memory, run directory, model and data of the run.
 
-    `settings`: the run's configuration as nested dictionaries. `num_nodes`: how many nodes the job has. A model that the run
-    downloads is not asked for, nor data on the hub or at a URL.
+    `settings`: the run's configuration as nested dictionaries. `rendezvous`: host:port at which the ranks of the communication
+    test meet; None if the nodes find out from SLURM. A model that the run downloads is not asked for, nor data on the hub or at
+    a URL.
     """
-    launcher, model, data, run = (settings[section] for section in ("launcher", "model", "data", "run"))
-    # GPUs of a node: those that the job requests, else one for each rank.
-    processes = ranks_per_node(launcher)
+    launcher, model, run = (settings[section] for section in ("launcher", "model", "run"))
+    num_ranks = ranks_per_node(launcher)
     requested_gpus = gpus_per_node_request(launcher)
     if requested_gpus is not None:
         num_gpus = requested_gpus.count
-    else:
-        num_gpus = processes if run["device"] == "cuda" else 0
-
-    # Data files and directories that each node must see.
-    source_paths = [source.get("path") for source in (data["sources"] or {}).values()]
-    local_paths = []
-    for path_setting in (data["path"], *source_paths):
-        paths = path_setting if isinstance(path_setting, list) else [path_setting]
-        for path in paths:
-            if path is not None and not is_hub_path(str(path)) and not is_remote_address(str(path)):
-                local_paths.append(str(path))
+    else:  # the job requests none by number: one for each rank
+        num_gpus = num_ranks if run["device"] == "cuda" else 0
     downloads_model = model["download"]
-    run_dir = str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None
     return PreflightRequest(
-        nodes=num_nodes,
-        processes=processes,
-        gpus=num_gpus,
-        memory_gib=host_gib_of_recomputed_inputs(settings, processes) if num_gpus else 0.0,
-        run_dir=run_dir,
+        num_nodes=num_nodes,
+        ranks_per_node=num_ranks,
+        gpus_per_node=num_gpus,
+        memory_gib=host_gib_of_recomputed_inputs(settings, num_ranks) if num_gpus else 0.0,
+        run_dir=str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None,
         model=None if downloads_model else model["path"],
         tokenizer=None if downloads_model else model["tokenizer"],
         revision=model["revision"],
-        paths=local_paths,
-        exchange=launcher.get("preflight", "full") == "full",  # whether the ranks' communication is tested
+        data_paths=_local_data_paths(settings["data"]),
+        wants_communication_test=launcher.get("preflight", "full") == "full",
         device=str(run["device"]),
+        rendezvous=rendezvous,
     )
+
+
+def _local_data_paths(data_settings: dict[str, Any]) -> list[str]:
+    """The files, directories and patterns of a run's training data that lie on a disk, and not on the hub or at a URL.
+
+    `data_settings`: the section `data` of the run's configuration.
+    """
+    path_settings = [data_settings["path"]]
+    path_settings += [source.get("path") for source in (data_settings["sources"] or {}).values()]
+    local_paths = []
+    for path_setting in path_settings:
+        for path in path_setting if isinstance(path_setting, list) else [path_setting]:
+            if path is not None and not is_hub_path(str(path)) and not is_remote_address(str(path)):
+                local_paths.append(str(path))
+    return local_paths
 
 
 @dataclass(slots=True)
@@ -175,12 +181,12 @@ class _ReportCollector:
         answered_nodes = set(self.reports.facts)
         if self.first_error_at is None and self.ended_nodes - answered_nodes:
             self.first_error_at = now
-        if self.all_answered_at is None and len(answered_nodes) == self.request.nodes:
+        if self.all_answered_at is None and len(answered_nodes) == self.request.num_nodes:
             self.all_answered_at = now
 
     def _missing_nodes(self) -> set[int]:
         """Nodes that have neither answered nor ended."""
-        return set(range(self.request.nodes)) - set(self.reports.facts) - self.ended_nodes
+        return set(range(self.request.num_nodes)) - set(self.reports.facts) - self.ended_nodes
 
     def _is_patience_over(self, now: float) -> bool:
         """Whether a node of the preflight ended without an answer, and the other nodes have had their time to report too.
@@ -238,16 +244,16 @@ class _ReportCollector:
     def _add_report(self, node: int, rank: int, report: dict[str, Any]) -> None:
         """Add a complete report of a node or one of its ranks to `reports`, by its one key.
 
-        - {"look": facts of the node}: with `heard_at`, the time of this host's clock, by which clocks are compared;
-        - {"exchange": rates of the communication test}, from rank 0;
+        - {"node_facts": facts of the node}: with `heard_at`, the time of this host's clock, by which clocks are compared;
+        - {"communication_rates": rates of the communication test}, from rank 0;
         - {"error": message of a rank}, whose test failed.
         """
-        if "look" in report:
-            facts: NodeFacts = report["look"]
+        if "node_facts" in report:
+            facts: NodeFacts = report["node_facts"]
             facts["heard_at"] = time.time()
             self.reports.facts[node] = facts
-        elif "exchange" in report:
-            self.reports.communication_rates = report["exchange"]
+        elif "communication_rates" in report:
+            self.reports.communication_rates = report["communication_rates"]
         else:
             self.reports.failed_ranks.append(FailedRank(node, rank, report["error"]))
 

@@ -47,22 +47,22 @@ def run_node() -> int:
     """
     request = PreflightRequest.from_environment()
     node_number = int(os.environ.get("SHARDTUNE_NODE") or os.environ.get("SLURM_NODEID") or 0)
-    _print_report(node_number, NODE_ITSELF, {"look": node_facts(request, node_number)})
+    _print_report(node_number, NODE_ITSELF, {"node_facts": node_facts(request, node_number)})
     if not request.tests_communication:
         return 0
-    host, _, port = (request.master or _rendezvous_by_slurm()).rpartition(":")
+    host, _, port = (request.rendezvous or _rendezvous_by_slurm()).rpartition(":")
     env = {
         "MASTER_ADDR": host,
         "MASTER_PORT": port,
-        "WORLD_SIZE": str(request.nodes * request.processes),
-        "LOCAL_WORLD_SIZE": str(request.processes),
+        "WORLD_SIZE": str(request.num_nodes * request.ranks_per_node),
+        "LOCAL_WORLD_SIZE": str(request.ranks_per_node),
         "SHARDTUNE_NODE": str(node_number),
     }
     rank_processes = []
-    for local_rank in range(request.processes):
-        rank = node_number * request.processes + local_rank
+    for local_rank in range(request.ranks_per_node):
+        rank = node_number * request.ranks_per_node + local_rank
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
-        if request.processes == 1:
+        if request.ranks_per_node == 1:
             os.environ.update(env | rank_env)
             return measure_as_rank()  # reads these variables
         command = [sys.executable, "-m", "launch.cluster.preflight.node", "rank"]
@@ -89,7 +89,7 @@ def measure_as_rank() -> int:
         _print_report(node_number, rank, {"error": message})
         end_process(1)
     if rank == 0:
-        _print_report(node_number, rank, {"exchange": rates})
+        _print_report(node_number, rank, {"communication_rates": rates})
     return 0
 
 

@@ -65,10 +65,9 @@ REQUEST_VARIABLE = "SHARDTUNE_PREFLIGHT"
 class PreflightRequest:
     """What each node of a preflight must have and check; travels to the nodes as JSON in an environment variable."""
 
-    nodes: int = 1
-    processes: int = 1
-    """Ranks of each node."""
-    gpus: int = 0
+    num_nodes: int = 1
+    ranks_per_node: int = 1
+    gpus_per_node: int = 0
     """GPUs that each node must show."""
     memory_gib: float = 0.0
     """GiB of each node that the run takes for what it keeps in host memory; 0 if it keeps nothing there."""
@@ -79,12 +78,12 @@ class PreflightRequest:
     """Directory or hub id; `models` of the run that must be there on every node, offline."""
     tokenizer: str | None = None
     revision: str | None = None
-    paths: list[str] = field(default_factory=list)
+    data_paths: list[str] = field(default_factory=list)
     """Files, directories or patterns that every node must see."""
-    exchange: bool = True
+    wants_communication_test: bool = True
     """Whether the ranks meet, and their communication is measured."""
     device: str = "auto"
-    master: str | None = None
+    rendezvous: str | None = None
     """host:port at which they meet; None is found out from SLURM's variables."""
     timeout_s: float = 60.0
     """Seconds within which the ranks must have met, and each collective must be over."""
@@ -92,7 +91,7 @@ class PreflightRequest:
     @property
     def tests_communication(self) -> bool:
         """Whether the communication of the ranks is measured. A single rank has nobody to communicate with."""
-        return self.exchange and self.nodes * self.processes > 1
+        return self.wants_communication_test and self.num_nodes * self.ranks_per_node > 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -151,7 +150,7 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
         if name.startswith(RELEVANT_VARIABLE_PREFIXES):
             environment[name] = setting
     visible_paths = {}
-    for path in request.paths:
+    for path in request.data_paths:
         pattern = str(Path(path).expanduser())
         visible_paths[path] = bool(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too
     facts: dict[str, Any] = {

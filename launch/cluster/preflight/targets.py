@@ -63,10 +63,9 @@ def preflight_targets(overrides: list[str]) -> PreflightTargets:
             f"launcher.nodes={config.launcher.nodes}: only nodes of SLURM are asked from here (launcher=slurm); else call "
             "doctor on each of them"
         )
-    request = preflight_request(settings_as_dict(config), num_nodes=1)
     with socket.create_server(("localhost", 0)) as listener:  # any free port
         free_port = listener.getsockname()[1]
-    request.master = f"localhost:{free_port}"  # where the ranks of the communication test meet
+    request = preflight_request(settings_as_dict(config), 1, rendezvous=f"localhost:{free_port}")
     return PreflightTargets(request, [local_check_command()], hosts=[os.uname().nodename], is_queued=False)
 
 
@@ -87,8 +86,10 @@ def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     )
     slurm.nodes = nodes.num_nodes
     settings = settings_as_dict(config)
-    request = preflight_request(settings, num_nodes=nodes.num_nodes)
-    request.exchange = True  # the ranks' communication is tested too, whatever `launcher.preflight` says
+    request = preflight_request(settings, nodes.num_nodes)
+    request.wants_communication_test = (
+        True  # the ranks' communication is tested too, whatever `launcher.preflight` says
+    )
     command = _slurm_check_command(slurm, settings, in_allocation=in_allocation)
     return PreflightTargets(request, commands=[command], hosts=nodes.hosts, is_queued=not in_allocation)
 

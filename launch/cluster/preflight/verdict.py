@@ -99,7 +99,7 @@ def _problems_of_silent_nodes(request: PreflightRequest, reports: NodeReports) -
 
     A node that was not waited for, because another node had ended with an error, is no problem.
     """
-    for node in range(request.nodes):
+    for node in range(request.num_nodes):
         if node not in reports.facts and node not in reports.not_waited_for:
             last_lines = reports.output_lines_by_node.get(node, [])[-3:] or reports.unlabelled_output[-3:]
             explanation = f": {' / '.join(last_lines)}" if last_lines else f" within {reports.waited_s:.0f} s"
@@ -132,9 +132,9 @@ def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Itera
                 f"{host}: has {free_gib:.0f} GiB of memory free, and strategy.offload_activations=true takes "
                 f"{request.memory_gib:.0f} GiB of a node; lower data.max_length or batch.micro, or set it to false"
             )
-        if facts["gpu_count"] < request.gpus:
+        if facts["gpu_count"] < request.gpus_per_node:
             yield (
-                f"{host}: has {facts['gpu_count']} GPUs, but {request.gpus} are needed "
+                f"{host}: has {facts['gpu_count']} GPUs, but {request.gpus_per_node} are needed "
                 "(launcher.gpus_per_node, launcher.gres)"
             )
 

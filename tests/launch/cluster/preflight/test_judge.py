@@ -52,7 +52,7 @@ def seen(node: int, **other: Any) -> dict[str, Any]:
 def judged(*looks: dict[str, Any], **asked: Any) -> tuple[list[str], list[str]]:
     heard = NodeReports([f"n{node}" for node in range(len(looks))], {each["node"]: each for each in looks})
     heard.visible_nodes = set(heard.facts)
-    what = PreflightRequest(nodes=len(looks), run_dir="/runs/a", exchange=False)
+    what = PreflightRequest(num_nodes=len(looks), run_dir="/runs/a", wants_communication_test=False)
     for key, value in asked.items():
         setattr(what, key, value)
     verdict = judge_preflight(what, heard)
@@ -113,7 +113,7 @@ def test_preflight_notes_what_is_worth_knowing_and_no_problem():
     odd = {"gpus": [card], "gpu_count": 1, "gpu_processes": ["17 python 30000"], "time": 160.0}
     odd["run_dir"] = {"sees": True, "problem": None, "free_gib": 2.0, "behind_s": -60.0}
     more = {"gpus": [fast], "gpu_count": 1}
-    problems, notes = judged(seen(0, **more), seen(1, **odd), seen(2, **more), gpus=1)
+    problems, notes = judged(seen(0, **more), seen(1, **odd), seen(2, **more), gpus_per_node=1)
     said = " ".join(notes)
     assert problems == [] and all(note.startswith("n1: ") for note in notes)
     for part in (
@@ -127,7 +127,7 @@ def test_preflight_notes_what_is_worth_knowing_and_no_problem():
         "are limited to 1400 MHz, those of other nodes to 1980 MHz",
     ):
         assert part in said
-    assert judged(seen(0, **more), seen(1), seen(2, **more), gpus=1)[0] == [
+    assert judged(seen(0, **more), seen(1), seen(2, **more), gpus_per_node=1)[0] == [
         "n1: has 0 GPUs, but 1 are needed (launcher.gpus_per_node, launcher.gres)"
     ]
 
@@ -136,7 +136,7 @@ def test_silent_nodes_failed_ranks_and_slow_links():
     heard = NodeReports(
         ["n0", "n1"], {0: seen(0)}, output_lines_by_node={1: ["bash: python9: not found"]}, visible_nodes={0}
     )
-    asked = PreflightRequest(nodes=2)
+    asked = PreflightRequest(num_nodes=2)
     assert judge_preflight(asked, heard, is_final=False).problems == []
     assert judge_preflight(asked, heard).problems == ["n1: gave no answer: bash: python9: not found"]
     heard = NodeReports(
@@ -155,11 +155,13 @@ def test_silent_nodes_failed_ranks_and_slow_links():
     heard = NodeReports(
         [], {node: seen(node) for node in range(4)}, communication_rates=exchange, visible_nodes={0, 1, 2, 3}
     )
-    verdict = judge_preflight(PreflightRequest(nodes=4), heard)
+    verdict = judge_preflight(PreflightRequest(num_nodes=4), heard)
     assert verdict.problems == [] and verdict.notes == [
         "n2: reaches 3.00 GB/s with another node, and 9.50 GB/s is usual here"
     ]
-    assert "between two nodes 2.00 to 10.00" in " ".join(report_text(PreflightRequest(nodes=4), heard, verdict).split())
+    assert "between two nodes 2.00 to 10.00" in " ".join(
+        report_text(PreflightRequest(num_nodes=4), heard, verdict).split()
+    )
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 6, 7])
@@ -171,9 +173,9 @@ def test_every_pair_of_nodes_meets_once(nodes):
 
 def test_preflight_reports_of_nodes_are_read_complete_out_of_mixed_lines():
     """srun carries lines of several nodes in any order, each with its number before it."""
-    asked = PreflightRequest(nodes=2)
+    asked = PreflightRequest(num_nodes=2)
     gathering = coordinator._ReportCollector(asked, NodeReports(["n0", "node 1"]))
-    values = [{"look": seen(node, environment={"NCCL": "x" * 3000})} for node in (0, 1)]
+    values = [{"node_facts": seen(node, environment={"NCCL": "x" * 3000})} for node in (0, 1)]
     lines = [
         [f"{node}: {line}" for line in report_lines(node, -1, value).splitlines()] for node, value in enumerate(values)
     ]
@@ -194,9 +196,11 @@ def test_preflight_does_not_blame_a_slow_node_for_one_that_ended_silently(monkey
     monkeypatch.setattr(coordinator, "PATIENCE_AFTER_ERROR_S", 0.0)
     monkeypatch.setattr(coordinator, "PATIENCE_WHILE_UNANSWERED_S", 3600.0 if answers else 0.0)
     script = "echo no module cuda >&2; echo 'srun: error: n1: task 1: Exited with exit code 3' >&2; "
-    script += f"sleep 0.5; echo '0: {report_lines(0, -1, {'look': seen(0)}).strip()}'; " if answers else ""
+    script += f"sleep 0.5; echo '0: {report_lines(0, -1, {'node_facts': seen(0)}).strip()}'; " if answers else ""
     command = coordinator.NodeCommand(["bash", "-c", f"{script}sleep 60"], {"PATH": "/usr/bin:/bin"})
-    heard, verdict = coordinator.run_preflight(PreflightRequest(nodes=2, exchange=False), [command], ["n0", "node 1"])
+    heard, verdict = coordinator.run_preflight(
+        PreflightRequest(num_nodes=2, wants_communication_test=False), [command], ["n0", "node 1"]
+    )
     assert set(heard.facts) == ({0} if answers else set())
     assert verdict.problems == ["n1: gave no answer: no module cuda / srun: error: n1: task 1: Exited with exit code 3"]
 
@@ -240,7 +244,7 @@ def test_preflight_report_of_a_node_on_its_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("ODD", "1")  # a card that is cut up, or lost: what is said instead is no number
     odd = gpu_facts()
     assert [(gpu["used_mib"], gpu["clock_mhz"]) for gpu in odd["gpus"]] == [(None, None)]
-    assert judged(seen(0, **odd), gpus=1)[0] == []
+    assert judged(seen(0, **odd), gpus_per_node=1)[0] == []
 
 
 def test_cards_of_amd_are_counted(tmp_path, monkeypatch):
@@ -255,7 +259,7 @@ def test_cards_of_amd_are_counted(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     found = gpu_facts()
     assert [gpu["name"] for gpu in found["gpus"]] == ["aldebaran", "aldebaran"] and found["gpu_count"] == 2
-    assert judged(seen(0, **found), gpus=2) == ([], [])
+    assert judged(seen(0, **found), gpus_per_node=2) == ([], [])
     monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1")
     assert gpu_facts()["gpu_count"] == 1
 
@@ -278,7 +282,7 @@ def test_preflight_report_of_a_node_on_model_data_and_disk(tmp_path, monkeypatch
     found = check_run_dir(tmp_path / "run", "token", 3)
     assert found["sees"] and found["free_gib"] > 0 and abs(found["behind_s"]) < 60 and (place / "3").exists()
     (tmp_path / "a.jsonl").touch()
-    said = node_facts(PreflightRequest(paths=[str(tmp_path / "*.jsonl"), str(tmp_path / "*.csv")]), 0)
+    said = node_facts(PreflightRequest(data_paths=[str(tmp_path / "*.jsonl"), str(tmp_path / "*.csv")]), 0)
     assert (
         list(said["paths"].values()) == [True, False]
         and said["packages"]["torch"]
@@ -292,7 +296,8 @@ def test_preflight_request_of_a_run(tmp_path):
     config.model.path, config.model.tokenizer = "org/model", "org/tokens"
     config.data.path = ["a.jsonl", "hub:org/data", "s3://bucket/b.jsonl"]
     asked = preflight_request(settings_as_dict(config), 2)
-    assert (asked.processes, asked.gpus, asked.exchange, asked.paths) == (4, 4, False, ["a.jsonl"])
+    assert (asked.ranks_per_node, asked.gpus_per_node, asked.data_paths) == (4, 4, ["a.jsonl"])
+    assert not asked.wants_communication_test
     assert (asked.model, asked.tokenizer, asked.run_dir) == (
         "org/model",
         "org/tokens",
