@@ -103,7 +103,10 @@ class _ActivationCounter(TorchDispatchMode):
     """Adds up, block by block, the bytes that autograd saves and the bytes that costly operations make."""
 
     def __init__(self, blocks: list[nn.Module], parameters: list[Tensor]) -> None:
-        """`blocks`: the model's transformer blocks. `parameters`: its parameters and buffers, which do not count."""
+        """Begin to count the memory of a forward pass, block by block, at 0.
+
+        `blocks`: the model's transformer blocks. `parameters`: its parameters and buffers, which are no activations.
+        """
         super().__init__()
         self.outside_blocks_index = len(blocks)
         """Index for everything outside the blocks, behind those of the blocks."""

@@ -29,8 +29,12 @@ class FsdpFullParameters(FullParameters):
         reshard_after_forward: bool,
         forward_is_collective: bool = False,
     ) -> None:
-        """`wrapped`: the step module after `fully_shard`. `reshard_after_forward`: whether its blocks release their full weights
-        after each forward pass, as set when it was wrapped. `forward_is_collective`: see `FullParameters`.
+        """Prepare to gather a model that FSDP2 has sharded; nothing is gathered yet.
+
+        `wrapped`: the step module after `fully_shard`. `dtype`: in which floating-point parameters are gathered.
+        `reshard_after_forward`: whether its blocks release their full weights after each forward pass, as set when it was
+        wrapped. `forward_is_collective`: whether a pass sends tokens to other ranks all the same, because of expert
+        parallelism.
         """
         self.wrapped = wrapped
         self.dtype = dtype

@@ -107,7 +107,11 @@ class LaggingRank(ShardtuneError):
     def __init__(
         self, heartbeat: Heartbeat, last_collective: CollectiveCall | None, awaited_text: str, error_line: str
     ) -> None:
-        """`heartbeat`: of the rank that lags. `awaited_text`: the collective in words. `error_line`: of a rank that waited."""
+        """The error that ends a job in which one rank does not come to a collective.
+
+        `heartbeat`: the last one of the rank that lags. `last_collective`: the last one that it joined; None if not known.
+        `awaited_text`: in words, the collective in which others wait. `error_line`: the first line of the error of one of them.
+        """
         self.heartbeat = heartbeat
         self.hung = True
         super().__init__(
@@ -148,7 +152,11 @@ class HeartbeatMonitor:
         position: Callable[[], tuple[str, int | None]],
         timeout_s: float = float("inf"),
     ) -> None:
-        """`position`: returns the phase and step of this rank now. `timeout_s`: the timeout of the collectives."""
+        """Start the thread that sends this rank's heartbeats into the ranks' store.
+
+        `store`: torch's store of the job. `position`: returns the phase and step of this rank now, such as ("training", 40); a
+        change is progress. `timeout_s`: the timeout of the collectives.
+        """
         self.rank = rank
         self.world_size = world_size
         self._position = position

@@ -39,7 +39,11 @@ class HostMemory:
     def __init__(
         self, group: dist.ProcessGroup | None, regions: list[Tensor], process_ids: list[int], timeout_s: float
     ) -> None:
-        """`regions` (uint8) and `process_ids` are in the order of the group's ranks."""
+        """Make collectives through shared memory for the ranks of `group` (None: all ranks), which are on this host.
+
+        `regions`: the shared memory of each rank as this process has mapped it, uint8. `process_ids`: their processes, by
+        which it is seen that one has ended. Both are in the order of the group's ranks. `timeout_s`: longest wait for a rank.
+        """
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = len(regions)

@@ -83,7 +83,10 @@ class NativeEngine:
         runtime: Runtime,
         strategy: str,
     ) -> None:
-        """`wrapped`: `step_module` as the strategy has wrapped it. `strategy`: its name, which saved states record."""
+        """Build the optimizer for a model that a strategy has loaded and wrapped.
+
+        `wrapped`: `step_module` as the strategy has wrapped it. `strategy`: its name, which saved states record.
+        """
         self.step_module = step_module
         self.wrapped = wrapped
         self.runtime = runtime
@@ -426,7 +429,7 @@ class NativeEngine:
         return header.progress
 
     def gather_full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """Give rank 0 the full parameters for an export, one by one: (plain name, full parameter on the CPU).
+        """Gather the full parameters onto rank 0, one by one: (plain name, full parameter on the CPU).
 
         On other ranks the parameter is None. `trainable_only`: without those that do not train. The values are the averaged
         weights if the run averages them. Each step of the iterator is a collective, so all ranks must exhaust it.

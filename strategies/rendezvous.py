@@ -49,7 +49,11 @@ class Rendezvous:
         timeout_s: float,
         why_lost: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """`store`: torch's store of the job; None for a job of one rank. `timeout_s`: longest wait for the other ranks."""
+        """Let this rank take part in the decisions of the job before there is a process group.
+
+        `store`: torch's store of the job; None for a job of one rank. `timeout_s`: longest wait for the other ranks. `why_lost`:
+        returns why the run directory belongs to another attempt; None if it does not.
+        """
         self.store = store
         self.rank = rank
         self.world_size = world_size

@@ -33,9 +33,10 @@ class SavedParameters(Mapping[str, Tensor]):
     def __init__(
         self, checkpoint: Path, shapes: Mapping[str, torch.Size], *, schedule_free_beta: float | None = None
     ) -> None:
-        """`shapes`: of every parameter that the run trains. `schedule_free_beta`: beta 1 of a schedule-free optimizer.
+        """Open a checkpoint to read its trained parameters for an export; reads the index of its tensors, but no tensor.
 
-        Reads the index. Raises StorageError if it cannot be read, ConfigError if the checkpoint is of a run that trains other
+        `shapes`: of every parameter that the run trains. `schedule_free_beta`: beta 1 of a schedule-free optimizer; None for
+        others. Raises StorageError if the index cannot be read, ConfigError if the checkpoint is of a run that trains other
         parameters.
         """
         self.checkpoint = checkpoint

@@ -87,8 +87,10 @@ class RankState:
     """
 
     def __init__(self, flat_ranges: Iterable[FlatRange], progress_json: bytes, runtime: Runtime) -> None:
-        """`flat_ranges`: what this rank holds of each saved tensor; those that another rank writes (`is_written` is false) are
-        left out. `progress_json`: the content of `progress.json`.
+        """Collect what this rank writes into a checkpoint, and plan its file; writes nothing yet.
+
+        `flat_ranges`: what this rank holds of each saved tensor; those that another rank writes (`is_written` is false) are left
+        out. `progress_json`: the content of `progress.json`, how far the run is, which rank 0 writes.
         """
         self.local_elements: list[LocalElements] = []
         for flat_range in flat_ranges:

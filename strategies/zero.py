@@ -62,7 +62,10 @@ class ZeroEngine:
     host_memory: HostMemory | None = None
 
     def __init__(self, step_module: nn.Module, engine: Any, config: ZeroConfig, runtime: Runtime) -> None:
-        """`engine`: the DeepSpeed engine that holds `step_module` and its optimizer."""
+        """Wrap a DeepSpeed engine so that the training loop drives it as it drives the engines of other strategies.
+
+        `engine`: DeepSpeed's own, which holds `step_module` and its optimizer. `config`: the ZeRO settings of the run.
+        """
         self.step_module = step_module
         self.engine = engine
         self.config = config
@@ -309,7 +312,7 @@ class ZeroEngine:
                 master.copy_(source.read_slice(name, full_shapes[name], start, start + master.numel()))
 
     def gather_full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """Give rank 0 the full parameters for an export, one by one: (plain name, full parameter on the CPU; None elsewhere).
+        """Gather the full parameters onto rank 0, one by one: (plain name, full parameter on the CPU; None elsewhere).
 
         Parameters that train come from their fp32 masters, averaged if the run has an average. All ranks must exhaust it.
         """
@@ -317,7 +320,7 @@ class ZeroEngine:
             yield from self._gather_current_weights(trainable_only=trainable_only)
 
     def _gather_current_weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """Give rank 0 the weights that are in the model now, one by one: (plain name, full parameter on the CPU; None elsewhere).
+        """Gather the weights that are in the model now onto rank 0, one by one: (plain name, full parameter on the CPU; None elsewhere).
 
         Parameters that train come from their fp32 masters. `trainable_only`: without the others. All ranks must exhaust the
         iterator: each step is a collective.

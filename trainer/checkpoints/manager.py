@@ -52,7 +52,7 @@ class Checkpoints:
         runtime: Runtime,
         print_line: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`print_line`: prints a line that the user should see, on rank 0. It may be called on every rank."""
+        """Touches no file yet. `print_line`: prints a line for the user, on rank 0; every rank may call it."""
         self.checkpoint_dirs = checkpoint_dirs
         """The directories for checkpoints; the first is the run's own, the others are tried when it cannot take one."""
         self.config = config

@@ -44,7 +44,7 @@ class Schedule:
     """
 
     def __init__(self, config: CheckpointConfig, runtime: Runtime, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: returns seconds. The interval to the first checkpoint begins now."""
+        """Begin the interval to the first checkpoint. `config`: the settings `checkpoint.*`. `clock`: returns seconds."""
         self.config = config
         self.runtime = runtime
         self.clock = clock

@@ -49,6 +49,10 @@ class _RecordedBuckets:
     DeepSpeed collects gradients in a bucket, and reduces the bucket when it is full."""
 
     def __init__(self, optimizer: Any, recorder: LiveBytes, full_trained_elements: int | None) -> None:
+        """Remember DeepSpeed's own methods, which the caller then replaces by those of this object.
+
+        `optimizer`: DeepSpeed's ZeRO optimizer. `recorder`: counts the memory of a simulated step.
+        """
         self.optimizer = optimizer
         self.recorder = recorder
         self.full_trained_elements = full_trained_elements

@@ -170,7 +170,7 @@ def available_tensor_bytes(cost_model: CostModel, card: Card) -> float:
 def num_rank_groups(cost_model: CostModel | ExtrapolatedStep) -> int:
     """Count the groups of ranks that exchange something in a simulated step, since NCCL takes device memory for each.
 
-    Groups are told apart by their size, and by whether they exchange tokens.
+    Groups are told apart by their size, and by whether they exchange tokens (rows for attention heads, or for experts).
     """
     groups = set()
     for collective in cost_model.collective_totals:

@@ -103,6 +103,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
+        """Begin with nothing live. `device`: whose memory is counted; tensors elsewhere are not."""
         super().__init__()
         self.device = device
         self.live_bytes = 0

@@ -220,6 +220,7 @@ class RecordedEngine:
     """An engine with the calls of the training loop, which reports each phase of a step to a recorder."""
 
     def __init__(self, engine: Any, recorder: StepRecorder, part_by_block: dict[nn.Module, int | str]) -> None:
+        """Wrap the engine of a simulated run, so that the training loop can take steps with it that `recorder` records."""
         self.engine = engine
         self.recorder = recorder
         self.part_by_block = part_by_block

@@ -373,9 +373,9 @@ def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
 def _with_full_trained_elements(parts: StepParts, full_pattern: BlockPattern) -> StepParts:
     """Tell the simulation of a shallow model how many elements train in the full model that it stands for.
 
-    DeepSpeed collects gradients in buckets of a fixed size, so a bucket of the full model is fuller than a shallow model's own
-    gradients could make it. `full_pattern`: the blocks of the full model, whose kinds repeat after `period` blocks. Each period
-    that the shallow model lacks trains as many elements as its last one.
+    DeepSpeed collects gradients in buckets of a fixed size, so a bucket of the full model may be fuller than a shallow model's
+    own gradients could make it. `full_pattern`: the blocks of the full model, whose kinds repeat after `period` blocks. Each
+    period that the shallow model lacks trains as many elements as its last one.
 
     Returns `parts` with `full_trained_elements` set; as they are if the blocks do not repeat, or none is lacking.
     """

@@ -316,6 +316,7 @@ class Planner:
     def __init__(
         self, config: RunConfig, prepared: PreparedData, precision: Precision, devices: RankDevices, timeout_s: float
     ) -> None:
+        """Prepare to plan; simulates nothing yet. `devices`: of the ranks. `timeout_s`: how long one simulation may take."""
         self.config = config
         self.devices = devices
         self.precision = precision
