@@ -320,7 +320,7 @@ class ZeroEngine:
             yield from self._gather_current_weights(trainable_only=trainable_only)
 
     def _gather_current_weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """Gather the weights that are in the model now onto rank 0, one by one: (plain name, full parameter on the CPU; None elsewhere).
+        """Gather the weights that are in the model now onto rank 0, one by one, as `gather_full_parameters`.
 
         Parameters that train come from their fp32 masters. `trainable_only`: without the others. All ranks must exhaust the
         iterator: each step is a collective.
