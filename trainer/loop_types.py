@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopSettings:
-    """The part of a run's configuration that the loop reads."""
+    """The part of a run's configuration that the loop reads, with what is derived from it."""
 
     total_steps: int
     """Optimizer steps of the whole run, those before a resume included."""
@@ -53,7 +53,7 @@ class LoopSettings:
 
 @dataclass(slots=True)
 class Sinks:
-    """Where what a run produces goes."""
+    """Where what a run produces goes: metrics, lines for the user, checkpoints."""
 
     meter: Meter
     metrics: Trackers

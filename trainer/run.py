@@ -315,7 +315,7 @@ def choose_strategy_and_micro_batch(
 
 
 class ResumedRun(NamedTuple):
-    """Where a run goes on."""
+    """Where a run goes on: at the loaded checkpoint, or at its beginning."""
 
     checkpoints: Checkpoints
     """All of the run, to which it adds."""

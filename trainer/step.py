@@ -81,8 +81,8 @@ class TrainStep(nn.Module):
         """
         of_reward_models = {id(part) for part in self.reward_models.modules()}
         blocks = [block for block in outermost_blocks(self, self._block_classes) if id(block) not in of_reward_models]
-        places_of_whole_model = _num_places_by_parameter(self)
-        return [block for block in blocks if _keeps_parameters_to_itself(block, places_of_whole_model)]
+        num_modules_of_whole_model = _num_modules_by_parameter(self)
+        return [block for block in blocks if _keeps_parameters_to_itself(block, num_modules_of_whole_model)]
 
 
 def outermost_blocks(module: nn.Module, class_names: set[str]) -> list[nn.Module]:
@@ -92,26 +92,28 @@ def outermost_blocks(module: nn.Module, class_names: set[str]) -> list[nn.Module
     """
     blocks: list[nn.Module] = []
     inside_blocks: set[int] = set()
-    for part in module.modules():
-        class_name = type(part).__name__.removeprefix("FSDP")  # FSDP2 renames the classes of what it has sharded
-        if id(part) not in inside_blocks and class_name in class_names:
-            blocks.append(part)
-            inside_blocks.update(id(inner) for inner in part.modules())
+    for submodule in module.modules():
+        class_name = type(submodule).__name__.removeprefix("FSDP")  # FSDP2 renames the classes of what it has sharded
+        if id(submodule) not in inside_blocks and class_name in class_names:
+            blocks.append(submodule)
+            inside_blocks.update(id(inner) for inner in submodule.modules())
     return blocks
 
 
-def _num_places_by_parameter(module: nn.Module) -> Counter[int]:
+def _num_modules_by_parameter(module: nn.Module) -> Counter[int]:
     """How many modules in `module` hold each parameter, by the `id()` of the parameter: 2 for an embedding tied to the head."""
     return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
-def _keeps_parameters_to_itself(block: nn.Module, places_of_whole_model: Counter[int]) -> bool:
+def _keeps_parameters_to_itself(block: nn.Module, num_modules_of_whole_model: Counter[int]) -> bool:
     """Whether no module outside `block` holds one of its parameters, as tied embeddings do: then it can be sharded by itself.
 
-    `places_of_whole_model`: by the `id()` of a parameter, how many modules of the whole model hold it.
+    `num_modules_of_whole_model`: by the `id()` of a parameter, how many modules of the whole model hold it.
     """
-    places_in_block = _num_places_by_parameter(block)
-    return all(count == places_of_whole_model[parameter_id] for parameter_id, count in places_in_block.items())
+    num_modules_in_block = _num_modules_by_parameter(block)
+    return all(
+        count == num_modules_of_whole_model[parameter_id] for parameter_id, count in num_modules_in_block.items()
+    )
 
 
 class ExpectedBytes(NamedTuple):

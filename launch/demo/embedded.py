@@ -26,7 +26,7 @@ from strategies.errors import ShardtuneError, StorageError
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A wheel of the Python package index, pinned by its hash."""
+    """A wheel of the Python package index, pinned by its hash, that holds files of a model or of data."""
 
     name: str
     version: str

@@ -138,10 +138,10 @@ def _package_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     versions = [f"{name} {version or '(missing)'}" for name, version in facts["packages"].items()]
     rows += [("shardtune", facts["shardtune"]), ("packages", ", ".join(versions))]
     for extra, extra_facts in facts["extras"].items():
-        state = "here"
+        availability = "here"
         if extra_facts["lacks"]:
-            state = f"{'; '.join(extra_facts['lacks'])} ({install_command(extra)})"
-        rows.append((f"[{extra}]", f"{extra_facts['brings']}: {state}"))
+            availability = f"{'; '.join(extra_facts['lacks'])} ({install_command(extra)})"
+        rows.append((f"[{extra}]", f"{extra_facts['brings']}: {availability}"))
     return rows
 
 
@@ -159,10 +159,10 @@ def _environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib": 120.0, "exists": True}, ...}.
     """
     rows = []
-    for name, place in facts["places"].items():
+    for name, directory in facts["places"].items():
         models = f", {facts['models']} models" if name == "models" else ""  # how many the cache of the hub has
-        missing = "" if place["exists"] else ", not made yet"
-        rows.append((name, f"{place['path']}: {place['free_gib']:.1f} GiB free{models}{missing}"))
+        missing = "" if directory["exists"] else ", not made yet"
+        rows.append((name, f"{directory['path']}: {directory['free_gib']:.1f} GiB free{models}{missing}"))
     rows.append(("slurm", "yes" if facts["slurm"] else "no"))
     if facts["offline"]:
         arguments = [f"{variable}={setting}" for variable, setting in facts["offline"].items()]
@@ -171,7 +171,7 @@ def _environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _gpu_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of CUDA and of each GPU."""
+    """Make the report's rows on CUDA and each GPU: ("gpu 0", "NVIDIA L4, 22.0 GiB, 21.7 GiB free"); one row without GPUs."""
     if not facts["gpus"]:
         return [("gpus", f"none; precision=auto is {facts['precision']}")]
     driver = f", driver {facts['driver']}" if facts["driver"] else ""

@@ -62,7 +62,7 @@ class RequiredPackage(NamedTuple):
 
 @dataclass(slots=True)
 class Machine:
-    """What doctor knows about this machine."""
+    """What doctor knows about this machine; it is filled step by step."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     """What `doctor --json` prints, beside the problems and notes: {"host": "gpu1", "cores": 64, "gpus": [...], ...}."""

@@ -212,7 +212,7 @@ def run_verifying_ranks(
 
 
 class _Progress:
-    """Prints the lines that rank 0 adds to its file."""
+    """Shows the user how far the verification is: prints the lines that rank 0 adds to its progress file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -53,7 +53,7 @@ def default_run_config(choices: Mapping[str, str]) -> RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class SettingsFileContext:
-    """What every part of a settings file is written from."""
+    """What every part of a settings file is written from: the user's choices, and the defaults under them."""
 
     choices: Mapping[str, str]
     """The choices of the user, by group, such as {"tuning": "lora"}."""

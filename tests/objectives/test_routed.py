@@ -36,7 +36,7 @@ from trainer.model.routing import (
     recording_routing,
 )
 from trainer.objectives import routed as routed_module
-from trainer.objectives.causal import STOCK_PATH
+from trainer.objectives.causal import HF_PATH
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
 from trainer.objectives.routed import AddedLosses, install_added_losses
@@ -331,7 +331,7 @@ def test_z_loss_of_the_output_is_that_of_the_models_own_loss(root, runtime, tuni
 
 def test_z_loss_that_cannot_be_added_is_noted():
     model = tiny_model("bamba")
-    model.forward_path = STOCK_PATH
+    model.forward_path = HF_PATH
     found, notes = install_added_losses(
         ModelConfig(path="m"), model.config, model, Full().apply(model), ModelKind.causal
     )

@@ -36,7 +36,7 @@ from trainer.evaluation.likelihood import (
     padding_mask,
 )
 from trainer.model.architecture import text_model_config
-from trainer.objectives.causal import STOCK_PATH, unwrap_adapter
+from trainer.objectives.causal import HF_PATH, unwrap_adapter
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -249,7 +249,7 @@ class AnswerGenerator:
         as fit into that many tokens; None: `self.batch` rows. `group_of_row`: rows of different groups are never in one batch.
         """
         max_rows = self.batch
-        forward_path = getattr(transformers_model_of(engine), "forward_path", STOCK_PATH)
+        forward_path = getattr(transformers_model_of(engine), "forward_path", HF_PATH)
         needs_single_rows = forward_path.alone  # the model computes correctly only for one row at a time
         if needs_single_rows:
             max_rows = 1

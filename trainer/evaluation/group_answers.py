@@ -40,7 +40,7 @@ from trainer.evaluation.generate import (
     transformers_model_of,
 )
 from trainer.evaluation.likelihood import pad_sequences, padding_mask
-from trainer.objectives.causal import STOCK_PATH, unwrap_adapter
+from trainer.objectives.causal import HF_PATH, unwrap_adapter
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -205,8 +205,8 @@ def can_share_prompts(model: Any) -> bool:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    # How the padding-free training path calls this model; a model without such a path has the stock one.
-    forward_path = getattr(model, "forward_path", STOCK_PATH)
+    # How the padding-free training path calls this model; a model without such a path has transformers' own.
+    forward_path = getattr(model, "forward_path", HF_PATH)
     needs_single_rows = forward_path.alone
     takes_positions = forward_path.positions
     arguments = inspect.signature(model.forward).parameters

@@ -44,12 +44,12 @@ class ForwardPath:
 
 
 FUSED_PATH = ForwardPath(fused=True, positions=True)
-STOCK_PATH = ForwardPath(fused=False, positions=False)
-"""What the library itself does with padded rows."""
+HF_PATH = ForwardPath(fused=False, positions=False)
+"""What transformers itself does with padded rows."""
 FORWARD_PATHS = (
     FUSED_PATH,
     ForwardPath(fused=False, positions=True),
-    STOCK_PATH,
+    HF_PATH,
     ForwardPath(fused=False, positions=False, alone=True),
 )
 """Every way, the fastest first."""
@@ -159,7 +159,7 @@ def row_weighting_of(batch: dict[str, Any], smoothing: float = 0.0) -> RowWeight
 
 
 class NextTokenLosses(NamedTuple):
-    """Sums over the supervised positions of a micro-batch."""
+    """What `summed_loss` measures on a micro-batch: sums over its supervised positions, for `next_token_terms`."""
 
     loss: Tensor
     """Cross-entropy, 0-d. Only this one has a gradient."""

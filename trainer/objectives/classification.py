@@ -165,7 +165,11 @@ class LabelDataSpec(DataSpec):
         return LabelCollator(layout, pad_token_id)
 
     def note(self, sample: Sample, label_names: list[str] | None) -> str:
-        """The labels of a sequence for the preview."""
+        """Write the labels of a sequence for the preview of the data.
+
+        "label: 2 (spam)", or "label: urgent, billing" with `multi_label`. `label_names`: by label id; None if labels have no
+        names.
+        """
         label = int(sample.marks[LABEL])
         if label_names is None:
             return f"label: {label}"

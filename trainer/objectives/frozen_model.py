@@ -159,9 +159,10 @@ def _frozen_architecture(config: ModelConfig, hf_config: Any, attention_layout: 
     if untie_as_stored(config, hf_config, model):  # the checkpoint has an output head of its own: build again, untied
         model = _build_causal_on_meta(config, hf_config, attention)
     model.tie_weights()
-    own_layout = AttentionLayout(attention_layout.layout, attention, notes={})  # its notes are not told to the user
+    # A layout of its own: what the choice of a path notes down about a frozen model is not told to the user.
+    layout_without_notes = AttentionLayout(attention_layout.layout, attention, notes={})
     half_on_gpu = attention not in (VARLEN_ATTENTION, "sdpa", "eager")  # other kernels run nowhere else
-    model.forward_path = Proofs(config, hf_config, half_on_gpu=half_on_gpu).choose_path(own_layout)
+    model.forward_path = Proofs(config, hf_config, half_on_gpu=half_on_gpu).choose_path(layout_without_notes)
     if model.forward_path.fused:
         install_loss_head(model, hf_config)
     return model

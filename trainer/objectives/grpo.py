@@ -94,9 +94,9 @@ def _clip_problems(config: GrpoConfig) -> Iterator[str]:
     `cispo` needs a `clip_high` of 1 or more; only `ppo` reads `clip_negative`; `none` reads no bound.
     """
     if config.clip_form is ClipForm.cispo and (config.clip_high is None or config.clip_high < 1):
-        given = "null" if config.clip_high is None else f"{config.clip_high:g}"
+        clip_high = "null" if config.clip_high is None else f"{config.clip_high:g}"
         yield (
-            f"objective.clip_high={given}: objective.clip_form=cispo bounds the ratio itself with it, which is about 1; set "
+            f"objective.clip_high={clip_high}: objective.clip_form=cispo bounds the ratio itself with it, which is about 1; set "
             "objective.clip_high=5"
         )
     if config.clip_form is not ClipForm.ppo and config.clip_negative is not None:

@@ -22,7 +22,7 @@ from trainer.model.flash import head_sizes, why_not_flash
 from trainer.model.kernels import missing_kernels
 from trainer.model.layout import KERNELS_BY_SETTING, AttentionLayout, KernelChoices, choose_attention_layout
 from trainer.model.tied_heads import untie_as_stored
-from trainer.objectives.causal import STOCK_PATH, ForwardPath
+from trainer.objectives.causal import HF_PATH, ForwardPath
 from trainer.objectives.forward_path import ProvenPaths, error_on_tokens_alone, proven_paths
 from trainer.objectives.pooled_proof import classifier_packing_problem
 
@@ -99,7 +99,7 @@ class Proofs:
         path = proven.for_layout(layout)
         if path is None:  # nothing could be tried: take what transformers itself does with padded rows
             notes["model.head"] = f"the model's own forward pass, not proven on a copy ({proven.reason})"
-            return STOCK_PATH
+            return HF_PATH
         if not path.fused:
             notes["model.head"] = "the model's own forward pass (its logits are more than a product)"
         return path

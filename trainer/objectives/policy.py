@@ -59,7 +59,7 @@ class _TokenEntries(NamedTuple):
 
     @classmethod
     def of_batch(cls, batch: dict[str, Any]) -> _TokenEntries:
-        """The entries of a batch that `AnswerCollator` has made."""
+        """Take the entries out of a batch that `AnswerCollator` has made."""
         return cls(
             advantages=batch[ADVANTAGES],
             loss_weights=batch[LOSS_WEIGHTS],

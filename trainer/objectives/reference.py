@@ -122,23 +122,23 @@ def _compute_logps(
     with engine.inference() as module:
         # Through the root module's own forward, in which a sharding engine gathers parameters. So the step module is given
         # another objective while this runs.
-        step: Any = module
-        training_objective = step.objective
-        step.objective = RecordLogps()
+        step_module: Any = module
+        training_objective = step_module.objective
+        step_module.objective = RecordLogps()
         try:
             for sequences in micro_batches:
                 samples = [sample_of(dataset, index) for index in sequences]
                 if not samples:  # this rank has none left, and must run the model as often as the others
                     samples = settings.collator.filler_samples(dataset, 1)
                 batch = settings.collator(samples, cut)
-                logps = step(to_device(batch, device))["logps"]
+                logps = step_module(to_device(batch, device))["logps"]
                 # Ranks that share a row all know its sequences. One of them counts, since the sum below goes over all ranks.
                 if sequences and counted_here(batch):
                     logps_by_sequence[torch.tensor(sequences, device=device)] = logps.double()
                 if stop_now():
                     raise Preempted("asked to stop while the reference was computed; start the same run again")
         finally:
-            step.objective = training_objective
+            step_module.objective = training_objective
     return _sum_over_ranks(logps_by_sequence, runtime).astype(np.float32)
 
 
@@ -163,10 +163,10 @@ def _read_logps_column(path: Path, length: int, runtime: processes.Runtime) -> n
     if not processes.broadcast_object(column is not None and column.shape == (length,), runtime):
         return None
     # Zeros on all ranks but 0, so that the sum is rank 0's column.
-    own_column = torch.zeros(length, device=runtime.device)
+    local_column = torch.zeros(length, device=runtime.device)
     if column is not None:
-        own_column.copy_(torch.from_numpy(column))
-    return _sum_over_ranks(own_column, runtime)
+        local_column.copy_(torch.from_numpy(column))
+    return _sum_over_ranks(local_column, runtime)
 
 
 def _write_logps_column(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:

@@ -53,7 +53,7 @@ REASON_BY_MISSING_PARAMETER = {
 
 @dataclass(frozen=True, slots=True)
 class RewardFunction:
-    """The signature of one reward function."""
+    """What is known of a user's reward function from its signature, without running its file: how it is called, and with what."""
 
     name: str
     convention: Convention
@@ -121,8 +121,8 @@ def _parse_reward_functions(path: Path, modified_ns: int) -> dict[str, RewardFun
         module = ast.parse(path.read_bytes(), str(path))
     except (OSError, SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
-        place = f"{path}:{line}" if line else str(path)
-        raise ConfigError(f"{place}: is no Python file that can be read ({error}); mend it") from None
+        location = f"{path}:{line}" if line else str(path)
+        raise ConfigError(f"{location}: is no Python file that can be read ({error}); mend it") from None
     functions = {}
     for node in module.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
@@ -164,11 +164,11 @@ def find_reward_function(setting: str, key: str) -> RewardFunction:
     functions = reward_functions_in_file(path)
     if name in functions:
         return functions[name]
-    known = ", ".join(functions) or "none"
+    known_names = ", ".join(functions) or "none"
     if not name:
-        raise ConfigError(f"{key}={setting}: must be FILE.py:NAME; {path.name} has the reward functions {known}")
+        raise ConfigError(f"{key}={setting}: must be FILE.py:NAME; {path.name} has the reward functions {known_names}")
     raise ConfigError(
-        f"{key}={setting}: {path.name} has no such reward function, but {known}; {REWARD_DEFINITION_TEXT}, and is "
+        f"{key}={setting}: {path.name} has no such reward function, but {known_names}; {REWARD_DEFINITION_TEXT}, and is "
         "defined in the file itself"
     )
 

@@ -95,13 +95,13 @@ class AnswerBatcher:
         tokens_by_rank = slot_tokens.reshape(-1, self.dp_size)  # [micro-batches, ranks]
         balance = float(tokens_by_rank.mean(axis=1).sum() / max(1.0, tokens_by_rank.max(axis=1).sum()))
 
-        own_micro_batches = []
+        local_micro_batches = []
         for slot in slots[self.dp_rank :: self.dp_size]:
             answer_indices: list[int] = []
             for unit in slot:
                 answer_indices += units[unit]
-            own_micro_batches.append(self._collate(samples, answer_indices, filler))
-        return RankShare(own_micro_batches, balance)
+            local_micro_batches.append(self._collate(samples, answer_indices, filler))
+        return RankShare(local_micro_batches, balance)
 
     def _units_kept_together(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
         """The units of a step, that is answers that stay in one micro-batch: for each, their indices in `samples`.

@@ -34,7 +34,7 @@ class RowScorer(Protocol):
 
 
 class PolicyLogps:
-    """Log-probabilities under the weights that are being trained."""
+    """Makes a step module return log-probabilities under the weights that are being trained."""
 
     uses_initial_weights = False
 
@@ -90,7 +90,7 @@ def answer_logps(
     `scorer`: by which weights.
     `check_stop`: called after each micro-batch; it may raise, on all ranks alike.
     """
-    own_logps: list[tuple[int, np.ndarray]] = []  # (answer number, log-probabilities of its tokens)
+    local_logps: list[tuple[int, np.ndarray]] = []  # (answer number, log-probabilities of its tokens)
     weights = InferenceWeights.initial if scorer.uses_initial_weights else InferenceWeights.trained
     with engine.inference(weights) as module:
         # The model is called through the root module's own forward, because only there a sharding engine gathers parameters.
@@ -104,14 +104,14 @@ def answer_logps(
                 sequence_of_target = batch["row_sequence"].cpu().numpy()  # index of its sequence in the batch
                 for sequence, number in enumerate(numbers):
                     if number is not None:
-                        own_logps.append((number, logps[sequence_of_target == sequence]))
+                        local_logps.append((number, logps[sequence_of_target == sequence]))
                 check_stop()
         finally:
             step_module.objective = training_objective
 
     # Ranks that split a row have a slice of the answer each, in the order of the ranks.
     slices_by_answer: dict[int, list[np.ndarray]] = {}
-    for rank_logps in gather_objects(own_logps, runtime):
+    for rank_logps in gather_objects(local_logps, runtime):
         for number, logps in rank_logps:
             slices_by_answer.setdefault(number, []).append(logps)
     return {number: np.concatenate(slices) for number, slices in slices_by_answer.items()}

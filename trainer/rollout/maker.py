@@ -310,14 +310,14 @@ class RoundBuilder:
         with self._timed_stage("looking back at the answers", stage_key="look_back_s"):
             samples = [rollout_round.sequence(number) for number in answer_numbers]
             # A rank that has fewer micro-batches than others runs the filler, since each pass is collective.
-            own_micro_batches = self.batcher.divide(samples, filler=samples[0]).micro_batches
+            local_micro_batches = self.batcher.divide(samples, filler=samples[0]).micro_batches
             # The answer numbers of each micro-batch's sequences; None for a filler.
             numbers_by_batch: list[list[int | None]] = []
-            for micro_batch in own_micro_batches:
+            for micro_batch in local_micro_batches:
                 numbers_by_batch.append(
                     [None if index is None else answer_numbers[index] for index in micro_batch.answer_indices]
                 )
-            batches = [to_device(micro_batch.batch, self.batcher.device) for micro_batch in own_micro_batches]
+            batches = [to_device(micro_batch.batch, self.batcher.device) for micro_batch in local_micro_batches]
             return answer_logps(
                 self.engine, batches, numbers_by_batch, row_scorer, self.runtime, self._raise_if_stopping
             )

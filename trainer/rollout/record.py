@@ -24,7 +24,7 @@ _FILE_NAME_REGEX = re.compile(r"round-(\d+)\.parquet")
 
 
 class RoundRecord:
-    """The rounds of a run as Parquet files."""
+    """Keeps the rounds of a run in its `rounds/`: one Parquet file each, with a row for each recorded answer."""
 
     def __init__(self, run_dir: Path, max_groups: int | None = None) -> None:
         """`max_groups`: groups of each round that are recorded, the first ones; None: all, 0: none."""
@@ -111,8 +111,8 @@ def _unify_extra_columns(rows: list[dict[str, Any]]) -> None:
             if column.startswith(EXTRA_PREFIX):
                 values_by_column.setdefault(column, []).append(value)
     for column, values in values_by_column.items():
-        known = [value for value in values if value is not None]
-        is_numeric = all(isinstance(value, int | float) for value in known)
+        known_values = [value for value in values if value is not None]
+        is_numeric = all(isinstance(value, int | float) for value in known_values)
         for row in rows:
             value = row.setdefault(column, None)
             if value is not None:

@@ -58,9 +58,9 @@ class Round:
         """Answers of a group."""
         return len(self.groups[0].answers)
 
-    def answer(self, number: int) -> tuple[AnswerGroup, Answer]:
-        """Answer `number` of the round, with its group."""
-        group_index, index_in_group = divmod(number, self.group_size)
+    def answer(self, answer_number: int) -> tuple[AnswerGroup, Answer]:
+        """Find an answer of the round by its number: (its group, the answer). Answers are numbered group by group, from 0."""
+        group_index, index_in_group = divmod(answer_number, self.group_size)
         group = self.groups[group_index]
         return group, group.answers[index_in_group]
 
@@ -78,16 +78,16 @@ class Round:
         is_learned = self.is_learned.ravel()
         return [number for number in answer_numbers if is_learned[number]]
 
-    def sequence(self, number: int) -> AnswerSample:
-        """Make the sequence that is learned of answer `number`: its prompt's tokens, then its own, which are supervised.
+    def sequence(self, answer_number: int) -> AnswerSample:
+        """Make the sequence that is learned of an answer: its prompt's tokens, then its own, which are supervised.
 
         Without `per_token_entries`, which `step_data` adds.
         """
-        group, answer = self.answer(number)
+        group, answer = self.answer(answer_number)
         ids = np.array([*group.prompt.ids, *answer.ids], dtype=np.int32)
         supervised = np.zeros(len(ids), dtype=bool)
         supervised[len(group.prompt.ids) :] = True
-        return AnswerSample(ids, supervised, prompt_index=number // self.group_size)
+        return AnswerSample(ids, supervised, prompt_index=answer_number // self.group_size)
 
     def step_data(self, answer_numbers: Sequence[int], normalise: Normalise, max_new_tokens: int) -> StepData:
         """Make what one optimizer step learns from: those of the answers with these numbers that count in the loss.

@@ -57,16 +57,16 @@ def _reward_summary(rewards: np.ndarray) -> dict[str, float | None]:
     `rewards`: float64 [groups, answers], nan where unscored; a group is all answers to one prompt. A number is None if nothing
     was scored.
     """
-    known = rewards[~np.isnan(rewards)]
+    scored_rewards = rewards[~np.isnan(rewards)]
     deviations = []
     for group_rewards in rewards:
         scored = group_rewards[~np.isnan(group_rewards)]
         if len(scored) > 1:
             deviations.append(float(scored.std(ddof=1)))
     return {
-        "mean": float(known.mean()) if len(known) else None,
-        "least": float(known.min()) if len(known) else None,
-        "most": float(known.max()) if len(known) else None,
+        "mean": float(scored_rewards.mean()) if len(scored_rewards) else None,
+        "least": float(scored_rewards.min()) if len(scored_rewards) else None,
+        "most": float(scored_rewards.max()) if len(scored_rewards) else None,
         "spread": float(np.mean(deviations)) if deviations else None,
         "idle_share": float(is_idle_group(rewards).mean()),
         "unscored": int(np.isnan(rewards).sum()),

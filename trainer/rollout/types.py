@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a round."""
+    """One prompt of a round: what the model reads, and what rewards read of its data row."""
 
     prompt_number: int
     """Number of the prompt among all that the run consumes, from 0. It seeds the samples of its answers."""
@@ -29,7 +29,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One generated answer to a prompt."""
+    """One answer that the model wrote to a prompt, with what training on it needs."""
 
     sample_index: int
     """Index of the answer in its group, from 0."""
@@ -61,7 +61,7 @@ def all_answers(groups: Sequence[AnswerGroup]) -> list[Answer]:
 
 @dataclass(slots=True)
 class GroupScores:
-    """The rewards of one group."""
+    """The rewards of one group: the sum that is learned from, and what it was made of."""
 
     total: np.ndarray
     """float64 [answers]: the weighted sum that is learned from; nan where no reward applied to an answer (unscored)."""

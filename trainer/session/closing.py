@@ -90,12 +90,12 @@ def _sentence_on_one_evaluation(point: HeldOutPoint, before: float | None, quant
     advice = "evaluation.every_steps=<steps> evaluates on the way"
     if before is None:
         return f"one evaluation cannot tell (held-out {quantity} {format_metric(sign * point.held_out)}); {advice}"
-    values = (
+    comparison = (
         f"held-out {quantity} {format_metric(sign * before)} before, {format_metric(sign * point.held_out)} at the end"
     )
     if point.held_out >= before:
-        return f"{values}: no better than before training: a lower optim.lr, not more steps"
-    return f"one evaluation cannot tell ({values}); more steps may help; {advice}"
+        return f"{comparison}: no better than before training: a lower optim.lr, not more steps"
+    return f"one evaluation cannot tell ({comparison}); more steps may help; {advice}"
 
 
 def _point_before_last_quarter(points: list[HeldOutPoint]) -> HeldOutPoint:

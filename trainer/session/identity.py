@@ -161,10 +161,10 @@ def compare_and_write_identity(
     the file cannot be written, or if something that it identifies cannot be read.
     """
     # Each rank collects its own identity. An error of one is raised on all, so that none waits for the others.
-    own_identity: RunIdentity = {}
+    local_identity: RunIdentity = {}
     error: ConfigError | StorageError | None = None
     try:
-        own_identity = run_identity(config, data, reads_files=runtime.local_rank == 0)  # one rank of each host
+        local_identity = run_identity(config, data, reads_files=runtime.local_rank == 0)  # one rank of each host
     except (ConfigError, StorageError) as caught:
         error = caught
     except OSError as caught:
@@ -174,14 +174,14 @@ def compare_and_write_identity(
     # Rank 0 compares them.
     accept = config.run.accept
     record: dict[str, Any] = {}
-    identity_by_rank = gather_objects((socket.gethostname(), own_identity), runtime)
+    identity_by_rank = gather_objects((socket.gethostname(), local_identity), runtime)
     if runtime.is_main:
         try:
             _raise_if_ranks_differ(identity_by_rank, accept)
-            accepted = _compare_with_earlier_start(config, own_identity, run_dir)
-            record = {"identity": own_identity, "accepted": accepted}
+            accepted = _compare_with_earlier_start(config, local_identity, run_dir)
+            record = {"identity": local_identity, "accepted": accepted}
             write_text_atomic(
-                run_dir / IDENTITY_FILE, json.dumps({**own_identity, ACCEPTED_KEY: accepted}, indent=1) + "\n"
+                run_dir / IDENTITY_FILE, json.dumps({**local_identity, ACCEPTED_KEY: accepted}, indent=1) + "\n"
             )
         except (ConfigError, StorageError) as caught:
             error = caught

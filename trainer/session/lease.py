@@ -115,7 +115,7 @@ class Lease:
 
         Raises RunDirInUse, with the owner, if one lives, and StorageError if the directory cannot be written.
         """
-        own = owner_of_this_process(lease_timeout_s)
+        claimant = owner_of_this_process(lease_timeout_s)
         directory = run_dir / "lease"
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ class Lease:
                 number, _ = latest_claim(directory)
                 raise_if_run_dir_is_in_use(run_dir, lease_timeout_s, stop)
                 claim_path = _claim_path(directory, number + 1)
-                if not shared_files.claim_shared_file(claim_path, _json_bytes(asdict(own)), own.token):
+                if not shared_files.claim_shared_file(claim_path, _json_bytes(asdict(claimant)), claimant.token):
                     continue  # the file exists: somebody was faster, or this host's view of the directory is old
                 if latest_claim(directory).number == number + 1:
                     break
@@ -134,7 +134,7 @@ class Lease:
             for name in atomic_io.disk.names(directory):
                 if name[:6].isdigit() and int(name[:6]) <= number:  # such as 000007.json and 000007.beat
                     (directory / name).unlink(missing_ok=True)
-            return cls(run_dir, number + 1, own, on_loss, on_run_dir_renamed)
+            return cls(run_dir, number + 1, claimant, on_loss, on_run_dir_renamed)
         except OSError as error:
             raise StorageError(
                 f"{directory}: cannot be written ({error.strerror or error}); {shared_files.free_space_advice(error)}set run.dir"
@@ -337,15 +337,15 @@ def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], 
     `stop` says that this process shall end (Preempted).
     """
     directory = run_dir / "lease"
-    own = owner_of_this_process(lease_timeout_s)
+    this_process = owner_of_this_process(lease_timeout_s)
     number, owner = latest_claim(directory)
     if owner is None:
         return None
-    is_earlier_start = bool(owner.job) and owner.job == own.job and owner.restart < own.restart
+    is_earlier_start = bool(owner.job) and owner.job == this_process.job and owner.restart < this_process.restart
     if is_earlier_start:  # SLURM requeues a job only when its last start has ended
         return None
     # None if this host cannot see the process, as one of another host.
-    is_alive = is_alive_here(owner, own)
+    is_alive = is_alive_here(owner, this_process)
     if is_alive is not None:
         return f"{owner.describe()}, is running it" if is_alive else None
     return _watch_owner_on_other_host(run_dir, number, owner, lease_timeout_s, stop)

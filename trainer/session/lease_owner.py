@@ -86,14 +86,14 @@ def process_identity(pid: int) -> str:
         return ""
 
 
-def is_alive_here(owner: LeaseOwner, own: LeaseOwner) -> bool | None:
+def is_alive_here(owner: LeaseOwner, this_process: LeaseOwner) -> bool | None:
     """Whether the owner of a claim is a living process of this host; None if this host cannot tell.
 
-    `own`: what a claim of this process would say; boot and namespace of process ids are compared with it.
+    `this_process`: what a claim of this process would say; boot and namespace of process ids are compared with it.
     """
     owner_identity = owner.process.split("/")  # boot id, namespace of process ids, start of the process
-    own_identity = own.process.split("/")
-    same_host = len(owner_identity) == 3 and owner_identity[:2] == own_identity[:2]
+    identity_of_this_process = this_process.process.split("/")
+    same_host = len(owner_identity) == 3 and owner_identity[:2] == identity_of_this_process[:2]
     if not same_host:  # another host, the same one before a reboot, or another container
         return None
     identity_now = process_identity(owner.pid)  # empty if there is no such process, or /proc does not show it

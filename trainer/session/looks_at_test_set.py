@@ -30,7 +30,7 @@ MEASURED_BY_COMMAND = "shardtune evaluate"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointWeights:
-    """The weights whose test metrics are measured."""
+    """The weights whose test metrics are measured, as the reports in `reports/` of the run name them."""
 
     run_dir: Path
     step: int

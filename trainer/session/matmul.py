@@ -56,11 +56,11 @@ def _choose_matmul_library(
     earlier = config.resolution(MATMUL_KEY)
     if earlier is not None and settled_matmul(config) is not Matmul.auto:
         return earlier
-    own_resolution = ResolvedSetting(
+    resolution_for_this_host = ResolvedSetting(
         MATMUL_KEY, asked=AUTO, chosen=str(choice_for_this_host.library), reason=choice_for_this_host.reason
     )
-    shared = agree_on_shared_choice(run_dir, MATMUL_KEY, asdict(own_resolution))
-    resolution = parse_resolution(MATMUL_KEY, shared) or own_resolution
+    shared = agree_on_shared_choice(run_dir, MATMUL_KEY, asdict(resolution_for_this_host))
+    resolution = parse_resolution(MATMUL_KEY, shared) or resolution_for_this_host
     write_config(run_dir, _with_matmul_resolution(config, resolution))
     return resolution
 

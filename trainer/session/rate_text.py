@@ -16,7 +16,7 @@ HIGH_RATE = 20
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """The learning rate of a run, and what belongs to it."""
+    """The learning rate of a run and the usual one for such runs, from which `rate_lines` writes the start screen's lines."""
 
     peak: float = 0.0
     """`optim.lr`."""

@@ -36,7 +36,7 @@ STAND_IN_TOKENS = 2
 
 @dataclass(frozen=True, slots=True)
 class DataRecord:
-    """What a run recorded of its data when it began."""
+    """What a run recorded of its data when it began, for commands that rebuild its model or find the same data again."""
 
     run_dir: Path
     fingerprint: str

@@ -25,7 +25,7 @@ class BadScore(Exception):
 
 @dataclass(slots=True)
 class AnswersOfGroup:
-    """Answers to one prompt, as rewards see them."""
+    """All or some answers to one prompt, with what a reward may know of the prompt: what a call of a reward scores."""
 
     prompt: str | list[dict[str, Any]]
     """A text, or the messages of a conversation."""
@@ -49,7 +49,7 @@ class AnswersOfGroup:
 
 @dataclass(slots=True)
 class CallResult:
-    """What one call of a reward gave."""
+    """What one call of a reward gave for its answers: scores, and what a user's function logged beside them."""
 
     scores: list[float | None]
     """One for each answer; None: the reward does not apply to it."""
@@ -81,7 +81,7 @@ def load_function(file: Path, name: str) -> Callable[..., Any]:
 
 @dataclass(slots=True)
 class FunctionReward:
-    """A reward function of the user's."""
+    """A reward function of the user's, loaded in a worker process; an instance is called with answers, as a `KindReward` is."""
 
     function: Callable[..., Any]
     signature: RewardFunction

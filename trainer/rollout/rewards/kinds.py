@@ -26,7 +26,10 @@ from trainer.rollout.rewards.functions import AnswersOfGroup, BadScore, CallResu
 
 
 class RewardKind(ABC):
-    """One built-in reward with its options."""
+    """One built-in reward with its options, such as `maths`.
+
+    Most kinds compare with the right answer in the prompt's data row.
+    """
 
     kind: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
@@ -49,7 +52,7 @@ class RewardKind(ABC):
         yield from ()
 
     @abstractmethod
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         """The score of one answer. Raises BadScore for a row that the kind cannot judge."""
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
@@ -100,7 +103,7 @@ class ExactMatchReward(RewardKind):
         for problem in self.task.problems():
             yield f"{key}{problem.removeprefix(self.task.config_key)}"
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         case = TaskCase("", fields={REFERENCES_COLUMN: self.reference_answers(columns)})
         return self.task.score(case, text.strip())[self.score_name]
 
@@ -122,11 +125,11 @@ class MathsReward(RewardKind):
     def check_row(self, columns: Mapping[str, Any]) -> None:
         self._reference_result(columns)
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         return float(final_result(text.strip()) == self._reference_result(columns))
 
     def _reference_result(self, columns: Mapping[str, Any]) -> Any:
-        """The result in the right answer of a row. Raises BadScore."""
+        """Read the result, such as a number, out of the right answer of a row. Raises BadScore if there is none in it."""
         reference = self.reference_answers(columns)[0]
         result = final_result(reference)
         if result is None:
@@ -143,7 +146,7 @@ class MathVerifyReward(RewardKind):
     required_package = "math_verify"
     pip_extra = "maths"
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         from math_verify import parse, verify
 
         reference = self.reference_answers(columns)[0]
@@ -185,7 +188,7 @@ class JsonSchemaReward(RewardKind):
         if self.option_values["schema"] is None:  # else `problems` has read the file
             self._schema_of_row(columns)
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         schema = self._schema_of_row(columns) if self.option_values["schema"] is None else self._schema_of_file()
         _, error = check_json(text.strip(), schema)
         return float(error is None)
@@ -227,7 +230,7 @@ class ToolCallsReward(RewardKind):
     def needed_columns(self) -> list[str]:
         return [*super().needed_columns(), "messages"]
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         return float(parse_tool_calls(text) == self._reference_calls(columns))
 
     def _reference_calls(self, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -265,10 +268,10 @@ class LengthReward(RewardKind):
             if value is not None and not is_count:
                 yield f"{key}.options.{name}={value}: must be a number of tokens above 0"
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         limit = self.option_values["limit"]
         buffer = self.option_values["buffer"] or max(1, limit // 5)
-        return max(-1.0, min(0.0, (limit - buffer - number_of_tokens) / buffer))
+        return max(-1.0, min(0.0, (limit - buffer - num_tokens) / buffer))
 
 
 class FormatReward(RewardKind):
@@ -288,7 +291,7 @@ class FormatReward(RewardKind):
         except re.error as error:
             yield f"{key}.options.pattern={pattern}: is no regular expression ({error})"
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         return float(re.fullmatch(self.option_values["pattern"], text.strip(), re.DOTALL) is not None)
 
 
@@ -310,7 +313,7 @@ class JudgeReward(RewardKind):
         if not str(self.option_values["rubric"]).strip():
             yield f"{key}.options.rubric: is empty; say what a good answer is, or leave it out"
 
-    def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
+    def score(self, text: str, num_tokens: int, columns: Mapping[str, Any]) -> float:
         raise NotImplementedError  # `trainer/rollout/rewards/judged.py` asks the judge
 
 
@@ -332,13 +335,13 @@ BUILT_IN_REWARDS: dict[str, type[RewardKind]] = {
 
 
 class KindReward:
-    """A built-in reward as worker processes call it."""
+    """A built-in reward as worker processes call it: with several answers at once, as a `FunctionReward` is."""
 
     def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
         self.kind = BUILT_IN_REWARDS[kind](options)
 
     def __call__(self, answers: AnswersOfGroup) -> CallResult:
-        """The scores of the answers. Raises BadScore."""
+        """Score the answers, each by itself. Raises BadScore."""
         result = CallResult([])
         for text, ids in zip(answers.texts, answers.ids, strict=True):
             result.scores.append(self.kind.score(text, len(ids), answers.columns))

@@ -197,26 +197,26 @@ class RewardModelScorer:
         A group is all answers to one prompt. All ranks must call, with the same groups. Raises on all ranks alike: DataError for
         a conversation that the chat template does not write, Interrupted if the run is asked to stop.
         """
-        own_texts: list[_AnswerText] = []
+        local_texts: list[_AnswerText] = []
         problem: str | None = None
         try:
-            own_texts = self._own_texts(name, groups)
+            local_texts = self._local_texts(name, groups)
         except ShardtuneError as error:
             problem = str(error)
         problems = [message for message in gather_objects(problem, self.runtime) if message is not None]
         if problems:
             raise DataError(f"objective.rewards.{name}: {problems[0]}")
-        own_scores = self._score_texts(name, [text.ids for text in own_texts])
-        own_results = []
-        for text, score in zip(own_texts, own_scores, strict=True):
-            own_results.append(_AnswerScore(text.group_index, text.answer_index, score))
+        local_scores = self._score_texts(name, [text.ids for text in local_texts])
+        local_results = []
+        for text, score in zip(local_texts, local_scores, strict=True):
+            local_results.append(_AnswerScore(text.group_index, text.answer_index, score))
         scores = [np.full(len(group.answers), np.nan) for group in groups]  # stays nan for a text that is too long
-        for rank_results in gather_objects(own_results, self.runtime):
+        for rank_results in gather_objects(local_results, self.runtime):
             for group_index, answer_index, score in rank_results:
                 scores[group_index][answer_index] = score
         return scores
 
-    def _own_texts(self, name: str, groups: Sequence[AnswerGroup]) -> list[_AnswerText]:
+    def _local_texts(self, name: str, groups: Sequence[AnswerGroup]) -> list[_AnswerText]:
         """The texts that this rank scores: prompts with answers of every `world_size`-th group, but for too long ones."""
         texts = []
         for group_index in range(self.runtime.rank, len(groups), self.runtime.world_size):

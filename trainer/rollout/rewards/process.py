@@ -168,7 +168,7 @@ class RewardProcess:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a reward."""
+    """One call of a reward that a worker shall make: for answers to one prompt."""
 
     reward: str
     answers: dict[str, Any]
@@ -180,7 +180,7 @@ class Call:
 
 @dataclass(slots=True)
 class Reply:
-    """What became of a call."""
+    """What became of a call: the scores, or that there was no time for them."""
 
     scores: list[float | None] | None
     """None: it took longer than its time limit."""
@@ -204,14 +204,14 @@ class _RunningCall:
     """A call that a worker is making."""
 
     worker: RewardProcess
-    number: int
+    index: int
     """Index of the call in its round."""
     deadline: float
     """Moment of `time.monotonic` after which the worker is killed."""
 
 
 class WorkerPool:
-    """Several workers that share the calls of a round."""
+    """The worker processes of this rank, which share the calls of each round; they run the user's code apart from training."""
 
     def __init__(
         self, rewards: dict[str, dict[str, Any]], logs: Sequence[Path], stop_asked: Callable[[], bool]
@@ -266,10 +266,10 @@ class WorkerPool:
         idle_workers = [self._restart_if_killed(worker) for worker in self._workers]
         running: dict[int, _RunningCall] = {}  # by `reply_fd` of the worker
         with selectors.DefaultSelector() as selector:
-            while round_of_calls.waiting_numbers or running:
+            while round_of_calls.waiting_indices or running:
                 self._raise_if_stopping()
                 # Give calls to idle workers.
-                while idle_workers and round_of_calls.waiting_numbers:
+                while idle_workers and round_of_calls.waiting_indices:
                     call = self._send_call(idle_workers.pop(), round_of_calls)
                     selector.register(call.worker.reply_fd, selectors.EVENT_READ)
                     running[call.worker.reply_fd] = call
@@ -289,17 +289,17 @@ class WorkerPool:
                     call = running.pop(fd)
                     call.worker.kill()  # there is no other way to stop a function that hangs
                     idle_workers.append(self._restart_if_killed(call.worker))
-                    round_of_calls.give_up_call(call.number)
+                    round_of_calls.give_up_call(call.index)
         replies = [reply for reply in round_of_calls.replies if reply is not None]
         assert len(replies) == len(calls), "each call has a reply, or an error was raised"
         return replies
 
     def _send_call(self, worker: RewardProcess, round_of_calls: _RoundOfCalls) -> _RunningCall:
         """Take the next waiting call of the round and send it to a worker."""
-        number = round_of_calls.waiting_numbers.popleft()
-        call = round_of_calls.calls[number]
+        call_index = round_of_calls.waiting_indices.popleft()
+        call = round_of_calls.calls[call_index]
         worker.ask({"reward": call.reward, "answers": call.answers})
-        return _RunningCall(worker, number, deadline=time.monotonic() + call.timeout_s)
+        return _RunningCall(worker, call_index, deadline=time.monotonic() + call.timeout_s)
 
     def _receive_reply(self, round_of_calls: _RoundOfCalls, call: _RunningCall) -> bool:
         """Read what a worker has sent. Returns whether its call is over: it has replied, or the process has died.
@@ -310,11 +310,11 @@ class WorkerPool:
             message = call.worker.read_message()
         except WorkerDied as death:
             call.worker.kill()
-            round_of_calls.retry_after_death(call.number, f"{death}; its log is {call.worker.log}")
+            round_of_calls.retry_after_death(call.index, f"{death}; its log is {call.worker.log}")
             return True
         if message is None:
             return False
-        round_of_calls.keep_reply(call.number, message)
+        round_of_calls.keep_reply(call.index, message)
         return True
 
     def _restart_if_killed(self, worker: RewardProcess) -> RewardProcess:
@@ -347,36 +347,36 @@ class _RoundOfCalls:
         self._timeouts_without_success = timeouts_without_success
         self.replies: list[Reply | None] = [None] * len(calls)
         """Of each call, once it has one."""
-        self.waiting_numbers = deque(range(len(calls)))
+        self.waiting_indices = deque(range(len(calls)))
         self._timeouts_in_round: Counter[str] = Counter()
         self._rewards_in_time: set[str] = set()
         self._deaths_by_call: Counter[int] = Counter()
 
-    def keep_reply(self, number: int, message: dict[str, Any]) -> None:
+    def keep_reply(self, call_index: int, message: dict[str, Any]) -> None:
         """Keep the scores of a call. Raises DataError if the reward failed.
 
-        `number`: index of the call in the round. `message`: {"scores": [1.0], "logged": {...}, "extra": {...}}, or {"problem":
-        "..."}.
+        `call_index`: of the call in the round.
+        `message`: {"scores": [1.0], "logged": {...}, "extra": {...}}, or {"problem": "..."}.
         """
-        call = self.calls[number]
+        call = self.calls[call_index]
         if "problem" in message:
             trace = f"\n{message['traceback']}" if "traceback" in message else ""
             raise DataError(f"objective.rewards.{call.reward}: {message['problem']} ({call.origin}){trace}")
         self._rewards_in_time.add(call.reward)
         self._timeouts_without_success.pop(call.reward, None)
-        self.replies[number] = Reply(message["scores"], message["logged"], message["extra"])
+        self.replies[call_index] = Reply(message["scores"], message["logged"], message["extra"])
 
-    def give_up_call(self, number: int) -> None:
+    def give_up_call(self, call_index: int) -> None:
         """Leave the answers of a call that took longer than its time limit unscored, and end the run if its reward always does.
 
-        `number`: index of the call in the round. Raises DataError if `MAX_TIMEOUTS_WITHOUT_SUCCESS` calls of the reward took too
-        long and none was in time, in this round or in all.
+        Raises DataError if `MAX_TIMEOUTS_WITHOUT_SUCCESS` calls of the reward took too long and none was in time, in this round
+        or in all.
         """
-        call = self.calls[number]
+        call = self.calls[call_index]
         self._timeouts_in_round[call.reward] += 1
         if call.reward in self._timeouts_without_success:
             self._timeouts_without_success[call.reward] += 1
-        self.replies[number] = Reply.unscored()
+        self.replies[call_index] = Reply.unscored()
         # A round of few groups has few calls: a reward that always hangs is known after several rounds.
         num_timeouts = max(self._timeouts_in_round[call.reward], self._timeouts_without_success[call.reward])
         if call.reward not in self._rewards_in_time and num_timeouts >= MAX_TIMEOUTS_WITHOUT_SUCCESS:
@@ -387,12 +387,12 @@ class _RoundOfCalls:
                 f"raise objective.rewards.{call.reward}.timeout_s"
             )
 
-    def retry_after_death(self, number: int, cause: str) -> None:
+    def retry_after_death(self, call_index: int, cause: str) -> None:
         """Try a call again during which its worker process has ended. Raises DataError the second time."""
-        call = self.calls[number]
-        self._deaths_by_call[number] += 1
-        if self._deaths_by_call[number] > 1:
+        call = self.calls[call_index]
+        self._deaths_by_call[call_index] += 1
+        if self._deaths_by_call[call_index] > 1:
             raise DataError(
                 f"objective.rewards.{call.reward}: failed twice with the same answers ({call.origin}): {cause}"
             )
-        self.waiting_numbers.append(number)
+        self.waiting_indices.append(call_index)

@@ -95,13 +95,15 @@ class WorkerScorer:
         Raises DataError or Interrupted on all ranks alike.
         """
         # Functions and built-in rewards: each rank scores its share of the groups.
-        own_group_indices = range(self.runtime.rank, len(groups), self.runtime.world_size)
+        local_group_indices = range(self.runtime.rank, len(groups), self.runtime.world_size)
         # Ranks wait for the one whose calls take longest, at worst until each has reached its time limit.
         num_answers = sum(len(group.answers) for group in groups)
         longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * num_answers
         scored_by_group: dict[int, _ScoredGroup] = {}  # by index of the group
         with longer_timeout(self.runtime, longest_s):
-            for scored_by_rank in self._gather_results(lambda: self._score_own_groups(groups, own_group_indices, step)):
+            for scored_by_rank in self._gather_results(
+                lambda: self._score_local_groups(groups, local_group_indices, step)
+            ):
                 scored_by_group |= scored_by_rank
         scores = [scored_by_group[index].scores for index in range(len(groups))]
 
@@ -136,20 +138,20 @@ class WorkerScorer:
         assert self._judge is not None, "composing refuses a judge without an address"
         return judge_answers(self._judge, self.rewards[name].options, groups)
 
-    def _score_own_groups(
-        self, groups: Sequence[AnswerGroup], own_indices: Sequence[int], step: int
+    def _score_local_groups(
+        self, groups: Sequence[AnswerGroup], local_indices: Sequence[int], step: int
     ) -> dict[int, _ScoredGroup]:
         """Score this rank's share of the groups, in its worker processes, without communication.
 
         `groups`: all groups of the round; a group is all answers to one prompt.
-        `own_indices`: indices of the groups that this rank scores, which are the keys of the result.
+        `local_indices`: indices of the groups that this rank scores, which are the keys of the result.
         """
         group_calls: list[_GroupCall] = []
-        for index in own_indices:
+        for index in local_indices:
             group_calls += self._calls_of_group(index, groups[index], step)
         replies = self._pool.run([group_call.call for group_call in group_calls])
         collector_by_group = {}
-        for index in own_indices:
+        for index in local_indices:
             collector_by_group[index] = _GroupScoreCollector(len(groups[index].answers), self.rewards)
         # `run` gives the replies in the order of the calls.
         for group_call, reply in zip(group_calls, replies, strict=True):
@@ -180,17 +182,17 @@ class WorkerScorer:
 
         If `work` raises DataError or Stopped on a rank, all ranks end their worker processes and raise DataError or Interrupted.
         """
-        own_result = _RankResult()
+        local_result = _RankResult()
         try:
-            own_result = _RankResult(returned=work())
+            local_result = _RankResult(returned=work())
         except Stopped:
-            own_result = _RankResult(was_stopped=True)
+            local_result = _RankResult(was_stopped=True)
         except DataError as error:
-            own_result = _RankResult(problem=str(error))
+            local_result = _RankResult(problem=str(error))
         except BaseException:  # unforeseen: raised on this rank alone
             self.close()
             raise
-        results = gather_objects(own_result, self.runtime)
+        results = gather_objects(local_result, self.runtime)
         problems = [result.problem for result in results if result.problem is not None]
         was_stopped = any(result.was_stopped for result in results)
         if problems or was_stopped:
@@ -207,7 +209,7 @@ class WorkerScorer:
 
 
 class _RankResult(NamedTuple):
-    """What became of a function that each rank has called."""
+    """What became of a function that each rank has called: exchanged, so that all ranks go on or raise alike."""
 
     returned: Any = None
     """What it returned; None if it raised."""
@@ -263,9 +265,9 @@ class _GroupScoreCollector:
                 self.scores_by_reward[reward][index] = score
         for name, numbers in reply.logged_numbers.items():
             self.logged_numbers.setdefault(f"{reward}/{name}", []).extend(numbers)
-        for name, values in reply.extra_columns.items():
+        for name, extra_values in reply.extra_columns.items():
             column = self.extra_columns.setdefault(f"{reward}/{name}", [None] * len(self.scores_by_reward[reward]))
-            for index, value in zip(answer_indices, values, strict=True):
+            for index, value in zip(answer_indices, extra_values, strict=True):
                 column[index] = value
 
     def scored_group(self) -> _ScoredGroup:

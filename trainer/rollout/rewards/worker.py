@@ -99,8 +99,8 @@ def reply_to_call(reward_by_name: dict[str, Reward], call: dict[str, Any]) -> di
 def short_traceback() -> str:
     """The exception that is being handled as text: its last `TRACEBACK_LINES` lines, without the frames of this program."""
     kind, error, trace = sys.exc_info()
-    own_files = (__file__, str(Path(__file__).with_name("functions.py")))
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in own_files:
+    program_files = (__file__, str(Path(__file__).with_name("functions.py")))
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in program_files:
         trace = trace.tb_next
     lines = "".join(traceback.format_exception(kind, error, trace)).rstrip().splitlines()
     return "\n".join(lines[-TRACEBACK_LINES:])
