@@ -77,16 +77,16 @@ def samples():
 def test_each_sequence_belongs_to_the_rank_with_its_last_token():
     collator = LabelCollator(Layout.padding_free, PADDING)
     row = collator(samples())
-    assert row["pooled_positions"].tolist() == [8, 9, 13, 34]
+    assert row["last_token_positions"].tolist() == [8, 9, 13, 34]
     assert row["is_supervised"].tolist() == [True, False, True, True]
     for size in (2, 3, 4, 7):
         owned = []
         for rank in range(size):
             part = collator(samples(), RowCut(rank, size))
             start, stop = part["row_span"]
-            own = pooled.of_own_sequences(part, part["labels"]).tolist()
-            places = [place for place in row["pooled_positions"].tolist() if start <= place < stop]
-            assert (part["pooled_positions"] + start).tolist() == places and len(own) == len(places)
+            own = pooled.select_local_sequences(part, part["labels"]).tolist()
+            places = [place for place in row["last_token_positions"].tolist() if start <= place < stop]
+            assert (part["last_token_positions"] + start).tolist() == places and len(own) == len(places)
             owned += own
         assert owned == [0, 1, 2, 3]
 
@@ -100,7 +100,7 @@ def test_a_rank_without_a_sequence_of_its_own_has_logits_with_gradients():
     row = LabelCollator(Layout.padding_free, PADDING)(samples())
     logits = pooled.classifier_logits(model, row)
     assert logits.shape == (4, config.num_labels)
-    none = row | {"pooled_positions": row["pooled_positions"][:0], "own_sequences": (0, 0)}
+    none = row | {"last_token_positions": row["last_token_positions"][:0], "local_sequences": (0, 0)}
     empty = pooled.classifier_logits(model, none)
     assert empty.shape == (0, config.num_labels)
     empty.sum().backward()

@@ -25,7 +25,7 @@ from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.config import ModelKind
 from trainer.objectives.base import Objective, ObjectiveConfig, ObjectiveFamily, OtherSettings, ReferenceModels
-from trainer.objectives.pooled import PooledCollator, classifier_logits, of_own_sequences
+from trainer.objectives.pooled import PooledCollator, classifier_logits, select_local_sequences
 
 BALANCED = "balanced"
 LABEL_SEPARATOR = "|"
@@ -308,7 +308,7 @@ class Classification(Objective):
         was right, predicted, and true.
         """
         logits = classifier_logits(model, batch)
-        labels = of_own_sequences(batch, batch["labels"])
+        labels = select_local_sequences(batch, batch["labels"])
         loss, is_predicted, is_true = self._loss_and_predictions(logits, labels)  # the latter two [rows, labels]
         is_document = (labels >= 0)[:, None]  # not a filler row
         are_all_right = (is_predicted == is_true).all(-1, keepdim=True)

@@ -22,9 +22,9 @@ from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.objectives.causal import MODEL_INPUTS, token_states, unwrap_adapter
 
-LAST_TOKEN_POSITIONS = "pooled_positions"
+LAST_TOKEN_POSITIONS = "last_token_positions"
 """Entry of a batch without padding: where in the row the last token of each sequence is, int64 `[S]`, ascending."""
-OWN_SEQUENCES = "own_sequences"
+LOCAL_SEQUENCES = "local_sequences"
 """Entry of a cut batch: the first of the sequences whose token this rank's slice has, and the one after the last."""
 IS_SUPERVISED = "is_supervised"
 """Entry of a batch without padding: whether any token of a sequence is supervised, bool `[S]`. A filler has none."""
@@ -33,7 +33,7 @@ SCORE_HEAD = "score"
 
 
 class PooledCollator(Collator):
-    """Adds to rows without padding `pooled_positions` and `is_supervised`, and to cut ones `own_sequences`."""
+    """Adds to rows without padding `last_token_positions` and `is_supervised`, and to cut ones `local_sequences`."""
 
     axes = AXES | {LAST_TOKEN_POSITIONS: Axis.sequence, IS_SUPERVISED: Axis.sequence}
 
@@ -54,13 +54,13 @@ class PooledCollator(Collator):
         batch[IS_SUPERVISED] = torch.tensor([bool(sample.supervised[1:].any()) for sample in samples])
 
     def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
-        """This rank's slice of a row that ranks share, and which sequences are its own; see the class."""
+        """Cut this rank's slice of a row that ranks share, and add which sequences are its own; see the class."""
         slices = super().cut(batch, cut)
         start, stop = slices["row_span"]
         # A sequence belongs to the rank that holds its last token: how many last tokens lie before the slice's start and its end.
         first, end = num_rows_before(batch[LAST_TOKEN_POSITIONS], [start, stop])
         slices[LAST_TOKEN_POSITIONS] = batch[LAST_TOKEN_POSITIONS][first:end] - start
-        slices[OWN_SEQUENCES] = (first, end)
+        slices[LOCAL_SEQUENCES] = (first, end)
         return slices
 
 
@@ -69,8 +69,8 @@ def last_token_index(ids: np.ndarray, pad_token_id: int) -> int:
 
     A tokenizer may use its end token for padding. transformers' classifiers then keep the score of the token before it, as here.
     """
-    places = np.flatnonzero(ids != pad_token_id)
-    return int(places[-1]) if len(places) else 0
+    token_indices = np.flatnonzero(ids != pad_token_id)
+    return int(token_indices[-1]) if len(token_indices) else 0
 
 
 def classifier_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -91,18 +91,21 @@ def classifier_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return sequence_logits.float()
 
 
-def of_own_sequences(batch: dict[str, Any], by_sequence: Tensor) -> Tensor:
-    """The part `[s]` of a tensor `[S]` that belongs to this rank's own sequences; all of it if the row is whole."""
-    first, end = batch.get(OWN_SEQUENCES, (0, len(by_sequence)))
+def select_local_sequences(batch: dict[str, Any], by_sequence: Tensor) -> Tensor:
+    """Select from a tensor `[S]`, such as labels, the part `[s]` of this rank's own sequences; all of it if the row is whole."""
+    first, end = batch.get(LOCAL_SEQUENCES, (0, len(by_sequence)))
     return by_sequence[first:end]
 
 
-def of_all_sequences(batch: dict[str, Any], own: Tensor) -> Tensor:
-    """`[S]` of all sequences in the row, from each rank's `own [s]`, with gradients. All ranks that share the row must call."""
-    if OWN_SEQUENCES not in batch:
-        return own
-    first, end = batch[OWN_SEQUENCES]
-    number = batch["num_sequences"]
+def gather_sequences(batch: dict[str, Any], local: Tensor) -> Tensor:
+    """Gather a tensor `[S]` of all sequences in the row, such as scores, from each rank's `local`, `[s]` of its own sequences.
+
+    It has gradients. All ranks that share the row must call.
+    """
+    if LOCAL_SEQUENCES not in batch:
+        return local
+    first, end = batch[LOCAL_SEQUENCES]
+    num_sequences = batch["num_sequences"]
     # Zeros elsewhere: the sum over the ranks then has each sequence once.
-    spread = torch.cat([own.new_zeros(first), own, own.new_zeros(number - end)])
-    return sum_over_group(spread, batch["row_slices"])
+    with_zeros = torch.cat([local.new_zeros(first), local, local.new_zeros(num_sequences - end)])
+    return sum_over_group(with_zeros, batch["row_slices"])

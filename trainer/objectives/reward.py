@@ -16,7 +16,7 @@ from trainer.model.config import ModelKind
 from trainer.objectives.base import Objective, ObjectiveConfig, ObjectiveFamily, OtherSettings
 from trainer.objectives.causal import counted_here
 from trainer.objectives.pairs import PairDataSpec, pair_problems, pair_terms
-from trainer.objectives.pooled import IS_SUPERVISED, PooledCollator, classifier_logits, of_all_sequences
+from trainer.objectives.pooled import IS_SUPERVISED, PooledCollator, classifier_logits, gather_sequences
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Reward(Objective):
         Sequences alternate, chosen and rejected; a pair without targets (a filler) counts nothing. If ranks share the row, all of
         them compute the loss of each pair, and one counts it.
         """
-        scores = of_all_sequences(batch, classifier_logits(model, batch)[:, 0])
+        scores = gather_sequences(batch, classifier_logits(model, batch)[:, 0])
         chosen, rejected = scores.view(-1, 2).unbind(1)
         # Rows without padding say for each sequence whether it has a target; of padded rows, one a sequence, the targets do.
         if IS_SUPERVISED in batch:

@@ -256,7 +256,7 @@ class SftWithReplayKl(Sft):
         }
 
     def _initial_states(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        """What the initial model says of the M replayed rows of this rank: (its head, hidden states `[M, H]`).
+        """Run the initial model on the M replayed rows of this rank: (its head, hidden states `[M, H]`).
 
         The head as in `Teacher`. If ranks share rows, the replayed documents are cut otherwise than the whole batch: the states
         then move to the ranks that have the same tokens of the batch. All ranks must call.

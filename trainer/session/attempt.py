@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from strategies import exit_codes
 from strategies import runtime as processes
 from strategies.compat.python import end_process
 from strategies.errors import (
@@ -307,7 +308,7 @@ def _end_process_before_training(attempt: Attempt, signal_name: str) -> None:
     run_dir = attempt.run_dir
     exit_code = Preempted.exit_code
     if signal_name == "SIGINT":
-        exit_code = 130  # as shells report it
+        exit_code = exit_codes.INTERRUPTED
     with contextlib.suppress(ShardtuneError, OSError):  # the directory is another attempt's, or the disk is full
         if attempt.lease is not None:
             attempt.lease.check()  # raises if it is another attempt's, so that nothing is written
