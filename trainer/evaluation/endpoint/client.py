@@ -52,10 +52,10 @@ class Client:
         return os.environ.get(self.config.key_env or "", "")
 
     def send(self, call_client: Callable[[Any], Result]) -> Result:
-        """Call `call_client` with the `openai` client, and return what it returns.
+        """Make one request to the server: calls `call_client` with the `openai` client, and returns what it returns.
 
-        Raises ConfigError if the server refuses the request, EndpointFailed if it does not answer. The server's key is never in
-        the message.
+        Raises ConfigError if the server refuses the request, EndpointFailed if it does not answer. The server's key is never
+        in the message.
         """
         from openai import APIConnectionError, APIStatusError, OpenAIError
 
@@ -68,18 +68,21 @@ class Client:
             ) from None
         except APIStatusError as error:
             raise self._error_of_http_status(error.status_code, self._without_key(_error_text(error))) from None
+        # Anything else that the package raises, such as an answer that it cannot read.
         except OpenAIError as error:
             raise EndpointFailed(
                 f"{self.setting_prefix}.url={self.config.url}: {self._without_key(str(error))}"
             ) from None
 
     def _error_of_http_status(self, status: int, answer_text: str) -> ShardtuneError:
-        """The error for an HTTP status of the server, which sent `answer_text` with it.
+        """Turn the HTTP status of a refused request into an error that names the setting to change.
+
+        `answer_text`: the server's words.
 
         - 401, 403: ConfigError, since the server does not take the API key.
         - 404: ConfigError, since address or model are wrong.
         - Others below 500, but 429: ConfigError, since the server refuses the request.
-        - 429 (too many requests) and from 500 on: EndpointFailed.
+        - 429 (too many requests) and from 500 on: EndpointFailed, after all attempts.
         """
         prefix = self.setting_prefix
         url = self.config.url
@@ -108,9 +111,10 @@ class Client:
         return self.send(lambda api: [model.to_dict() for model in api.models.list()])
 
     def resolve_model_name(self) -> str:
-        """The name of the model to ask: `model` of the settings, else the only one that the server serves.
+        """Find out which model of the server to ask: `model` of the settings, else the only one that it serves.
 
-        In the latter case also sets `config.model`. Raises ConfigError if none is set and the server does not serve exactly one.
+        In the latter case also sets `config.model`, so that the server is asked once. Raises ConfigError if none is set and
+        the server does not serve exactly one.
         """
         if self.config.model is not None:
             return self.config.model

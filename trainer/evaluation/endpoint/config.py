@@ -34,7 +34,10 @@ class EndpointConfig:
     """Seconds after which an unanswered request is sent again."""
 
     def problems(self, key: str) -> Iterator[str]:
-        """An error message for each invalid setting; `key` is the setting that these are below. Nothing is sent."""
+        """Yield an error message for each invalid setting of a server's address, before anything is sent.
+
+        `key`: the setting that these are below, such as `evaluation.judge`.
+        """
         if self.url is None:
             return
         if not re.match(r"https?://[^/\s]+", self.url):

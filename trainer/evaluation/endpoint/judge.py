@@ -48,10 +48,11 @@ class Judge:
         self._client = Client(self.config, JUDGE_SETTING)
 
     def collect_verdicts(self, questions: Sequence[str]) -> list[str]:
-        """The verdict on each question, in their order, the same on every rank. All ranks must call.
+        """Ask the judge model each question, such as which of two answers is better; every rank gets all its texts.
 
-        Raises on all ranks or none: LimitReached if the budget does not suffice (of calls, before the first one is sent),
-        ConfigError and EndpointFailed of the server, StorageError of the cache, Interrupted if the run is asked to stop.
+        Verdicts that were given before come from a cache on the disk. All ranks must call. Raises on all ranks or none:
+        LimitReached if the budget does not suffice (of calls, before the first one is sent), ConfigError and EndpointFailed of
+        the server, StorageError of the cache, Interrupted if the run is asked to stop.
         """
         cached = self._call_on_rank_0(lambda: self._split_by_cache(questions))
         verdict_by_question = cached.verdict_by_question
@@ -66,9 +67,9 @@ class Judge:
         return [verdict_by_question[question] for question in questions]
 
     def _split_by_cache(self, questions: Sequence[str]) -> _QuestionsByCache:
-        """The verdicts that the cache has, and the questions that it has none on. On rank 0.
+        """Look up each question in the cache, and check that the budget of calls suffices for the rest. Only rank 0 calls.
 
-        Raises LimitReached if the calls that the command may still make do not suffice for the latter.
+        Raises LimitReached if it does not, before anything is sent.
         """
         model = self._client.resolve_model_name() if questions else ""
         verdict_by_question = {}
@@ -89,7 +90,7 @@ class Judge:
         return _QuestionsByCache(verdict_by_question, new_questions)
 
     def _call_on_rank_0(self, function: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 alone; every rank returns or raises what rank 0 does.
+        """Call a function on rank 0 alone, which alone talks to the server; every rank returns or raises what rank 0 does.
 
         A collective: all ranks must call.
         """
@@ -106,10 +107,10 @@ class Judge:
         return main_result
 
     def _ask_and_cache(self, questions: list[str], num_left: int) -> dict[str, str]:
-        """Ask the server each question, and write the verdicts to the cache; returns them by question. On rank 0.
+        """Send questions to the judge model, several at a time, and write its verdicts to the cache; returns them by question.
 
-        `num_left`: questions that the command still has to ask, these included. Raises LimitReached, before anything is sent, if
-        `max_tokens` is used up. So the tokens of one call may go beyond that limit.
+        Only rank 0 calls. `num_left`: questions that the command still has to ask, these included. Raises LimitReached, before
+        anything is sent, if `max_tokens` is used up. So the tokens of one call may go beyond that limit.
         """
         limit = self.config.max_tokens  # the budget of the whole command, not of an answer
         if limit is not None and self.num_tokens_used >= limit:
@@ -130,7 +131,7 @@ class Judge:
         return verdict_by_question
 
     def _ask(self, question: str) -> tuple[str, int]:
-        """Send one question to the judge model: (verdict, tokens used; 0 if the server does not count them).
+        """Send one question to the judge model; returns (its text, tokens used; 0 if the server does not count them).
 
         Raises ConfigError if the budget `max_tokens` is set and the server does not count.
         """
@@ -155,7 +156,7 @@ class Judge:
         return verdict, tokens or 0
 
     def _cache_file(self, model: str, question: str) -> Path:
-        """The file of a verdict, named by everything that decides it."""
+        """The file that holds the verdict on a question, named by a hash of everything that decides it."""
         config = self.config
         key_parts = [config.url, model, question, config.temperature, config.max_new_tokens]
         name = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
@@ -174,12 +175,12 @@ class Judge:
             return None
 
     def describe_what_decides_verdicts(self) -> str:
-        """What decides its verdicts, for the report."""
+        """Which judge it was, for reports: two evaluations with another text are not comparable. "judge:qwen|temperature:0"."""
         return f"judge:{self.config.model}|temperature:{self.config.temperature:g}"
 
 
 def request_text(document: Any) -> str:
-    """The request of a document as the judge sees it.
+    """What the user asked for in a document, as the judge is shown it.
 
     - Its prompt, if it is no conversation.
     - The content of the turn before the last answer, if there is one such turn.

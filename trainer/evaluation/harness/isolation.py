@@ -19,7 +19,7 @@ NUMPY_SEED = 1234
 
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """Within it the harness's warnings go into the yielded list, each once, instead of to the screen; no progress bars either.
+    """Around calls of the harness: its warnings go into the yielded list, each once, and there are no progress bars.
 
     Changes the logger of lm_eval and the settings of `datasets`, and restores them at its end.
     """
@@ -66,7 +66,10 @@ class _WarningCollector(logging.Handler):
 
 @contextmanager
 def harness_seeds() -> Iterator[None]:
-    """Within it Python's and numpy's generators are seeded as by the harness. Afterwards they continue where they were."""
+    """Around calls of the harness: random numbers are those of lm-eval's own command, so that its numbers are ours.
+
+    Afterwards they continue where they were, so that training is not affected.
+    """
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     random.seed(PYTHON_SEED)

@@ -11,7 +11,7 @@ from trainer.evaluation.harness.task_files import TaskFiles, data_origin
 
 
 def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's Task objects by name, with their data, from files and caches of this machine.
+    """Load lm-eval tasks with their data, from files and caches of this machine; returns lm-eval's Task objects by name.
 
     `options`: those of our task (`num_fewshot`, `generation` ...), which override the YAML. Raises ConfigError for data that
     would be fetched from a hub, for tasks that run code or show pictures, and for settings that this engine cannot meet;
@@ -52,7 +52,7 @@ def _hub_data_sets(task_files: TaskFiles) -> list[str]:
 
 
 def _problems_of_data_and_metrics(task_files: TaskFiles) -> list[str]:
-    """A problem for each file of rows that is missing on this machine, and each metric that would be fetched from a hub."""
+    """Check before loading that nothing is missing: a message for each missing file of rows, and each metric of a hub."""
     problems = []
     # Groups are expanded into their tasks here, each with the settings of its YAML.
     for name, yaml_settings in task_files.single_tasks.items():
@@ -69,9 +69,10 @@ def _problems_of_data_and_metrics(task_files: TaskFiles) -> list[str]:
 
 
 def _metrics_of_hub(yaml_settings: dict[str, Any]) -> list[str]:
-    """Metrics of an lm-eval task that the harness would fetch from a hub, by the settings of the task's YAML.
+    """Which metrics of an lm-eval task the harness would fetch from a hub, where they are code; we refuse these.
 
-    These are metrics that the YAML marks with `hf_evaluate`, and names that are not lm-eval's own.
+    They are metrics that the YAML marks with `hf_evaluate`, and names that are not lm-eval's own. `yaml_settings`: of the
+    task.
     """
     import lm_eval.api.metrics  # noqa: F401  fills the registry
     from lm_eval.api.registry import metric_registry
@@ -115,6 +116,7 @@ def _apply_task_options(name: str, task: Any, options: dict[str, Any]) -> None:
         raise ConfigError(
             f"{name}: options.num_fewshot={wanted_shots}: its YAML says num_fewshot: 0, which lm-eval keeps to"
         )
+    # Without either number, no examples are shown.
     if wanted_shots is not None or yaml_shots is None:
         task.set_config(key="num_fewshot", value=wanted_shots or 0)
 

@@ -23,7 +23,10 @@ from trainer.evaluation.likelihood import ContinuationPair, Likelihood
 
 
 def _remember_error(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator: sets `ended_by` to the error of a request, so that it is not taken for an error of the harness."""
+    """A decorator for requests of the harness: keeps an error of our own model in `ended_by`, and raises it.
+
+    The harness passes errors on, so that the caller could not tell them from its own.
+    """
 
     @wraps(method)
     def with_error_noted(self: EngineLM, *args: Any, **kwargs: Any) -> Any:
@@ -79,9 +82,9 @@ class EngineLM(TemplateLM):
             )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, for lm-eval, which calls it.
+        """Token ids of a text; lm-eval calls it.
 
-        The token that the tokenizer puts before a text comes first, unless the text already begins with it.
+        The token that the tokenizer puts before a text (BOS) comes first, unless the text already begins with it.
         """
         if add_special_tokens is None:
             prefix_text = self.tokenizer.decode(self.prefix_token_id)
@@ -102,12 +105,15 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is greedy) of each continuation; a request is (texts, context ids, continuation ids)."""
+        """How likely each continuation is, as lm-eval wants it: (log-probability, whether it is greedy). lm-eval calls it.
+
+        A request is (texts, context ids, continuation ids).
+        """
         pairs = [self._fit_to_positions(context, continuation) for _, context, continuation in requests]
         return [(likelihood.logprob, likelihood.greedy) for likelihood in self._likelihoods(pairs)]
 
     def _fit_to_positions(self, context: list[int], continuation: list[int]) -> ContinuationPair:
-        """Context and continuation, with the beginning of the context cut off if both are too long for the model.
+        """Cut the beginning of a context, so that it fits the model's positions, as lm-eval's own `hf` model does.
 
         A cut context is counted in `shortened_texts`. An encoder reads the context alone, so there the continuation is not
         counted. Raises DataError for a continuation without tokens, or with too many by itself.
@@ -135,7 +141,7 @@ class EngineLM(TemplateLM):
 
     @_remember_error
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text, for lm-eval, which calls it: a number for each request.
+        """The log-likelihood of each whole text, for perplexities; lm-eval calls it. Returns a number for each request.
 
         A long text is cut into windows of the model's length that do not overlap, and their log-likelihoods are added up.
         """
@@ -160,11 +166,11 @@ class EngineLM(TemplateLM):
 
     @_remember_error
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes to each context, for lm-eval, which calls it. Requests with the same settings are answered
-        together.
+        """Let the model continue each context; lm-eval calls it. Requests with the same settings are answered together.
 
         A context that is too long loses its beginning, and is counted in `shortened_texts`. The arguments of a request are
-        (context, generation settings), such as ("Q: 2 + 2?", {"until": ["\\n"], "max_gen_toks": 64}).
+        (context, generation settings), such as ("Q: 2 + 2?", {"until": ["\\n"], "max_gen_toks": 64}). Raises ConfigError if
+        the settings leave no position for a context.
         """
         request_indices_by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -193,7 +199,7 @@ class EngineLM(TemplateLM):
         return texts
 
     def _decoding_config(self, generation_kwargs: dict[str, Any]) -> DecodingConfig:
-        """A task's `generation_kwargs` as our settings, with the defaults that lm-eval's `hf` model has."""
+        """Turn a task's `generation_kwargs` into our settings of generation, with the defaults of lm-eval's own `hf` model."""
         settings = normalized_generation_kwargs(generation_kwargs)
         decoding = DecodingConfig(
             max_new_tokens=int(settings["max_gen_toks"]),
@@ -209,7 +215,7 @@ class EngineLM(TemplateLM):
         return decoding
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text by the chat template, which lm-eval then tokenises.
+        """Write a conversation as text by the model's chat template; lm-eval calls it, and tokenises the text.
 
         Some templates refuse a system turn. It is then left out, and counted for the report.
         """

@@ -41,7 +41,7 @@ class TaskFiles:
 
 @lru_cache(maxsize=64)
 def find_tasks(name: str | None, path: str | None) -> TaskFiles:
-    """The lm-eval tasks that a name stands for: a task, a group or a tag. Reads YAMLs, no data.
+    """Find the lm-eval tasks that a name stands for (a task, a group or a tag), with their YAML settings. Reads no data.
 
     They come from `path` (a YAML, or a directory of YAMLs) or from the harness's own files. If `name` is None and `path` is a
     YAML, the first task in it is taken. Raises ConfigError, whose text begins with the name or the path.
@@ -74,10 +74,11 @@ def find_tasks(name: str | None, path: str | None) -> TaskFiles:
 
 
 def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any]:
-    """The index of tasks and groups by name: the user's entries, and those of the harness that the task `name` needs.
+    """Add to the user's tasks and groups those of the harness that the task `name` needs; returns lm-eval's entries by name.
 
-    If `name` is a group, its members are needed too, and theirs. Reading all YAMLs of the harness would take ten seconds, so only
-    files that mention a missing name are read, again and again until none is missing. The user's entries win over the others.
+    If `name` is a group, its members are needed too, and theirs. Reading all YAMLs of the harness would take ten seconds, so
+    only files that mention a missing name are read, again and again until none is missing. The user's entries win over the
+    others.
 
     For "mmlu", the first round reads the files that say mmlu, and finds a group whose members are "mmlu_stem" and others. The
     second round reads the files that say mmlu_stem, and so on down to single tasks.
@@ -117,7 +118,7 @@ def _yaml_files(path: str) -> list[Path]:
 
 
 def _read_files_into_index(files: list[Path], index: dict[str, Any]) -> list[str]:
-    """Put the entries of YAML files into `index`, by name; returns an error message for each file that cannot be read."""
+    """Put what YAML files declare into `index`, by name; returns an error message for each file that cannot be read."""
     unreadable = []
     for file in files:
         try:
@@ -130,7 +131,7 @@ def _read_files_into_index(files: list[Path], index: dict[str, Any]) -> list[str
 
 @lru_cache(maxsize=1)
 def _built_in_files() -> dict[str, bytes]:
-    """The contents of the harness's own YAMLs, and of files that they include, by path."""
+    """The contents of the harness's own YAMLs, and of files that they include, by path; kept to be searched for names."""
     import lm_eval
 
     files = sorted((Path(lm_eval.__file__).parent / "tasks").rglob("*"))
@@ -144,9 +145,9 @@ def _built_in_files() -> dict[str, bytes]:
 
 @lru_cache(maxsize=1)
 def _including_files_by_file() -> dict[str, list[str]]:
-    """For each file of the harness that others include, the files that include it; all as paths.
+    """Which of the harness's files include a file, by that file: a YAML belongs to the tags of files that it includes.
 
-    `include:` in a YAML has one name, a list in brackets, or a list of lines that begin with a dash.
+    All are paths. `include:` in a YAML has one name, a list in brackets, or a list of lines that begin with a dash.
     """
     including_files: dict[str, list[str]] = {}
     for file, text in _built_in_files().items():
@@ -171,7 +172,7 @@ def _full_index() -> dict[str, Any]:
 
 
 def _files_naming(names: set[str]) -> list[Path]:
-    """The harness's own YAMLs that contain one of these names as a whole word, and those that include such a file.
+    """The harness's own YAMLs that may declare one of these names: those that contain it, or include such a file.
 
     A YAML inherits the tags of the files that it includes, so it may belong to a tag that it does not mention.
     """
@@ -197,7 +198,7 @@ def _member_names(entry: Any) -> Iterator[str]:
 
 
 def _members_of_group(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each member of a group of lm-eval.
+    """Which tasks and groups a group of lm-eval consists of, each as (name, the settings that the group has for it).
 
     `task`: what the group's YAML has under `task`, a list or one member, such as ["arc_easy", {"task": "boolq", "num_fewshot":
     3}, {"group": "mmlu"}] -> ("arc_easy", {}), ("boolq", {"task": ...}), ("mmlu", {"group": ...}).
@@ -217,7 +218,7 @@ def _members_of_group(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 def _single_tasks(
     name: str, group_settings: dict[str, Any], index: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each single task below a name: a task, a group or a tag.
+    """Expand a name (a task, a group or a tag) into its single tasks, each as (name, YAML settings).
 
     `group_settings`: what the groups above say of it, which wins over the task's own YAML. `index`: lm-eval's entries by name.
     """
@@ -235,7 +236,7 @@ def _single_tasks(
 
 
 def _unknown_task_message(name: str, index: dict[str, Any], path: str | None, unreadable: list[str]) -> str:
-    """The error message for a task name that is in no YAML.
+    """Say why a task was not found, with similar names if there are any.
 
     `index`: lm-eval's entries by name. `path`: the user's YAML or directory of YAMLs. `unreadable`: messages for those of them
     that could not be read.
@@ -261,9 +262,9 @@ class DataOrigin(NamedTuple):
 
 
 def data_origin(settings: dict[str, Any]) -> DataOrigin:
-    """Where an lm-eval task finds its data, by the settings of its YAML.
+    """Find out whether the data of an lm-eval task is on this machine, from the settings of its YAML; nothing is fetched.
 
-    The data is on this machine if it is in local files, or if a function or class of the task makes it.
+    It is if it is in local files, or if a function or class of the task makes it.
     """
     path = settings.get("dataset_path")
     is_made_by_code = settings.get("custom_dataset") or settings.get("class")
@@ -281,10 +282,10 @@ def data_origin(settings: dict[str, Any]) -> DataOrigin:
 
 
 def _origin_of_named_files(file_format: str, dataset_kwargs: dict[str, Any]) -> DataOrigin:
-    """Where the files are that `dataset_kwargs` of a YAML names. `file_format`: such as "json".
+    """Find out whether the files that a YAML names under `dataset_kwargs` are on this machine. `file_format`: such as "json".
 
-    They are those of `data_files`, below `data_dir` if that is set too; without `data_files`, all files of `data_dir`. An empty
-    DataOrigin says that all of them are on this machine.
+    They are those of `data_files`, below `data_dir` if that is set too; without `data_files`, all files of `data_dir`. An
+    empty DataOrigin says that all of them are here.
     """
     data_files = dataset_kwargs.get("data_files")
     data_dir = dataset_kwargs.get("data_dir")

@@ -24,11 +24,12 @@ class Change:
 
     @classmethod
     def of_metric(cls, metric: MetricRecord, difference: DifferenceRecord | None) -> Change | None:
-        """The change of a metric, with its 95 % interval; None without a comparison, or if both values are 0 or one is infinite.
+        """How a metric changed against the other model, as a share of the larger value: a scale that all metrics share.
 
-        If neither direction is better, positive is larger.
+        A metric of 0.6 (greater is better) that was 0.5 with the other model changed by 0.1 / 0.6. Positive is better; if
+        neither direction is better, positive is larger. The 95 % interval is scaled alike.
 
-        A metric of 0.6 (greater is better) that was 0.5 with the other model changed by 0.1 / 0.6.
+        None without a comparison, or if both values are 0 or one is infinite.
         """
         if difference is None:
             return None
@@ -64,7 +65,7 @@ class ChangeScale:
         return f"-{self.reach:.0%}", "0", f"+{self.reach:.0%}"
 
     def bar(self, change: Change | None, tone: Tone) -> IntervalBar | None:
-        """The picture of a change; None without one. What is beyond the scale ends at its edge."""
+        """The picture of a change with its interval; None without one. What is beyond the scale ends at its edge."""
         if change is None:
             return None
         direction = "better" if change.value > 0 else "worse"

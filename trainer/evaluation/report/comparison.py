@@ -38,10 +38,11 @@ def compare_task(
     other_metrics: dict[str, float],
     bootstrap: Bootstrap,
 ) -> TaskComparison:
-    """What `evaluation.json` says of one task in comparison with another model: `metrics` by name, and rows that `changed`.
+    """Compare the evaluated model with another one in one task: the metrics, and the rows that changed.
 
     `model`, `resamples_by_metric`: this model, and the value of each metric in each resample of its rows, float64 [resamples].
-    `other_rows`: None if only the other model's metrics are known. If both answered the same rows, they are compared row by row.
+    `other_rows`: None if only the other model's metrics are known. If both answered the same rows, they are compared row by
+    row.
 
     {"paired": true, "metrics": {"accuracy": {"value": 0.5, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict":
     "better"}}, "changed": {"num_won": 9, "won": [...], ...}}; `changed` only if paired, and each row is right or wrong. If the
@@ -93,10 +94,10 @@ def _paired_differences(
     other_metrics: dict[str, float],
     bootstrap: Bootstrap,
 ) -> _PairedDifferences:
-    """The difference of two models in each metric, from the same resamples of the rows that both answered.
+    """Compare two models in each metric by the same resamples of the rows that both answered.
 
-    If several of the metrics are one family (one for each group of people, say), their p-values are corrected together. Any other
-    metric in which the models differ in few rows is tested exactly.
+    If several of the metrics are one family (one for each group of people, say), their p-values are corrected together. Any
+    other metric in which the models differ in few rows is tested exactly.
     """
     other_resamples_by_metric = resample_metrics(task, other_rows, bootstrap)
     rows = model.rows[task.name]
@@ -152,10 +153,10 @@ def _unpaired_differences(
     resamples_by_metric: dict[str, np.ndarray],
     other_metrics: dict[str, float],
 ) -> dict[str, MetricDifference]:
-    """The difference of two models in each metric, from this model's rows and the other one's metrics alone.
+    """Compare this model's metrics with those of another model, whose rows are not known or were others.
 
-    The more metrics a family has (one for each group of people, say), the likelier one of them differs by chance. The verdict on
-    each of them therefore goes by a wider interval.
+    The more metrics a family has (one for each group of people, say), the likelier one of them differs by chance. The verdict
+    on each of them therefore goes by a wider interval.
     """
     rows = model.rows[task.name]
     num_in_family = sum(metric.in_correction_family for metric in metrics)
@@ -185,7 +186,10 @@ def _unpaired_differences(
 
 
 def _num_cases_of_metric(metric: TaskMetric, rows: Sequence[TaskRow]) -> int:
-    """How many rows are cases of a metric: those with its `case_score`, else its denominator, above 0; without either, all."""
+    """How many rows decide a metric, such as 12 harmful prompts of 100 rows; with too few, no verdict is given.
+
+    They are the rows with its `case_score`, else its denominator, above 0; without either, all.
+    """
     case_score = metric.case_score
     if case_score is None and metric.ratio_of_sums is not None:
         case_score = metric.ratio_of_sums.denominator
@@ -195,9 +199,10 @@ def _num_cases_of_metric(metric: TaskMetric, rows: Sequence[TaskRow]) -> int:
 
 
 def right_or_wrong_score_name(task: Task, rows: Sequence[TaskRow]) -> str | None:
-    """The name of the score that says whether a row is right (1) or wrong (0): the numerator of the task's first metric.
+    """Which score says whether a row is right (1) or wrong (0), so that rows can be listed that changed sides.
 
-    None if that metric is not the mean of a score over all rows, or the score has other values than 0 and 1.
+    It is the numerator of the task's first metric. None if that metric is not the mean of a score over all rows, or the score
+    has other values than 0 and 1.
     """
     first_metric = task.metrics_for(rows)[0]
     ratio = first_metric.ratio_of_sums
@@ -209,7 +214,7 @@ def right_or_wrong_score_name(task: Task, rows: Sequence[TaskRow]) -> str | None
 
 
 def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: str) -> dict[str, Any]:
-    """Rows that one of two models has right and the other wrong, as `evaluation.json` has them.
+    """List the rows that one of two models has right and the other wrong, as `evaluation.json` has them.
 
     {"num_won": 1, "num_lost": 0, "won": [{"where": "rows.jsonl:3", "prompt": "2 + 2?", "answer": "4", "other": "5"}], "lost":
     []}: `won` are rows that only this model has right, `lost` those that only the other one has; the lists have the first
@@ -238,13 +243,14 @@ def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: 
 
 
 def regression_lines(task: Task, differences: dict[str, DifferenceRecord]) -> list[str]:
-    """A line for each metric of a task that became worse than allowed.
+    """Which metrics of a task became worse than allowed, a line each: with any, the command ends with an error code.
 
     - The task has a `limit` for the metric: it is worse by more than the limit. If neither direction is better, any change
       counts.
-    - Else: the whole 95 % interval of the difference is on the worse side.
+    - Else: the verdict on the difference is "worse".
 
-    `differences`: how each metric differs from the other model's (`metrics` of `compare_task`). A metric without one is left out.
+    `differences`: how each metric differs from the other model's (`metrics` of `compare_task`). A metric without one is left
+    out.
     """
     lines = []
     for metric in task.metrics:

@@ -43,7 +43,7 @@ class Bootstrap:
     seed: int
 
     def description(self, *, paired: bool) -> str:
-        """The method in one line, for the report."""
+        """How intervals and p-values were computed, in one line for the report. `paired`: whether two models are compared."""
         method = "paired bootstrap over rows" if paired else "bootstrap over rows"
         exact_test = f"exact sign-flip test if at most {MAX_EXACT_PAIRS} rows differ"
         test = f", two-sided p ({exact_test})" if paired else ""
@@ -54,10 +54,10 @@ class Bootstrap:
 
 
 def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) -> dict[str, np.ndarray]:
-    """Bootstrap: the value of each metric in each resample of the rows, {name: float64 [resamples]}.
+    """Compute each metric in many random resamples of the rows, to see how far chance reaches: {name: float64 [resamples]}.
 
-    The value is NaN if a resample has none. A metric that is no ratio of sums has `task.max_resamples` values at most, because
-    each one is computed from scratch. `rows` has one row at least.
+    A resample draws as many rows with replacement. A value is NaN if a resample has none. A metric that is no ratio of sums
+    has `task.max_resamples` values at most, because each one is computed from scratch. `rows` has one row at least.
     """
     rng = np.random.default_rng([bootstrap.seed, len(rows)])
     chunk_resamples = max(1, MAX_COUNTS_IN_MEMORY // len(rows))
@@ -86,7 +86,7 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
 def _resampled_ratio(
     metric: TaskMetric, ratio: RatioOfSums, scores: dict[str, np.ndarray], weights: np.ndarray
 ) -> np.ndarray:
-    """The value of a metric that is a ratio of sums in each resample, float64 [resamples].
+    """The value of a metric that is a ratio of sums in each resample, float64 [resamples], by matrix products.
 
     `scores`: float64 [rows] by name. `weights`: how often each row counts in each resample, float64 [resamples, rows].
     """
@@ -118,7 +118,10 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float]:
 def confidence_intervals(
     task: Task, rows: Sequence[TaskRow], resampled: dict[str, np.ndarray]
 ) -> dict[str, tuple[float, float]]:
-    """The 95 % interval of each metric by its name: Wilson's for a share, else the percentiles of `resampled`."""
+    """The 95 % interval of each metric, by its name: Wilson's for a share of rows, else the percentiles of `resampled`.
+
+    `resampled`: each metric's value in each resample, float64 [resamples].
+    """
     metrics = {metric.name: metric for metric in task.metrics_for(rows)}
     intervals = {}
     for name, values in resampled.items():
@@ -135,9 +138,10 @@ class ShareCounts(NamedTuple):
 
 
 def share_counts(metric: TaskMetric, rows: Sequence[TaskRow]) -> ShareCounts | None:
-    """Successes and cases of a metric that is a share of rows with scores of 0 or 1; None for any other metric.
+    """Count successes and cases of a metric that is a share of rows, such as 7 right ones of 10; None for any other metric.
 
-    It is no share if a row has another score, or a success without being a case, or if there are no cases.
+    Shares have exact intervals, which need no resamples. A metric is none if a row has a score other than 0 and 1, or a
+    success without being a case, or if there are no cases.
     """
     if metric.ratio_of_sums is None or metric.exponential:
         return None
@@ -197,10 +201,11 @@ def paired_difference(
     *,
     greater_is_better: bool | None,
 ) -> MetricDifference:
-    """The difference of two models in one metric on the same rows, tested by a paired bootstrap.
+    """Compare two models in one metric on the same rows, by a paired bootstrap: the difference with interval, p and verdict.
 
-    `value`, `other_value`: the metric of this model and of the other. `resampled`, `other_resampled`: the same in each resample,
-    float64 [resamples]; both models have the same resamples. `greater_is_better`: None if neither direction is better.
+    `value`, `other_value`: the metric of this model and of the other. `resampled`, `other_resampled`: the same in each
+    resample, float64 [resamples]; both models have the same resamples. `greater_is_better`: None if neither direction is
+    better.
     """
     differences = resampled - other_resampled
     low, high = percentile_interval(differences)
@@ -208,6 +213,7 @@ def paired_difference(
     num_not_greater = int((differences <= 0).sum())
     num_not_smaller = int((differences >= 0).sum())
     num_on_rarer_side = min(num_not_greater, num_not_smaller)
+    # The + 1 keeps p above 0: no finite number of resamples can show that a difference is impossible by chance.
     p = min(1.0, 2 * (num_on_rarer_side + 1) / (len(differences) + 1))
     verdict = _verdict_of_interval(low, high, other_value, greater_is_better=greater_is_better)
     return MetricDifference(value=other_value, difference=value - other_value, low=low, high=high, p=p, verdict=verdict)
@@ -216,9 +222,9 @@ def paired_difference(
 def with_corrected_p_value(
     difference: MetricDifference, p: float, *, greater_is_better: bool | None
 ) -> MetricDifference:
-    """The difference with p and verdict of a test of a whole family of metrics; `p` is corrected for their number.
+    """Replace p and verdict of a difference by those of a test of a family of metrics, such as one for each group.
 
-    The interval stays that of the metric alone.
+    `p` is corrected for their number. The interval stays that of the metric alone.
     """
     verdict = NO_DIFFERENCE
     if p < SIGNIFICANCE_LEVEL:  # then the sign of the difference decides, as that of an interval without width
@@ -244,11 +250,11 @@ def unpaired_difference(
     greater_is_better: bool | None,
     family_size: int = 1,
 ) -> MetricDifference:
-    """The difference of this model's metric from another model's, whose rows are not known.
+    """Compare a metric with another model's value of it, if the other model's rows are not known or were others.
 
-    The interval is that of this model alone, minus the other value: the verdict says whether that value is outside. If the metric
-    is one of `family_size` that are tested together, the verdict uses a wider interval (Bonferroni), and the p-value is None, as
-    always without paired rows. `resampled`: this model's metric, float64 [resamples].
+    The interval is that of this model alone, minus the other value: the verdict says whether that value is outside. If the
+    metric is one of `family_size` that are tested together, the verdict uses a wider interval (Bonferroni). The p-value is
+    None, as always without paired rows. `resampled`: this model's metric, float64 [resamples].
     """
     low, high = percentile_interval(resampled - other_value)
     tail_percent = 100 * SIGNIFICANCE_LEVEL / 2 / family_size
@@ -267,7 +273,7 @@ def unpaired_share_difference(
     greater_is_better: bool | None,
     family_size: int = 1,
 ) -> MetricDifference:
-    """The difference of this model's share of rows from another model's, whose rows are not known.
+    """Compare a share of rows with another model's, whose rows are not known or were others.
 
     The interval is Wilson's, from this model's `counts`, minus the other value. If the metric is one of `family_size` that are
     tested together, the verdict uses a wider one (Bonferroni).
@@ -288,10 +294,11 @@ def unpaired_share_difference(
 
 
 def _verdict_of_interval(low: float, high: float, other_value: float, *, greater_is_better: bool | None) -> str:
-    """The verdict on a difference (this model's metric minus `other_value`) whose 95 % interval is (low, high).
+    """The verdict on a difference: "better" or "worse" only if its whole 95 % interval, (low, high), is on one side.
 
-    An interval that touches zero, up to `ROUNDING_TOLERANCE` of the other value, shows no difference. `greater_is_better`: None
-    if neither direction is better; then an interval beyond zero says "differs".
+    The difference is this model's metric minus `other_value`. An interval that touches zero, up to `ROUNDING_TOLERANCE` of the
+    other value, shows no difference. `greater_is_better`: None if neither direction is better; then an interval beyond zero
+    says "differs".
     """
     tolerance = ROUNDING_TOLERANCE * abs(other_value)
     if greater_is_better is None:

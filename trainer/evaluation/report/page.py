@@ -43,10 +43,11 @@ def render_page(
     models: dict[str, EvaluatedModel],
     other_rows: Mapping[str, Sequence[TaskRow]] | None = None,
 ) -> str:
-    """The report's page as HTML. Texts of rows are escaped, and cut so that the page stays below 1.5 MB.
+    """Write the page of an evaluation as HTML: the verdict, all tasks in one table, then each task with its rows.
 
-    `report`: the content of `evaluation.json`. `models`: the evaluated models, "tuned" and if it was asked too "base".
-    `other_rows`: rows of the model that is compared with, by task; tasks whose rows are not known are missing.
+    Texts of rows are escaped, and cut so that the page stays below 1.5 MB. `report`: the content of `evaluation.json`.
+    `models`: the evaluated models, "tuned" and if it was asked too "base". `other_rows`: rows of the model that is compared
+    with, by task; tasks whose rows are not known are missing.
     """
     comparisons = _comparison_by_task(report)
     other_label = _other_model_label(report)
@@ -93,7 +94,10 @@ def _comparison_by_task(report: EvaluationReport) -> dict[str, TaskComparison]:
 
 
 def _confusion_matrix(task: Task, model: EvaluatedModel) -> tuple[list[str], list[list[int]]] | None:
-    """(labels, counts by true and predicted label) of a classification; None for other tasks, or with too many labels to show."""
+    """How often each label was predicted for each true one, in a classification task: (labels, counts[true][predicted]).
+
+    None for other tasks, or with too many labels to show.
+    """
     if not isinstance(task, ClassificationTask):
         return None
     labels, counts = confusion_matrix_of_rows(model.rows[task.name])
@@ -125,7 +129,7 @@ def _rows_source_text(task_record: TaskRecord) -> str:
 
 
 def _verdict_by_task(report: EvaluationReport) -> dict[str, str]:
-    """The verdict on the main metric of each compared task, by task: {"facts": "better"}."""
+    """The verdict that stands for each compared task, that of its first metric: {"facts": "better"}."""
     verdicts = {}
     for task, comparison in _comparison_by_task(report).items():
         difference = main_metric(report["tasks"][task], comparison).difference
@@ -140,7 +144,7 @@ def report_verdict_callout(report: EvaluationReport) -> Callout:
     - No comparison in the report: a note that says how to make one.
     - The two models have no task in common: a note.
     - A metric became worse than allowed (`regressions`): a bad one. The page lists these metrics below it.
-    - Else: the numbers of tasks by verdict (`_verdict_counts_callout`).
+    - Else: the numbers of tasks by verdict, good or bad by what they are.
     """
     if "against" not in report:
         return _nothing_compared_callout(report)
@@ -183,7 +187,7 @@ class VerdictCounts:
 
     @property
     def phrases(self) -> list[str]:
-        """The counts in words, ["better in 2", "no difference shown in 1"]; [] if no task shows a difference."""
+        """The counts in words, for the heading: ["better in 2", "no difference shown in 1"]; [] if no task shows a difference."""
         phrases = []
         if self.better:
             phrases.append(f"better in {self.better}")
@@ -197,7 +201,7 @@ class VerdictCounts:
 
 
 def _nothing_compared_callout(report: EvaluationReport) -> Callout:
-    """The verdict of a report without a comparison: how to compare, with the command if the model is of a run."""
+    """The box at the top if nothing was compared: it says how to compare, with the command if the model is of a run."""
     heading = f"{_num_tasks_text(len(report['tasks']))} measured, and compared with nothing"
     run = report["model"]["run"]
     if run:
@@ -208,10 +212,10 @@ def _nothing_compared_callout(report: EvaluationReport) -> Callout:
 
 
 def _verdict_counts_callout(counts: VerdictCounts, other: str) -> Callout:
-    """The verdict of a comparison in which no metric became worse than allowed; `other`: what the model is compared with.
+    """The box at the top of a comparison in which no metric became worse than allowed: the tasks by verdict.
 
-    Bad if tasks are worse and none is better, a warning if some are worse and some better, good if some are only better, else a
-    note.
+    Its tone is bad if tasks are worse and none is better, a warning if some are worse and some better, good if some are only
+    better, else a note. `other`: what the model is compared with.
     """
     heading = f"Against {other}: {', '.join(counts.phrases)} of {_num_tasks_text(counts.total)}"
     if not counts.phrases:
@@ -230,11 +234,10 @@ def _num_tasks_text(count: int) -> str:
 
 
 def report_cards(report: EvaluationReport) -> list[PageCard]:
-    """The cards below the verdict box.
+    """The cards below the verdict box: how many tasks have which verdict, and how many rows were evaluated.
 
-    - With a comparison, for each verdict in the order of `TONE_BY_VERDICT` ("better", "worse", ...): how many tasks have it, by
-      the main metric of each.
-    - How many rows all tasks asked together.
+    A card for each verdict in the order of `TONE_BY_VERDICT` ("better", "worse", ...), by the first metric of each task; none
+    without a comparison.
     """
     tasks_by_verdict: dict[str, list[str]] = {}
     for task, verdict in _verdict_by_task(report).items():
@@ -268,7 +271,7 @@ def _list_some(names: Sequence[str]) -> str:
 def report_callouts(report: EvaluationReport) -> list[Callout]:
     """The boxes below the verdict, each only if it has something to show.
 
-    - Metrics that became worse, other than the first ones of their tasks.
+    - Metrics that became worse, other than the first ones of their tasks, by which the verdict goes.
     - In what the model or its data differs from those of the run (`run.accept`).
     - Tasks that were not compared, because the other model has not run them.
     """
@@ -319,7 +322,7 @@ def _headline(task_record: TaskRecord, comparison: TaskComparison | None) -> str
 
 
 def _measurement_conditions(report: EvaluationReport) -> list[tuple[str, str]]:
-    """(name, value) of what the numbers depend on, for the folded section at the end: model, processes, method, versions."""
+    """What the numbers depend on, for the end of the page: (name, value) of model, processes, method, versions."""
     model = report["model"]
     facts = [
         ("model", str(model["path"])),

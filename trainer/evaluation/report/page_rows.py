@@ -66,10 +66,10 @@ def shown_rows(
     other_rows: Mapping[str, Sequence[TaskRow]],
     comparisons: Mapping[str, TaskComparison],
 ) -> dict[str, TaskRows]:
-    """The rows that the page shows, by task: the worst ones, and those that one model has right and the other wrong.
+    """Choose the rows that the page shows of each task: the worst ones, and those that only one model has right.
 
-    `other_rows`: rows of the other model, by task; tasks whose rows are not known are missing. `comparisons`: by
-    task, its part of `evaluation.json` on the other model, which has the changed rows under `changed`.
+    `other_rows`: rows of the other model, by task; tasks whose rows are not known are missing. `comparisons`: by task, its
+    part of `evaluation.json` on the other model, which has the changed rows under `changed`.
     """
     # A task shows up to three kinds of rows: the worst, lost and won. The limit holds for each kind.
     limit = MAX_ROWS_OF_ALL_TASKS // (3 * max(len(tasks), 1))
@@ -86,7 +86,7 @@ def shown_rows(
 
 
 def _truncate_texts(rows_of_tasks: Collection[TaskRows]) -> None:
-    """Cut the texts of all shown rows, in place, to the length that `_text_limit` allows; of a prompt the end is kept."""
+    """Cut the texts of all shown rows, in place, so that the page stays small; of a prompt the end is kept."""
     texts: list[str] = []
     for report_rows_of_task in rows_of_tasks:
         for row in report_rows_of_task.rows:
@@ -99,7 +99,7 @@ def _truncate_texts(rows_of_tasks: Collection[TaskRows]) -> None:
 
 
 def _text_limit(texts: Sequence[str]) -> int:
-    """The largest of `TEXT_LIMITS` with which all texts together are at most `MAX_TEXT_BYTES`; else the smallest."""
+    """How long each text may be: the largest of `TEXT_LIMITS` with which all have at most `MAX_TEXT_BYTES`, or the smallest."""
     sizes = [(len(text), len(text.encode())) for text in texts if text]  # (characters, bytes)
     for limit in TEXT_LIMITS:
         expected_bytes = sum(num_bytes * min(1.0, limit / num_characters) for num_characters, num_bytes in sizes)
@@ -111,13 +111,13 @@ def _text_limit(texts: Sequence[str]) -> int:
 def _rows_to_show(
     task: Task, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], changed: dict[str, Any], limit: int
 ) -> TaskRows:
-    """The rows of one task to show, the worst first: the `limit` with the worst score, and up to `limit` each of lost and won.
+    """Choose the rows of one task to show: the `limit` with the worst score, and up to `limit` each of lost and won.
 
-    A lost row was right with the other model and is wrong now; a won row is the reverse. The page filters rows
-    by these names: lost, won, wrong.
+    A lost row was right with the other model and is wrong now; a won row is the reverse. The page filters rows by these names:
+    lost, won, wrong.
 
-    `changed`: lost and won rows as `changed_rows` returns them: {"lost": [{"where": "rows.jsonl:3", "other": "the other model's
-    answer", ...}], "num_lost": 1, "won": [], "num_won": 0}. Empty without a comparison.
+    `changed`: lost and won rows as `changed_rows` returns them: {"lost": [{"where": "rows.jsonl:3", "other": "the other
+    model's answer", ...}], "num_lost": 1, "won": [], "num_won": 0}. Empty without a comparison.
     """
     score_name, score_of_row = first_metric_score(task, rows)
     other_answers = other_answer_by_row_id(rows, other_rows)
@@ -167,10 +167,9 @@ def _rows_to_show(
 def _shown_row(row: TaskRow, filter_names: tuple[str, ...], score_text: str, compared_answer: str) -> ShownRow:
     """A row as the page shows it, its texts not yet cut.
 
-    Arguments:
-        filter_names: the filters of the page that show the row, such as ("lost", "wrong").
-        score_text: what the page shows as its score, such as "right" or "0.35".
-        compared_answer: the answer of the model that is compared with; "" if it is not known.
+    `filter_names`: the filters of the page that show the row, such as ("lost", "wrong"). `score_text`: what the page shows as
+    its score, such as "right" or "0.35". `compared_answer`: the answer of the model that is compared with; "" if it is not
+    known.
     """
     text_by_name = {
         "prompt": row.prompt,
@@ -207,18 +206,19 @@ def _truncate(text: str, limit: int, *, keep_end: bool) -> str:
 
 
 def worst_rows_first(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """The rows of a task from bad to good, by what each contributes to the first metric (`first_metric_score`)."""
+    """Sort the rows of a task from bad to good, by what each contributes to the first metric (`first_metric_score`)."""
     metric = task.metrics_for(rows)[0]
     _, score_of_row = first_metric_score(task, rows)
+    # Of a metric that is no ratio, the row's first score decides, which kinds choose so that low is bad.
     low_is_bad = metric.ratio_of_sums is None or metric.greater_is_better
     sign = 1 if low_is_bad else -1
     return sorted(rows, key=lambda row: sign * score_of_row(row))
 
 
 def first_metric_score(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
-    """(name, function of a row) of what a row contributes to the task's first metric.
+    """By which number the rows of a task are sorted and shown: (its name, a function of a row).
 
-    - The metric is no ratio of sums: the row's first score.
+    - The first metric is no ratio of sums: the row's first score.
     - It is the mean of a score over rows: that score.
     - It divides two summed scores, such as loss by targets: the metric of the row alone.
     """

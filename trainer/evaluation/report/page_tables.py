@@ -46,13 +46,11 @@ def overview_table(
     anchor_by_task: Mapping[str, str],
     other_label: str,
 ) -> PageTable:
-    """The table of all tasks, each by its main metric; with a comparison, also its difference from the other model.
+    """The table of all tasks, each by its first metric; with a comparison, also its difference from the other model.
 
-    Arguments:
-        task_records: by task, what `evaluation.json` says of it.
-        comparisons: the same for tasks that were compared with the other model.
-        anchor_by_task: where the name of each task leads, such as "task-0" for its section.
-        other_label: the heading of the other model's column, "base" or "other"; "" if nothing was compared.
+    `task_records`: by task, what `evaluation.json` says of it. `comparisons`: the same for tasks that were compared with the
+    other model. `anchor_by_task`: where the name of each task leads, such as "task-0" for its section. `other_label`: the
+    heading of the other model's column, "base" or "other"; "" if nothing was compared.
     """
     if not other_label:
         return _overview_without_comparison(task_records, anchor_by_task)
@@ -91,7 +89,10 @@ def overview_table(
 def _overview_without_comparison(
     task_records: Mapping[str, TaskRecord], anchor_by_task: Mapping[str, str]
 ) -> PageTable:
-    """The table of all tasks if no other model was evaluated: the main metric of each, with its own interval."""
+    """The table of all tasks if no other model was evaluated: the first metric of each, with its own interval.
+
+    `task_records`: by task, what `evaluation.json` says of it. `anchor_by_task`: where the name of each task leads.
+    """
     columns = [PageColumn(title) for title in ("task", "metric", "value", "95 % interval", "better is", "rows")]
     rows = []
     for task, task_record in task_records.items():
@@ -110,7 +111,7 @@ def _overview_without_comparison(
 
 
 def metrics_table(task_record: TaskRecord, comparison: TaskComparison | None, other_label: str) -> PageTable:
-    """The table of all metrics of a task, with what each means; with a comparison, also its difference from the other model.
+    """The table of all metrics of one task, with what each means; with a comparison, also its difference from the other model.
 
     `comparison`: of the task with the other model; None without one. `other_label`: the heading of that model's column.
     """
@@ -163,7 +164,7 @@ class _ComparisonCells(NamedTuple):
 def _comparison_cells(
     metric: MetricRecord, difference: DifferenceRecord | None, scale: ChangeScale
 ) -> _ComparisonCells:
-    """The cells of a compared metric; without a `difference`, only this model's value is known.
+    """The cells of one metric in a table of a comparison; without a `difference`, only this model's value is known.
 
     `scale`: that of the bars in the table.
     """

@@ -6,8 +6,8 @@ changes its sign: this is a sign-flip test.
 - Several metrics together, such as the groups of a task: rows are exchanged at random, and each metric's difference is compared
   with the largest one of the family in each exchange (single-step max T of Westfall & Young 1993, on differences over their
   spread). With p below 0.05 for each, one comparison in twenty reports any difference by chance.
-- Few rows, for which a bootstrap is far too certain: all exchanges are tried, so p is exact (Fisher 1935). For rows that are each
-  right or wrong, this is McNemar's exact test.
+- Few rows, for which a bootstrap is far too certain: all exchanges are tried, so p is exact (Fisher 1935). For rows
+  that are each right or wrong, this is McNemar's exact test.
 """
 
 from __future__ import annotations
@@ -85,11 +85,12 @@ def _differ_in_metric(metric: TaskMetric, row: TaskRow, other_row: TaskRow) -> b
 def family_p_values(
     task: Task, metrics: Sequence[TaskMetric], rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], seed: int
 ) -> dict[str, float]:
-    """p-value of the difference of two models in each metric of a family, by name, corrected for the number of metrics.
+    """p-values of the differences of two models in a family of metrics, by name, corrected for the number of metrics.
 
-    A family: similar metrics that are tested together, such as one for each group of people. Both models must have answered the
-    same rows. If they are equally good, the answers to any row may be exchanged between them: the test compares the differences
-    with the largest ones of the family after random exchanges. `seed`: seeds these.
+    A family: similar metrics that are tested together, such as one for each group of people, since one of many differs by
+    chance. Both models must have answered the same rows. If they are equally good, the answers to any row may be exchanged
+    between them: the test compares the differences with the largest ones of the family after random exchanges. `seed`: seeds
+    these.
     """
     rng = np.random.default_rng([seed, len(rows)])
     chunk_size = max(1, MAX_NUMBERS_IN_MEMORY // len(rows))
@@ -120,15 +121,14 @@ def _metric_differences_by_permutation(
     metric_functions: FunctionByMetric,
     is_exchanged: np.ndarray,
 ) -> np.ndarray:
-    """This model's metrics minus the other model's after each permutation, float64 [permutations, metrics].
+    """This model's metrics minus the other's, after each exchange of rows: float64 [permutations, metrics].
 
-    A metric that is a ratio of sums over rows is computed for all permutations at once; any other one by its function, once for
-    each permutation.
+    A metric that is a ratio of sums over rows is computed for all permutations at once; any other one by its function, once
+    for each permutation.
 
-    Arguments:
-        metric_functions: by metric, a function of weights, float64 [2 * rows]: those of `rows`, then those of `other_rows`. It
-            computes the metric of the rows whose weight is 1.
-        is_exchanged: float64 [permutations, rows], 1 where the two models' rows are exchanged, else 0.
+    `metric_functions`: by metric, a function of weights, float64 [2 * rows]: those of `rows`, then those of `other_rows`. It
+    computes the metric of the rows whose weight is 1. `is_exchanged`: float64 [permutations, rows], 1 where the two models'
+    rows are exchanged, else 0.
     """
     differences_by_metric = []  # float64 [permutations] each
     for metric in metrics:
@@ -154,10 +154,10 @@ def _metric_after_exchanges(
     other_rows: Sequence[TaskRow],
     is_exchanged: np.ndarray,
 ) -> np.ndarray:
-    """The metric of the model of `rows` after each permutation, float64 [permutations].
+    """A ratio of sums of the model of `rows` after each exchange of rows with the other model: float64 [permutations].
 
-    An exchanged row adds the other model's score to the sum instead of the own one. `is_exchanged`: float64 [permutations, rows],
-    1 for an exchanged row, else 0.
+    An exchanged row adds the other model's score to the sum instead of the own one. `is_exchanged`: float64 [permutations,
+    rows], 1 for an exchanged row, else 0.
     """
     sums = []  # numerator and denominator, float64 [permutations] each
     for score in ratio_of_sums:

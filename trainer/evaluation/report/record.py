@@ -26,7 +26,8 @@ TUNED, BASE = "tuned", "base"
 EvaluationReport = dict[str, Any]
 """The content of `evaluation.json`: "model", "tasks" ({name: TaskRecord}), "method", versions.
 
-After a comparison also "against": {"what": "base", "tasks": {name: TaskComparison}, "not_there": tasks that only this model has}.
+After a comparison also "against": {"what": "base", "tasks": {name: TaskComparison}, "not_there": tasks that only this model
+has}.
 """
 
 
@@ -109,7 +110,10 @@ class EarlierEvaluation:
 
 
 def rows_sha256(rows: Sequence[TaskRow]) -> str:
-    """SHA-256, as hex, of what was asked: `file:line` and reference of each row. Rows of equal hashes can be compared."""
+    """A hash of what a task asked: `file:line` and reference of each row.
+
+    Two reports with the same one can be compared by rows.
+    """
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.where, row.reference]).encode())
@@ -124,9 +128,9 @@ def asked_the_same_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) 
 
 
 def build_task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[float, float]]) -> TaskRecord:
-    """The record of one task in `evaluation.json`: kind, rows, settings, metrics, notes.
+    """Build what `evaluation.json` says of one task: kind, rows, settings, metrics, notes.
 
-    `intervals`: the 95 % interval (low, high) of each metric by name.
+    `model`: the evaluated model, with its answers. `intervals`: the 95 % interval (low, high) of each metric by name.
     """
     rows = model.rows[task.name]
     generation_throughput: Any = {}
@@ -149,10 +153,11 @@ def build_task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tu
 def _metric_records(
     task: Task, rows: Sequence[TaskRow], values: dict[str, float], intervals: dict[str, tuple[float, float]]
 ) -> dict[str, MetricRecord]:
-    """The record of each metric of a task in `evaluation.json`, by name: value, interval, and what decides the number.
+    """Build what `evaluation.json` says of each metric of a task: value, interval, and what decides the number.
 
-    `values`: the metrics by name; a name may end in `/SOURCE`. {"accuracy": 0.8} -> {"accuracy": {"value": 0.8,
-    "greater_is_better": true, "says": "share of ...", "low": 0.7, "high": 0.88}}, with `stderr` and `signature` if there are any.
+    `values`: the metrics by name; a name may end in `/SOURCE`, for one source of the rows. {"accuracy": 0.8} -> {"accuracy":
+    {"value": 0.8, "greater_is_better": true, "says": "share of ...", "low": 0.7, "high": 0.88}}, with `stderr` and `signature`
+    if there are any.
     """
     # By metric: prompt, library versions and the like, which must be equal in a comparison.
     signatures = task.signatures()
@@ -192,9 +197,9 @@ def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
 
 
 def write_report(directory: Path, report: dict[str, Any], models: dict[str, EvaluatedModel]) -> None:
-    """Write `evaluation.json` and `evaluation_rows.jsonl` into a directory. Raises StorageError if a file cannot be written.
+    """Write the report of an evaluation into a directory: `evaluation.json`, and `evaluation_rows.jsonl` with all answers.
 
-    `models`: the evaluated models by arm, "tuned" or "base".
+    `models`: the evaluated models by arm, "tuned" or "base". Raises StorageError if a file cannot be written.
     """
     lines = []
     for arm, model in models.items():
@@ -207,11 +212,11 @@ def write_report(directory: Path, report: dict[str, Any], models: dict[str, Eval
 
 
 def read_report(path: Path, setting: str) -> EarlierEvaluation:
-    """An earlier evaluation from its `evaluation.json` (`path`), and the rows of the tuned model from the file next to it.
+    """Read an earlier evaluation for a comparison: its `evaluation.json` (`path`), and the answers from the file next to it.
 
-    Rows are left out if the file is missing, or if their hash differs from the report's, because they are another report's.
-    `setting`: the setting that names the report, for the error. Raises ConfigError if `path` cannot be read or is no report of
-    this version.
+    The answers are left out if that file is missing, or if their hash differs from the report's, because they are another
+    report's. `setting`: the setting that names the report, for the error. Raises ConfigError if `path` cannot be read or is no
+    report of this version.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

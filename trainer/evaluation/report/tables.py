@@ -11,7 +11,7 @@ from trainer.reporting.trackers.base import LoggedTable
 
 
 def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> dict[str, LoggedTable]:
-    """Tables of one task for the trackers, by name.
+    """Tables of one task for trackers such as W&B, by name.
 
     - "eval/NAME/worst_rows", if there are rows.
     - "eval/NAME/changed_rows", the rows that turned from right to wrong or back, if `before` has the same rows and each row is

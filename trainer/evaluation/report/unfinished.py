@@ -30,10 +30,10 @@ class UnfinishedReport:
         """By arm (which model: tuned or base) and task: {"base": {"facts": {"metrics": ..., "num_rows": 50, "seconds": 3.2}}}."""
 
     def add_finished_task(self, arm: str, finished: FinishedTask) -> None:
-        """Append the rows of a finished task to the rows' file, and write the unfinished report anew with its metrics.
+        """Save a task as soon as all its rows are answered: its rows, and the unfinished report with its metrics.
 
         The first call also removes the files of an earlier evaluation. `arm`: which model has answered, "tuned" or "base".
-        Raises StorageError if one of the files cannot be written, here or in `write_text_atomic`.
+        Raises StorageError if one of the files cannot be written.
         """
         task = finished.prepared.task
         if not self._finished:

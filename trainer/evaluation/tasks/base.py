@@ -72,7 +72,8 @@ class TaskRow:
 class RatioOfSums(NamedTuple):
     """The names of the scores (`TaskRow.scores`) whose sums over all rows are divided to make a metric.
 
-    RatioOfSums("right") is the mean of `right`, RatioOfSums("refused", "harmful") the share of harmful prompts that were refused.
+    RatioOfSums("right") is the mean of `right`, RatioOfSums("refused", "harmful") the share of harmful prompts that were
+    refused.
     """
 
     numerator: str
@@ -172,7 +173,7 @@ class Task(ABC):
         self.config_key = f"evaluation.tasks.{name}"
 
     def problems(self) -> Iterator[str]:
-        """An error message for each invalid setting of the task. Called before any row is read."""
+        """Yield an error message for each invalid setting of the task, before any row is read. Kinds add their own."""
         # The names are checked first: the message for a misspelled option suggests the most similar one.
         for option in self.config.options.keys() - self.options.keys():
             similar = difflib.get_close_matches(option, self.options, n=1)
@@ -238,7 +239,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepare_case(self, case: TaskCase) -> None:
-        """Check the columns of a row, and replace `case.fields` with what `score_cases` needs of them.
+        """Check one row, before a model is loaded, and replace its columns with what `score_cases` needs.
 
         Raises RowError with the bad value and what is allowed.
         """
@@ -266,7 +267,7 @@ class Task(ABC):
         yield from ()
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        """The value of every metric over some rows, by name; NaN if there are no rows.
+        """Compute every metric of the task from its report rows, by name; NaN if there are no rows.
 
         A metric with a ratio divides two sums of scores. All others are computed by `weighted_metric_functions`, with each row
         counted once.
@@ -287,7 +288,7 @@ class Task(ABC):
         return values
 
     def metrics_by_source(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        """Every metric over all rows, and if the rows have several sources, also over each source.
+        """Compute every metric over all rows, and if the rows have several sources (data sets, say), also over each.
 
         {"acc": 0.6, "acc/arc_easy": 0.8, "acc/arc_challenge": 0.4}.
         """
@@ -316,7 +317,7 @@ class Task(ABC):
 
 
 def last_user_turn(document: Document | None) -> str:
-    """What the user asked last in a document: its prompt, or the last user turn before the last answer; empty for a text.
+    """What the user asked last in a document: its prompt, or the last user turn before the last answer; "" for a text.
 
     Turns user "Hi", assistant "Hello", user "2 + 2?", assistant "4" -> "2 + 2?".
     """
@@ -336,7 +337,7 @@ def last_user_turn(document: Document | None) -> str:
 
 
 def row_keys(locations: Iterable[str]) -> list[RowKey]:
-    """A key for each row of a task: its location, and how many rows before it have the same location.
+    """Keys by which rows of two models are matched: the location of each, and how many rows before it have the same location.
 
     All rows of a JSON list that is written on one line have one location: ["a.json:1", "a.json:1"] -> [("a.json:1", 0),
     ("a.json:1", 1)].
@@ -356,7 +357,7 @@ def answers_by_key(rows: Sequence[TaskRow]) -> dict[RowKey, str]:
 
 
 def other_answer_by_row_id(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) -> dict[int, str]:
-    """The other model's answer to each row, by the row's `id()`; rows that the other model was not asked are missing."""
+    """Match the rows of two models: the other's answer to each row, by the row's `id()`; rows not asked are missing."""
     other_answers = answers_by_key(other_rows)
     keys = row_keys(row.where for row in rows)
     return {id(row): other_answers[key] for row, key in zip(rows, keys, strict=True) if key in other_answers}

@@ -90,7 +90,7 @@ def reads_rows_of_run(config: TaskConfig) -> bool:
 
 
 def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
-    """An error message for each invalid setting under `evaluation.tasks`; reads no rows."""
+    """Yield an error message for each invalid setting under `evaluation.tasks`, before anything starts; reads no rows."""
     for name, config in tasks.items():
         key = f"evaluation.tasks.{name}"
         if not name.replace("-", "_").isidentifier():
@@ -116,7 +116,7 @@ def _kind_hint(unknown_kind: str) -> str:
 
 
 def metric_directions(tasks: Mapping[str, TaskConfig]) -> dict[str, bool | None]:
-    """Whether greater is better, by the full name of each metric that these tasks yield."""
+    """Whether greater is better, by the full name of each metric of these tasks: {"eval/facts/f1": True}; None if neither is."""
     directions = {}
     for name, config in tasks.items():
         if config.kind not in TASK_KINDS:

@@ -9,11 +9,12 @@ SIGNIFICANCE_LEVEL = 0.05
 
 
 def max_statistic_p(observed: np.ndarray, chance_effects: np.ndarray) -> np.ndarray:
-    """p-value of each observed effect, corrected for the number of metrics (single-step max T of Westfall & Young 1993).
+    """p-values of several effects that are tested together, such as one for each group of people, corrected for their number.
 
-    `observed` is float64 [metrics], `chance_effects` float64 [draws, metrics]: the same effects if chance alone decides. p of a
+    `observed`: float64 [metrics]. `chance_effects`: float64 [draws, metrics], the same effects if chance alone decides. p of a
     metric is the share of draws whose largest effect over all metrics is at least as large as the observed one, all of them in
-    units of their spread by chance (root of the mean square). Returns float64 [metrics].
+    units of their spread by chance (root of the mean square). This is single-step max T of Westfall & Young 1993. Returns
+    float64 [metrics].
     """
     spread = np.sqrt(np.mean(chance_effects**2, axis=0))
     spread = np.where(spread > 0, spread, np.inf)  # a metric that never moves by chance contributes nothing
