@@ -37,7 +37,8 @@ MAX_FOLDED_CELLS = 1200
 
 @dataclass(frozen=True, slots=True)
 class NumberColumn:
-    """The definition of a column of the page's table with a number of each point: how the number is read, and how it looks."""
+    """The definition of a column of the page's table with a number of each point: how the number is read, and how it looks.
+    """
 
     heading: str
     group: str
@@ -176,7 +177,8 @@ def _state_cell(point: ComparedPoint) -> PageCell:
 def _number_columns(comparison: Comparison) -> list[NumberColumn]:
     """Define the numeric columns of the table of points, in order, from held-out metrics to the price.
 
-    A column with a `best` marks its largest or smallest number with a star, so only differences that are shown get one.
+    A column with a `best` marks its largest or smallest number with a star. Speed and memory have none if no difference is
+    shown.
     """
     begun_points = comparison.begun_points  # those that took a step
     # No star if no difference is shown: it would contradict the answer.

@@ -158,7 +158,7 @@ def _job_in_queue(run_dir: Path) -> QueuedJob | None:
 def _own_job_ids() -> set[str]:
     """The ids by which SLURM knows the job that this process is part of: `17`, and `16_3` for a task of an array.
 
-    Empty outside.
+    Outside of SLURM none of them is the id of a job.
     """
     env = os.environ
     array_task_id = f"{env.get('SLURM_ARRAY_JOB_ID')}_{env.get('SLURM_ARRAY_TASK_ID')}"  # None_None outside of an array

@@ -317,9 +317,8 @@ def _leak_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _straggler_callouts(run: RecordedRun) -> list[Callout]:
-    """Warn of ranks that computed more slowly than the others, which had to wait for them; names each.
-
-    None if there were none.
+    """Warn of ranks that computed more slowly than the others, which had to wait for them, and name each; no call-out
+    without any.
     """
     outcome = run.record.outcome
     if outcome is None or not outcome.slow_ranks:
