@@ -37,8 +37,7 @@ MAX_FOLDED_CELLS = 1200
 
 @dataclass(frozen=True, slots=True)
 class NumberColumn:
-    """The definition of a column of the page's table with a number of each point: how the number is read, and how it looks.
-    """
+    """The definition of a column of the page's table with a number of each point: how the number is read, and how it looks."""
 
     heading: str
     group: str

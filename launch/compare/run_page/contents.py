@@ -164,17 +164,20 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
     exchanged_bytes = _gib_to_bytes(measured.exchanged_gib)
     memory_bytes = _gib_to_bytes(measured.memory_gib)
     rows = [
-        _cost_row("Memory of a rank", format_bytes, _gib_to_bytes(planned_memory_gib), memory_bytes),
-        _cost_row("Reserved by the allocator", format_bytes, None, _gib_to_bytes(measured.memory_reserved_gib)),
-        _cost_row("Time of a step", format_duration, planned_step_s, measured.step_s),
-        _cost_row("Exchanged in a step, rank 0", format_bytes, planned_exchanged_bytes, exchanged_bytes),
-        _cost_row("Waited for the exchange in a step", format_duration, None, measured.exposed_s),
-        _cost_row("Size of a checkpoint", format_bytes, predicted.checkpoint_bytes, measured_receipt.checkpoint_bytes),
-        _cost_row("Writing a checkpoint", format_duration, None, measured.checkpoint_s),
+        _cost_row("Memory of a rank", format_bytes, memory_bytes, planned=_gib_to_bytes(planned_memory_gib)),
+        _cost_row("Reserved by the allocator", format_bytes, _gib_to_bytes(measured.memory_reserved_gib)),
+        _cost_row("Time of a step", format_duration, measured.step_s, planned=planned_step_s),
+        _cost_row("Exchanged in a step, rank 0", format_bytes, exchanged_bytes, planned=planned_exchanged_bytes),
+        _cost_row("Waited for the exchange in a step", format_duration, measured.exposed_s),
         _cost_row(
-            "Start to first step, without evaluation", format_duration, None, _start_without_evaluation_s(measured)
+            "Size of a checkpoint",
+            format_bytes,
+            measured_receipt.checkpoint_bytes,
+            planned=predicted.checkpoint_bytes,
         ),
-        _cost_row("Price of a million tokens, US$", format_number, None, compared.summary.dollars_per_million),
+        _cost_row("Writing a checkpoint", format_duration, measured.checkpoint_s),
+        _cost_row("Start to first step, without evaluation", format_duration, _start_without_evaluation_s(measured)),
+        _cost_row("Price of a million tokens, US$", format_number, compared.summary.dollars_per_million),
     ]
     columns = [PageColumn("what"), PageColumn("planned"), PageColumn("measured")]
     columns.append(PageColumn("measured / planned", note="1 is as planned, 2 twice as much"))
@@ -183,7 +186,7 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
 
 
 def _cost_row(
-    title: str, format_value: Callable[[float], str], planned: float | None, measured: float | None
+    title: str, format_value: Callable[[float], str], measured: float | None, *, planned: float | None = None
 ) -> list[PageCell] | None:
     """A row of the cost table: title, planned, measured, and measured / planned. None if the cost was not measured.
 
