@@ -132,11 +132,11 @@ def test_column_that_carries_meaning_is_refused_until_it_is_ignored(prepare, row
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"loss_mask": 0.5}, "messages[2] has loss_mask (0.5)"),
-        ({"loss": 0}, "messages[2] has loss (0)"),
-        ({"mask": 0}, 'messages[2] has mask (0), which shardtune does not know: use "train"'),
+        ({"loss_mask": 0.5}, "messages[1] has loss_mask (0.5)"),
+        ({"loss": 0}, "messages[1] has loss (0)"),
+        ({"mask": 0}, 'messages[1] has mask (0), which shardtune does not know: use "train"'),
         ({"tool_calls": [{"name": "f"}]}, "this chat template cannot write tool calls"),
-        ({"images": ["a.png"]}, "messages[2] has images"),
+        ({"images": ["a.png"]}, "messages[1] has images"),
     ],
 )
 def test_turn_key_that_carries_meaning_is_refused_until_it_is_ignored(prepare, extra, said):
@@ -290,7 +290,7 @@ def test_demo_shapes_are_read_as_they_are(prepare, name):
     [
         (
             {"conversations": [FROM_USER, {"from": "function_call", "value": "{}"}, FROM_GPT], "tools": "[]"},
-            "demo.json:2: conversations[2].value[1] is {}; .*a call must be",
+            "demo.json:2: conversations[1].value[0] is {}; .*a call must be",
         ),
         (
             {"conversations": [FROM_USER, FROM_GPT], "tools": '[{"name": "f"}]'},

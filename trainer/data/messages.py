@@ -53,7 +53,7 @@ def parse_turns(value: Any, column: str, required_form: str, ignored_keys: Colle
         raise RowError("bad_messages", f"{fault}, not a text of one")
     if not isinstance(value, list) or not value:
         raise RowError("bad_messages", f'"{column}" is {show_value(value)}; it must be {required_form}')
-    return [_read_turn(turn, f"{column}[{number}]", ignored_keys) for number, turn in enumerate(value, 1)]
+    return [_read_turn(turn, f"{column}[{index}]", ignored_keys) for index, turn in enumerate(value)]
 
 
 def parse_transcript(transcript: str, column: str) -> list[Message]:
@@ -205,13 +205,13 @@ def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
     if not isinstance(content, list) or is_list_of_texts(content):
         return parse_text(turn, key, shown_name)
     texts = []
-    for number, part in enumerate(content, 1):
+    for index, part in enumerate(content):
         text = None
         if isinstance(part, dict) and part.get("type") in _TEXT_PART_TYPES:
             text = part.get("text") or part.get("value")
         if not isinstance(text, str):
             needs = '{"type": "text", "text": ...}'
-            raise RowError("not_text", f"{shown_name}[{number}] is {show_value(part)}; parts must be {needs}")
+            raise RowError("not_text", f"{shown_name}[{index}] is {show_value(part)}; parts must be {needs}")
         texts.append(text)
     return parse_text({key: "".join(texts)}, key, shown_name)
 
@@ -331,11 +331,11 @@ def parse_history(value: Any) -> list[Message]:
     """
     pairs = value if isinstance(value, list) else [value]
     turns = []
-    for number, pair in enumerate(pairs, 1):
+    for index, pair in enumerate(pairs):
         if not is_list_of_texts(pair) or len(pair) != 2:
-            raise RowError("bad_history", f"history[{number}] is {show_value(pair)}; it must be [question, answer]")
+            raise RowError("bad_history", f"history[{index}] is {show_value(pair)}; it must be [question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": parse_text({role: text}, role, f"history[{number}]")})
+            turns.append({"role": role, "content": parse_text({role: text}, role, f"history[{index}]")})
     return turns
 
 
@@ -353,14 +353,14 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
             "bad_tools", f'"tools" is {show_value(value)}; it must be a list of JSON schemas, or a JSON text of it'
         )
     tools = []
-    for number, tool in enumerate(row_tools, 1):
+    for index, tool in enumerate(row_tools):
         if isinstance(tool, dict) and "function" not in tool:
             tool = {"type": "function", "function": tool}
         function = tool.get("function") if isinstance(tool, dict) else None
         function_name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function_name, str) or not function_name.strip():
             needs = '{"name": ..., "description": ..., "parameters": {...}}, perhaps below "function"'
-            raise RowError("bad_tools", f"tools[{number}] is {show_value(tool)}; it must be {needs}")
+            raise RowError("bad_tools", f"tools[{index}] is {show_value(tool)}; it must be {needs}")
         tools.append(tool)
     return _require_json_writable(tools, "tools")
 
@@ -385,7 +385,7 @@ def parse_tool_calls(value: Any, shown_name: str) -> list[dict[str, Any]]:
             "bad_tool_calls",
             f"{shown_name} is {show_value(value)}; it must be a call or a list of calls, each {_CALL_FORM}",
         )
-    calls = [_parse_tool_call(call, f"{shown_name}[{number}]") for number, call in enumerate(row_calls, 1)]
+    calls = [_parse_tool_call(call, f"{shown_name}[{index}]") for index, call in enumerate(row_calls)]
     return _require_json_writable(calls, shown_name)
 
 
