@@ -14,7 +14,7 @@ def small_copy(tmp_path, name, **settings):
     """A copy of a model of which there is no more than a config.json."""
     getattr(transformers, name)(**settings).save_pretrained(tmp_path / "model")
     config = ModelConfig(path=str(tmp_path / "model"))
-    return write_small_model(config, ModelKind.causal, tmp_path / "copy", outputs=None)
+    return write_small_model(config, ModelKind.causal, tmp_path / "copy", num_outputs=None)
 
 
 @pytest.mark.parametrize(

@@ -337,9 +337,9 @@ def needs_one_row_batches(built: BuiltModel, objective: ObjectiveConfig) -> bool
     """
     if objective_family(objective).kind is not ModelKind.causal:
         return False
-    plain: Any = unwrap_adapter(built.step_module.model)
+    base_model: Any = unwrap_adapter(built.step_module.model)
     # The forward path was chosen when the model was built: how its rows are laid out and its loss is computed.
-    return bool(plain.forward_path.alone)
+    return bool(base_model.forward_path.alone)
 
 
 def _check_positions_of_longest_document(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:

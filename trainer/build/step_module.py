@@ -62,21 +62,21 @@ def build_step_module(
 
     # The architecture.
     base_config = _base_config(config, tuning_config)
-    model_config = copy.deepcopy(base_config)
+    hf_config = copy.deepcopy(base_config)
     new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
-    grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
-    check_kind(model_config.to_dict(), config.path, family.kind, family.name, {})
+    grow_vocabulary(config, hf_config, len(tokenizer), len(new_ids))
+    check_kind(hf_config.to_dict(), config.path, family.kind, family.name, {})
     if is_classifier:
         outputs = family.num_outputs or num_labels
-        set_head_settings(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
+        set_head_settings(hf_config, outputs, tokenizer.pad_token_id, multi_label=family.multi_label(objective_config))
     if family.kind is ModelKind.causal:
         needs_padding = needs_padded_rows(tuning_config)
         model, attention_layout = build_causal_model(
-            config, model_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu, context=context
+            config, hf_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu, context=context
         )
     else:
         model, attention_layout = build_padded_model(
-            family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
+            family.kind, config, hf_config, layout, context, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()
     two_sides = None
@@ -87,7 +87,7 @@ def build_step_module(
     base_on_meta = copy.deepcopy(model)
     zero_row_by_name = always_zero_rows(model, attention_layout)
     if is_encoder_decoder or (not is_classifier and model.forward_path.fused):
-        install_loss_head(model, model_config, frozen_row=next(iter(zero_row_by_name.values()), None))
+        install_loss_head(model, hf_config, frozen_row=next(iter(zero_row_by_name.values()), None))
     vocabulary_parameters = vocabulary_parameter_names(model)
     heads = head_names(model) if is_classifier else ()
     blocks = encoder_decoder.block_classes(model) if is_encoder_decoder else block_class_names(model)
@@ -115,7 +115,7 @@ def build_step_module(
         vocabulary_parameters=vocabulary_parameters,
         base_on_meta=base_on_meta,
         head_prefixes=heads,
-        config=model_config,
+        config=hf_config,
         base_config=base_config if positions_are_set(config) else None,
         encoder_decoder=two_sides,
         zero_row_by_name=zero_row_by_name,
@@ -152,16 +152,18 @@ def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
     return base_config
 
 
-def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:
+def _freeze_without_gradient(model: Any, tuning: Tuning, base_on_meta: Any, attention_layout: AttentionLayout) -> None:
     """Freeze what gets no gradient or must not train: fixed tables, towers for images and sound, and indexers of keys.
 
-    `plain`: the model before tuning, on meta. Adds a note on indexers to `arrangement`.
+    `base_on_meta`: the model before tuning. Adds a note on indexers to `attention_layout`.
     """
     encoder_decoder.freeze_fixed(model)
-    freeze_beside_text(model, tuning, getattr(plain, "modules_beside_text", ()))
+    freeze_beside_text(model, tuning, getattr(base_on_meta, "modules_beside_text", ()))
     indexers = freeze_key_selectors(model)
     if indexers:
-        arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(indexers)}"
+        attention_layout.notes["model.indexers"] = (
+            f"stay as they were loaded: no gradient reaches {', '.join(indexers)}"
+        )
 
 
 def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind: ModelKind) -> None:

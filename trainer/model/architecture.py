@@ -210,13 +210,14 @@ def _build_with_attention(kind: ModelKind, hf_config: Any, config: ModelConfig, 
     return PlainModel(model, attention)
 
 
-def set_head_settings(hf_config: Any, outputs: int | None, pad_token_id: int, *, several: bool) -> None:
+def set_head_settings(hf_config: Any, num_outputs: int | None, pad_token_id: int, *, multi_label: bool) -> None:
     """Set in `hf_config` what the architecture, and later the export, must know of its classification head.
 
-    `outputs`: number of labels. `several`: any number of labels may be true of one document, so that each is a yes or no.
+    `num_outputs`: of the head, one for each label. `multi_label`: any number of labels may be true of one document, so that
+    each is a yes or no.
     """
-    hf_config.num_labels = outputs
-    if several:
+    hf_config.num_labels = num_outputs
+    if multi_label:
         hf_config.problem_type = "multi_label_classification"
     hf_config.pad_token_id = pad_token_id
 

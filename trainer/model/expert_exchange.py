@@ -16,7 +16,7 @@ from strategies.expert_counts import LayerRowCounts
 from strategies.expert_share import ExpertShare
 from strategies.sequence import AllToAll
 from trainer.model.compat import grouped_experts
-from trainer.tuning.low_rank import LowRank, frozen_experts
+from trainer.tuning.low_rank import LoraUpdate, frozen_experts
 
 MAX_KEPT_RATIO = 2
 """If a rank receives at most this many times the rows that it sends, it keeps the experts' activations for the backward pass.
@@ -42,7 +42,7 @@ def expert_parallel_forward(
     hidden: Tensor,
     expert_indices: Tensor,
     weights: Tensor,
-    low_rank: dict[str, LowRank] | None,
+    lora_updates: dict[str, LoraUpdate] | None,
 ) -> Tensor:
     """The output `[T, H]` of a layer's experts that are distributed over ranks, for `hidden [T, H]`.
 
@@ -52,8 +52,8 @@ def expert_parallel_forward(
     3. Send the outputs back, weight them and add up the k outputs of each token.
 
     `module`: the experts, of which this rank holds some (`share`). `expert_indices`, `weights`: `[T, k]`. An index that is no
-    expert's, beyond the last one, adds nothing to the output. `low_rank`: LoRA updates of the experts' weights, by the weight's
-    name.
+    expert's, beyond the last one, adds nothing to the output. `lora_updates`: LoRA updates of the experts' weights, by the
+    weight's name.
     """
     experts_per_token = expert_indices.shape[-1]
     # A row: a token for one of its experts. `order`: which choice (of all `expert_indices`, flattened) each row is.
@@ -70,7 +70,7 @@ def expert_parallel_forward(
     received_rows = exchange_rows(
         hidden[order // experts_per_token], counts.sent_to_rank, counts.received_from_rank, share
     )
-    own_outputs = _forward_own_experts(module, share, received_rows, counts, low_rank)
+    own_outputs = _forward_own_experts(module, share, received_rows, counts, lora_updates)
     returned_rows = exchange_rows(own_outputs, counts.received_from_rank, counts.sent_to_rank, share)
 
     # Back to the order of tokens, where the k experts of a token are added up.
@@ -95,29 +95,29 @@ def exchange_rows(rows: Tensor, sent_to_rank: list[int], received_from_rank: lis
 
 
 def _forward_own_experts(
-    module: Any, share: ExpertShare, rows: Tensor, counts: LayerRowCounts, low_rank: dict[str, LowRank] | None
+    module: Any, share: ExpertShare, rows: Tensor, counts: LayerRowCounts, lora_updates: dict[str, LoraUpdate] | None
 ) -> Tensor:
     """Compute the experts that this rank holds on the hidden states `rows [N, H]` that arrived from its group: `[N, H]`.
 
     If more rows arrive than `MAX_KEPT_RATIO` times those that this rank sent (its fair part, with room to spare), they are
     computed in chunks, whose activations are computed again in the backward pass.
 
-    `share`: which experts of the layer are its own. `counts`: how many rows came from each rank for each expert. `low_rank`:
+    `share`: which experts of the layer are its own. `counts`: how many rows came from each rank for each expert. `lora_updates`:
     LoRA updates of the weights of all experts, by the weight's name.
     """
     num_own = module.num_experts // share.group_size
     own_experts = OwnExperts(module, num_own)
-    own_low_rank = None
-    if low_rank is not None:
+    own_updates = None
+    if lora_updates is not None:
         first_own = share.group_rank * num_own
-        own_low_rank = {
-            name: update.slice_of_experts(first_own, first_own + num_own) for name, update in low_rank.items()
+        own_updates = {
+            name: update.slice_of_experts(first_own, first_own + num_own) for name, update in lora_updates.items()
         }
 
     def compute(rows: Tensor, expert_of_row: Tensor) -> Tensor:
         routing_weights = rows.new_ones(len(rows), 1)  # the rank that sent a row applies its weight
-        if own_low_rank is not None or hasattr(module, "packed_experts"):
-            return frozen_experts(own_experts, rows, expert_of_row[:, None], routing_weights, own_low_rank)
+        if own_updates is not None or hasattr(module, "packed_experts"):
+            return frozen_experts(own_experts, rows, expert_of_row[:, None], routing_weights, own_updates)
         return grouped_experts(own_experts, rows, expert_of_row[:, None], routing_weights)
 
     if len(rows) == 0:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer.model.compat import grouped_experts, register_experts
 from trainer.model.expert_exchange import expert_parallel_forward
 from trainer.model.routing import count_expert_load
-from trainer.tuning.low_rank import LowRank, frozen_experts
+from trainer.tuning.low_rank import LoraUpdate, frozen_experts
 
 EXPERTS_FUNCTION = "shardtune_experts"
 
@@ -41,12 +41,16 @@ class _CastExperts:
 
 
 def experts_forward(
-    module: Any, hidden: Tensor, expert_indices: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None = None
+    module: Any,
+    hidden: Tensor,
+    expert_indices: Tensor,
+    weights: Tensor,
+    lora_updates: dict[str, LoraUpdate] | None = None,
 ) -> Tensor:
     """The output `[T, H]` of a layer's experts for `hidden [T, H]`: each token's k experts, weighted and added up.
 
     transformers calls it in each layer of experts. `expert_indices`, `weights`: the k experts of each token and their weights,
-    `[T, k]`. `low_rank`: the LoRA updates of the module's weights, by the weight's name: of all its weights, or None. Also
+    `[T, k]`. `lora_updates`: the LoRA updates of the module's weights, by the weight's name: of all its weights, or None. Also
     counts the tokens of each expert for the metrics of expert load, if the pass is recorded. The first case that holds:
 
     - the module holds one rank's share of the experts (`expert_share`, expert parallelism): tokens are sent to their experts.
@@ -60,7 +64,7 @@ def experts_forward(
         module, hidden = _CastExperts(module, dtype), hidden.to(dtype)
     share = getattr(module, "expert_share", None)
     if share is not None:
-        return expert_parallel_forward(module, share, hidden, expert_indices, weights, low_rank)
-    if low_rank is not None or hasattr(module, "packed_experts"):
-        return frozen_experts(module, hidden, expert_indices, weights, low_rank)
+        return expert_parallel_forward(module, share, hidden, expert_indices, weights, lora_updates)
+    if lora_updates is not None or hasattr(module, "packed_experts"):
+        return frozen_experts(module, hidden, expert_indices, weights, lora_updates)
     return grouped_experts(module, hidden, expert_indices, weights)

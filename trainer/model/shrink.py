@@ -192,22 +192,27 @@ def kept_counts(hf_config: Any, small_config: Any) -> dict[str, int]:
     return kept
 
 
-def num_lost_layer_kinds(hf_config: Any, full_model: nn.Module, small_config: Any, small_model: nn.Module) -> int:
-    """How many kinds of layers of a model its small copy lacks, so that it proves nothing of them; 0 for a good copy.
+def refuse_unfit_copy(
+    hf_config: Any, full_model: nn.Module, small_config: Any, small_model: nn.Module, *, max_parameters: int
+) -> None:
+    """Raise NotShrinkable if a small copy would prove nothing: too large to run, or without a kind of layer that the model has.
 
-    `full_model` (of `hf_config`) and `small_model` (of `small_config`) are on meta. Layers of one kind consist of the same
-    modules.
+    Layers of one kind consist of the same modules. `full_model` (of `hf_config`) and `small_model` (of `small_config`) are on
+    meta. `max_parameters`: elements that the copy may have.
     """
-    lost = 0
-    for full_settings, small_settings in _nested_settings(
-        _settings_of(hf_config), _settings_of(small_config), type(hf_config)
-    ):
+    num_parameters = sum(parameter.numel() for parameter in small_model.parameters())
+    if num_parameters > max_parameters:
+        raise NotShrinkable(f"a small copy would have {num_parameters:,} elements")
+    num_lost = 0
+    all_settings = _nested_settings(_settings_of(hf_config), _settings_of(small_config), type(hf_config))
+    for full_settings, small_settings in all_settings:
         kinds = set(layer_kinds(full_model, num_layers_of(full_settings)))
         small_kinds = set(layer_kinds(small_model, num_layers_of(small_settings)))
         # A model with one kind of layer cannot lose it; `small_kinds` is empty where no list of layers was recognised.
         if len(kinds) > 1 and small_kinds:
-            lost += len(kinds - small_kinds)
-    return lost
+            num_lost += len(kinds - small_kinds)
+    if num_lost:
+        raise NotShrinkable(f"a small copy lacks {num_lost} of its kinds of layers")
 
 
 def _settings_of(hf_config: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from trainer.model.architecture import set_dropout, text_model_config, transform
 from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
 from trainer.model.kernels import kernel_versions
-from trainer.model.shrink import SMALL_VOCABULARY_SIZE, NotShrinkable, num_lost_layer_kinds, small_copies
+from trainer.model.shrink import SMALL_VOCABULARY_SIZE, NotShrinkable, refuse_unfit_copy, small_copies
 from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, states_at_targets, summed_loss, unwrap_adapter
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
@@ -181,19 +181,6 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line[:120]}"
 
 
-def refuse_unfit_copy(hf_config: Any, meta_model: nn.Module, small_config: Any, small_model: nn.Module) -> None:
-    """Raise NotShrinkable if a small copy would prove nothing: too large to run, or without a kind of layer that the model has.
-
-    Both models are on the meta device.
-    """
-    num_elements = sum(parameter.numel() for parameter in small_model.parameters())
-    if num_elements > MAX_COPY_ELEMENTS:
-        raise NotShrinkable(f"a small copy would have {num_elements:,} elements")
-    num_lost = num_lost_layer_kinds(hf_config, meta_model, small_config, small_model)
-    if num_lost:
-        raise NotShrinkable(f"a small copy lacks {num_lost} of its kinds of layers")
-
-
 @torch.no_grad()
 def disturb_parameters(model: nn.Module) -> None:
     """Add small random numbers to all parameters.
@@ -220,7 +207,7 @@ class _Proof:
         self.vocabulary = min(text_model_config(self.small_config).vocab_size, SMALL_VOCABULARY_SIZE)
         with torch.device("meta"):
             copy_on_meta = self._build("eager", torch.float32)
-        refuse_unfit_copy(hf_config, meta_model, small_config, copy_on_meta)
+        refuse_unfit_copy(hf_config, meta_model, small_config, copy_on_meta, max_parameters=MAX_COPY_ELEMENTS)
         # transformers' own model, on which other paths are measured.
         hf_model = self._build("eager", dtype)
         disturb_parameters(hf_model)

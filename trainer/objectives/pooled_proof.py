@@ -20,15 +20,15 @@ from trainer.data.store.sequences import Sample
 from trainer.model import rotary, sequence_proof
 from trainer.model.architecture import set_dropout, text_model_config, transformers_class
 from trainer.model.config import ModelKind
-from trainer.model.shrink import SMALL_VOCABULARY_SIZE
+from trainer.model.shrink import SMALL_VOCABULARY_SIZE, refuse_unfit_copy
 from trainer.objectives.causal import MODEL_INPUTS, token_states
 from trainer.objectives.forward_path import (
     FIRST_ORDINARY_ID,
+    MAX_COPY_ELEMENTS,
     MAX_RELATIVE_DIFFERENCE,
     disturb_parameters,
     error_line,
     on_small_copy,
-    refuse_unfit_copy,
     reproducible_on_cpu,
 )
 from trainer.objectives.pooled import SCORE_HEAD, PooledCollator, classifier_logits
@@ -94,7 +94,7 @@ class _PackingProof:
         text_model_config(small_config).pad_token_id = PADDING_ID
         with torch.device("meta"):
             copy_on_meta = self._build("eager")
-        refuse_unfit_copy(hf_config, meta_model, small_config, copy_on_meta)
+        refuse_unfit_copy(hf_config, meta_model, small_config, copy_on_meta, max_parameters=MAX_COPY_ELEMENTS)
         vocabulary = min(text_model_config(small_config).vocab_size, SMALL_VOCABULARY_SIZE)
         generator = np.random.default_rng(0)
         self.samples = []

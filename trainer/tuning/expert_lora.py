@@ -23,7 +23,7 @@ from trainer.tuning.expert_parts import (
     names_of_unsupported_experts,
     router_weight_names,
 )
-from trainer.tuning.low_rank import LowRank
+from trainer.tuning.low_rank import LoraUpdate
 from trainer.tuning.replica import ADAPTER
 
 
@@ -136,7 +136,7 @@ class _MatrixModule(nn.Linear):
         return self.weight.clone()
 
 
-def _low_rank(wrapper: Any) -> LowRank:
+def _lora_update(wrapper: Any) -> LoraUpdate:
     """The LoRA update of one adapted parameter as matrices by expert: A `[E, r, in]` and B `[E, out, r]`.
 
     `wrapper`: peft's module around the parameter, which keeps A as `[E * r, in]` and B as `[out, r * E]`.
@@ -146,7 +146,7 @@ def _low_rank(wrapper: Any) -> LowRank:
     up = wrapper.lora_B[ADAPTER]()
     down = down.view(num_experts, -1, down.shape[-1])  # [E, r, in]
     up = up.view(up.shape[0], -1, num_experts).permute(2, 0, 1)  # [E, out, r]
-    return LowRank(down, up, wrapper.scaling[ADAPTER])
+    return LoraUpdate(down, up, wrapper.scaling[ADAPTER])
 
 
 @cache
@@ -188,7 +188,7 @@ def _low_rank_wrapper_class() -> type:
             """Compute the adapted experts or router without making a copy of their weights.
 
             peft would add `B A` to a copy of all weights, which for experts is large. Here experts get A, B and the scaling as
-            `low_rank`, by parameter name, and add the products `(x A) B` themselves. A router gets its whole small update as
+            `lora_updates`, by parameter name, and add the products `(x A) B` themselves. A router gets its whole small update as
             `update`.
             """
             if self.disable_adapters or self.merged:
@@ -200,11 +200,11 @@ def _low_rank_wrapper_class() -> type:
                 wrappers.append(base)
                 base = base.base_layer
             if expert_weight_names(base):  # experts
-                low_rank_by_name = {wrapper.parameter_name: _low_rank(wrapper) for wrapper in wrappers}
-                return base(x, *args, low_rank=low_rank_by_name, **kwargs)
+                lora_updates = {wrapper.parameter_name: _lora_update(wrapper) for wrapper in wrappers}
+                return base(x, *args, lora_updates=lora_updates, **kwargs)
             # A router: one small matrix, so its whole update is multiplied out. peft counts it as one expert.
-            low_rank = _low_rank(self)
-            update_matrix = low_rank.scaling * (low_rank.up @ low_rank.down)[0]
+            lora_update = _lora_update(self)
+            update_matrix = lora_update.scaling * (lora_update.up @ lora_update.down)[0]
             return base(x, *args, update=(self.parameter_name, update_matrix), **kwargs)
 
         def __getattr__(self, name: str) -> Any:

@@ -28,7 +28,7 @@ class DequantisesExperts(Protocol):
 
 
 @dataclass(slots=True)
-class LowRank:
+class LoraUpdate:
     """The update `scaling * up @ down` of each expert's weight `[out, in]`."""
 
     down: Tensor
@@ -37,24 +37,25 @@ class LowRank:
     """`[E, out, r]`."""
     scaling: float
 
-    def slice_of_experts(self, first: int, end: int) -> LowRank:
+    def slice_of_experts(self, first: int, end: int) -> LoraUpdate:
         """The update of experts `first` to `end`, without `end`."""
-        return LowRank(self.down[first:end], self.up[first:end], self.scaling)
+        return LoraUpdate(self.down[first:end], self.up[first:end], self.scaling)
 
-    def with_aligned_rank(self, dtype: torch.dtype) -> LowRank:
+    def with_aligned_rank(self, dtype: torch.dtype) -> LoraUpdate:
         """The same update in `dtype`, with the rank rounded up (filled with zeros) to one that grouped products take."""
         rank = self.down.shape[1]
         rank_multiple = ALIGNMENT_BYTES // dtype.itemsize
         missing_ranks = -rank % rank_multiple
         down = torch.nn.functional.pad(self.down.to(dtype), (0, 0, 0, missing_ranks))
         up = torch.nn.functional.pad(self.up.to(dtype), (0, missing_ranks))
-        return LowRank(down.contiguous(), up.contiguous(), self.scaling)
+        return LoraUpdate(down.contiguous(), up.contiguous(), self.scaling)
 
 
 def frozen_experts(
-    module: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None
+    module: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor, lora_updates: dict[str, LoraUpdate] | None
 ) -> Tensor:
-    """The output of a layer's experts with frozen weights, plus `low_rank` (LoRA) updates of these weights, by parameter name.
+    """The output of a layer's experts with frozen weights, plus LoRA updates of these weights (`lora_updates`), by parameter
+    name.
 
     `module`: transformers' experts. `hidden` is `[T, H]`; `expert_ids` and their `weights` are `[T, k]`: the experts that each
     token chose. Returns `[T, H]` in the type of `hidden`. Weights may be stored quantised (`module.packed_experts`): they are
@@ -69,7 +70,7 @@ def frozen_experts(
     offsets = torch.searchsorted(row_experts, all_experts, right=True).to(torch.int32)
 
     expert_product = partial(
-        _expert_product, module, row_experts=row_experts, offsets=offsets, low_rank=low_rank, dtype=hidden.dtype
+        _expert_product, module, row_experts=row_experts, offsets=offsets, lora_updates=lora_updates, dtype=hidden.dtype
     )
     if module.has_gate:
         inner = gated(module, expert_product("gate_up_proj", rows))
@@ -93,14 +94,14 @@ def _expert_product(
     *,
     row_experts: Tensor,
     offsets: Tensor,
-    low_rank: dict[str, LowRank] | None,
+    lora_updates: dict[str, LoraUpdate] | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """One product of a layer's experts: `rows @ W.T`, each row with its expert's weight `name`, its update and its bias.
 
     `rows [S, in]` are sorted by expert. `row_experts [S]`: the expert of each row. `offsets [E]`: where each expert's rows end.
-    `low_rank`: updates by name of the weight. `dtype`: in which quantised weights are dequantised; others are computed with in
-    their own type.
+    `lora_updates`: updates by name of the weight. `dtype`: in which quantised weights are dequantised; others are computed with
+    in their own type.
     """
     weight = getattr(module, name)
     quantised: DequantisesExperts | None = getattr(module, "packed_experts", None)
@@ -109,12 +110,12 @@ def _expert_product(
     # Quantised weights are dequantised inside the product, and again in its backward pass: they are never kept.
     read_weights = _as_stored if quantised is None else partial(quantised.dequantise, name, dtype=dtype)
     frozen = FrozenWeights(read_weights, offsets, module.is_transposed)
-    if low_rank is None:
-        output = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
+    if lora_updates is None:
+        output = _GroupedFrozenProduct.apply(rows.to(dtype), weight, frozen)
     else:
         # The kernel takes matrices whose rows are a multiple of 16 bytes long.
-        update = low_rank[name].with_aligned_rank(dtype)
-        output = _GroupedLowRank.apply(rows.to(dtype), weight, update.down, update.up, update.scaling, frozen)
+        update = lora_updates[name].with_aligned_rank(dtype)
+        output = _GroupedLoraProduct.apply(rows.to(dtype), weight, update.down, update.up, update.scaling, frozen)
     if module.has_bias:
         output = output + getattr(module, f"{name}_bias")[row_experts].to(dtype)
     return output
@@ -146,7 +147,7 @@ class FrozenWeights:
         return grouped_product(grad, weight.mT if self.is_transposed else weight, self.offsets)
 
 
-class _GroupedFrozen(torch.autograd.Function):
+class _GroupedFrozenProduct(torch.autograd.Function):
     """The product without an update. Saves the parameter, which may be quantised: the backward pass dequantises it again."""
 
     @staticmethod
@@ -161,7 +162,7 @@ class _GroupedFrozen(torch.autograd.Function):
         return ctx.frozen.gradient(grad.contiguous(), frozen_weight), None, None
 
 
-class _GroupedLowRank(torch.autograd.Function):
+class _GroupedLoraProduct(torch.autograd.Function):
     """`x @ W.T + scaling * (x @ A.T) @ B.T`, each row with its expert's frozen W and its A and B; all of one data type.
 
     x `[S, in]` in groups of experts, A `[E, r, in]`, B `[E, out, r]`. What holds W is kept as the parameter it is: an engine

@@ -53,8 +53,8 @@ def write_small_models_and_documents(
     """
     family = objective_family(config.objective)  # what kind of model the objective trains, and with how many outputs
     label_names = label_names_of_documents(config)
-    outputs = family.num_outputs or (len(label_names) if label_names else None)
-    model = write_small_model(config.model, family.kind, directory / MODEL_DIR_NAME, outputs=outputs)
+    num_outputs = family.num_outputs or (len(label_names) if label_names else None)
+    model = write_small_model(config.model, family.kind, directory / MODEL_DIR_NAME, num_outputs=num_outputs)
     teacher = family.teacher(config.objective)
     if teacher is not None:
         teacher_model = ModelConfig(
@@ -64,7 +64,7 @@ def write_small_models_and_documents(
             download=config.model.download,
         )
         # With another seed than the student: from a teacher with equal weights, it would get no gradient.
-        write_small_model(teacher_model, ModelKind.causal, directory / TEACHER_DIR_NAME, outputs=None, seed=1)
+        write_small_model(teacher_model, ModelKind.causal, directory / TEACHER_DIR_NAME, num_outputs=None, seed=1)
     small_run = small_run_of_directory(directory, config, user_ranks=user_ranks)
     write_documents(
         directory / DOCUMENTS_DIR_NAME,

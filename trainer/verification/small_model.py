@@ -32,7 +32,7 @@ from trainer.model.architecture import (
 )
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import find_weights_directory, load_model_config
-from trainer.model.shrink import NotShrinkable, changed_sizes, kept_counts, num_lost_layer_kinds, small_copies
+from trainer.model.shrink import NotShrinkable, changed_sizes, kept_counts, refuse_unfit_copy, small_copies
 from trainer.tuning.expert_parts import router_weight_names
 
 MAX_PARAMETERS = 100_000_000
@@ -74,12 +74,12 @@ class SmallModel:
 
 
 def write_small_model(
-    config: ModelConfig, kind: ModelKind, directory: Path, *, outputs: int | None, seed: int = 0
+    config: ModelConfig, kind: ModelKind, directory: Path, *, num_outputs: int | None, seed: int = 0
 ) -> SmallModel:
     """Write a small copy of a model into `directory`, with weights drawn from `seed` in float32: a verification trains it.
 
     No collective. The copy has every kind of layer, and as a rule the model's numbers of heads and experts, by which ranks
-    divide the work. `kind`: what the model is loaded as. `outputs`: size of a classification head; None for other kinds. The
+    divide the work. `kind`: what the model is loaded as. `num_outputs`: size of a classification head; None for other kinds. The
     random state of torch stays as it was.
 
     Raises ConfigError if the model is not there, or if none of its small copies can be built and run.
@@ -89,7 +89,7 @@ def write_small_model(
     flex.register()
     experts.register()
     settings = load_model_config(config)
-    full_model = _full_model_on_meta(config, kind, settings, outputs)
+    full_model = _full_model_on_meta(config, kind, settings, num_outputs)
     with _drawing_from_seed(seed):
         model, num_decided_routers = _smallest_copy_that_runs(config, kind, settings, full_model)
     _write_model_and_tokenizer(model, config, directory)
@@ -103,14 +103,14 @@ def write_small_model(
     )
 
 
-def _full_model_on_meta(config: ModelConfig, kind: ModelKind, settings: Any, outputs: int | None) -> Any:
+def _full_model_on_meta(config: ModelConfig, kind: ModelKind, settings: Any, num_outputs: int | None) -> Any:
     """Build the full model on the meta device, from transformers' configuration `settings`, which stays as it is.
 
-    `outputs`: size of the head of a classifier.
+    `num_outputs`: size of the head of a classifier.
     """
     full_settings = copy.deepcopy(settings)
     if kind is ModelKind.classifier:
-        set_head_settings(full_settings, outputs, pad_token_id=0, several=False)
+        set_head_settings(full_settings, num_outputs, pad_token_id=0, multi_label=False)
     with meta_context():
         full_model, _ = build_plain_model(kind, full_settings, config, attention="eager", objective="sft")
     return full_model
@@ -211,19 +211,14 @@ def _build_small_copy(
     small_settings = copy.deepcopy(small_settings)
     set_dropout(small_settings, 0.0)
     if kind is ModelKind.classifier:
-        set_head_settings(small_settings, full_model.config.num_labels, pad_token_id=0, several=False)
+        set_head_settings(small_settings, full_model.config.num_labels, pad_token_id=0, multi_label=False)
     model_class = transformers_class(kind, small_settings)
     options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     options["trust_remote_code"] = config.trust_remote_code
     # On meta first: is it small enough, and does it have every kind of layer?
     with meta_context():
         on_meta = model_class.from_config(copy.deepcopy(small_settings), **options)
-    num_parameters = sum(parameter.numel() for parameter in on_meta.parameters())
-    if num_parameters > MAX_PARAMETERS:
-        raise NotShrinkable(f"a small copy would have {num_parameters:,} elements")
-    num_lost_kinds = num_lost_layer_kinds(settings, full_model, small_settings, on_meta)
-    if num_lost_kinds:
-        raise NotShrinkable(f"a small copy lacks {num_lost_kinds} of its kinds of layers")
+    refuse_unfit_copy(settings, full_model, small_settings, on_meta, max_parameters=MAX_PARAMETERS)
     # Then with weights: does a forward pass give finite numbers?
     model = model_class.from_config(small_settings, dtype=torch.float32, **options).eval()
     num_decided_routers = _randomise_weights(model)

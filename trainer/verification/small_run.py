@@ -61,16 +61,12 @@ class SmallRun:
         )
 
 
-def small_sequence_degree(config: RunConfig) -> int:
-    """Ranks that share a row in the comparison: the fewest above 1 by which the run's own degree can be divided; 1 if it is 1."""
-    degree = config.parallel.sequence
-    return next((divisor for divisor in range(2, degree + 1) if degree % divisor == 0), 1)
+def fewest_ranks_of_group(num_ranks: int) -> int:
+    """How many ranks share a row, or a layer's experts, in the comparison, if `num_ranks` do so in the user's run.
 
-
-def small_expert_ranks(config: RunConfig) -> int:
-    """Ranks of an expert group in the comparison: the fewest above 1 that divide the run's own number; 1 if it is 1."""
-    degree = config.parallel.experts
-    return next((divisor for divisor in range(2, degree + 1) if degree % divisor == 0), 1)
+    The fewest above 1 by which that number can be divided: 2 for 8, 3 for 9; 1 if it is 1.
+    """
+    return next((divisor for divisor in range(2, num_ranks + 1) if num_ranks % divisor == 0), 1)
 
 
 def num_ranks_for_verification(config: RunConfig) -> int:
@@ -79,11 +75,11 @@ def num_ranks_for_verification(config: RunConfig) -> int:
     There are two data-parallel ranks, each of which is one process or a group of processes that share rows. With hsdp there are
     two replicas of two shards. With expert parallelism, two ranks have each expert, in one replica or in two.
     """
-    ranks = NUM_DP_RANKS * small_sequence_degree(config)
+    ranks = NUM_DP_RANKS * fewest_ranks_of_group(config.parallel.sequence)
     if config.strategy.name is StrategyName.hsdp:
         ranks = max(ranks, NUM_SHARDS_OF_REPLICA * NUM_REPLICAS)
     if config.parallel.experts > 1:
-        ranks = math.lcm(ranks, RANKS_WITH_SAME_EXPERTS * small_expert_ranks(config))
+        ranks = math.lcm(ranks, RANKS_WITH_SAME_EXPERTS * fewest_ranks_of_group(config.parallel.experts))
     return ranks
 
 
@@ -102,10 +98,10 @@ def small_run_config(config: RunConfig, model: Path, teacher: Path | None, *, us
         )
     changes: list[str] = []
     ranks = num_ranks_for_verification(config)
-    degree = small_sequence_degree(config)
+    degree = fewest_ranks_of_group(config.parallel.sequence)
     if degree != config.parallel.sequence:
         changes.append(f"parallel.sequence={config.parallel.sequence} -> {degree}: the fewest ranks that share a row")
-    expert_degree = small_expert_ranks(config)
+    expert_degree = fewest_ranks_of_group(config.parallel.experts)
     if expert_degree != config.parallel.experts:
         changes.append(
             f"parallel.experts={config.parallel.experts} -> {expert_degree}: the fewest ranks over which they go"

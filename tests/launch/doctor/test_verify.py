@@ -15,7 +15,7 @@ from tests.helpers.nursery import FAULT
 from tests.helpers.warm import command_warm
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import Device
-from trainer.verification.small_run import num_ranks_for_verification, small_run_config, small_sequence_degree
+from trainer.verification.small_run import fewest_ranks_of_group, num_ranks_for_verification, small_run_config
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_the_fewest_ranks_have_two_readers_replicas_and_places(model):
     degrees = {}
     for degree in (2, 3, 8, 9):
         config = run_config(model, "hsdp", "full", micro=1, parallel=ParallelConfig(sequence=degree))
-        degrees[degree] = small_sequence_degree(config), num_ranks_for_verification(config)
+        degrees[degree] = fewest_ranks_of_group(degree), num_ranks_for_verification(config)
     assert degrees == {2: (2, 4), 3: (3, 6), 8: (2, 4), 9: (3, 6)}
     dealt = {}
     for degree in (2, 3, 8):
