@@ -184,10 +184,12 @@ def expert_parallelism_problems_of_models(
 def build_model_on_meta(model: ModelConfig, kind: ModelKind) -> nn.Module:
     """The architecture of one model, without values."""
     experts.register()
-    settings = load_model_config(model)
+    hf_config = load_model_config(model)
     with meta_context(), torch.device("meta"):
-        plain: nn.Module = transformers_class(kind, settings).from_config(settings, **from_config_options(model))
-    return plain
+        model_on_meta: nn.Module = transformers_class(kind, hf_config).from_config(
+            hf_config, **from_config_options(model)
+        )
+    return model_on_meta
 
 
 def _model_problem(config: RunConfig, setting: str, model: nn.Module, num_ranks: int, num_hosts: int) -> str | None:

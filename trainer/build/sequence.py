@@ -95,13 +95,13 @@ class LayerHeads:
         return elements
 
 
-def attention_heads_of(model_config: Any) -> LayerHeads | None:
+def attention_heads_of(hf_config: Any) -> LayerHeads | None:
     """How many attention heads a model's layers have, from its transformers configuration; None if that does not state any.
 
     If layers differ: the fewest heads, which say over how many ranks they can be divided, and the widest, which say how much is
     exchanged at most.
     """
-    text = text_model_config(model_config)
+    text = text_model_config(hf_config)
     query = _smallest_setting(text, QUERY_HEAD_SETTINGS)
     if query is None:
         return None
@@ -173,8 +173,8 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
     `setting`: names the model in the line, as `model.path=<path>`.
     """
     degree = config.parallel.sequence
-    settings = load_model_config(model)
-    heads = attention_heads_of(settings)
+    hf_config = load_model_config(model)
+    heads = attention_heads_of(hf_config)
     if heads is not None and degree > heads.num_query_heads:
         return [
             f"parallel.sequence={degree}: {setting} has {heads.num_query_heads} query heads in a layer, "
@@ -183,26 +183,26 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
         ]
     family = objective_family(config.objective)
     if family.kind is ModelKind.classifier:
-        problem = why_classifier_rows_cannot_be_shared(model, settings, family.name)
+        problem = why_classifier_rows_cannot_be_shared(model, hf_config, family.name)
     else:
         half_on_gpu = str(config.run.device) != "cpu" and config.precision is not Precision.fp32
-        problem = why_causal_rows_cannot_be_shared(model, settings, half_on_gpu=half_on_gpu)
+        problem = why_causal_rows_cannot_be_shared(model, hf_config, half_on_gpu=half_on_gpu)
     if problem is None:
         return []
     return [
-        f"parallel.sequence={degree}: ranks cannot share rows of {setting} ({settings.model_type}): {problem}; set "
+        f"parallel.sequence={degree}: ranks cannot share rows of {setting} ({hf_config.model_type}): {problem}; set "
         "parallel.sequence=1, or take a model of another architecture (docs/models.md lists those that can)"
     ]
 
 
-def sequence_parallel_notes(config: RunConfig, model_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
+def sequence_parallel_notes(config: RunConfig, hf_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
     """Notes for the user on how ranks share rows of up to `tokens` tokens, a sentence each: uneven heads, groups across hosts.
 
     Such as "6 query heads do not divide well by 4: the busiest rank has 1.33 times the mean". Empty without sequence
     parallelism. `ranks_per_host`: of the run.
     """
     degree = config.parallel.sequence
-    heads = attention_heads_of(model_config)
+    heads = attention_heads_of(hf_config)
     if degree == 1 or heads is None:
         return []
     notes = []

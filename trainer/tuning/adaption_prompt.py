@@ -52,13 +52,13 @@ class AdaptionPrompt(AddedParameters):
             assert name not in self._added_names or parameter.is_meta, "values are drawn when the run asks for them"
         return peft_model
 
-    def _refuse_unsuitable_model(self, model_config: Any) -> None:
+    def _refuse_unsuitable_model(self, hf_config: Any) -> None:
         """Raise ConfigError if peft cannot adapt this architecture, or if it has fewer layers than are to be adapted."""
-        model_type = model_config.model_type
-        num_layers = model_config.num_hidden_layers
-        num_heads = model_config.num_attention_heads
-        head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // num_heads
-        if model_type not in ADAPTABLE_MODEL_TYPES or head_dim * num_heads != model_config.hidden_size:
+        model_type = hf_config.model_type
+        num_layers = hf_config.num_hidden_layers
+        num_heads = hf_config.num_attention_heads
+        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads
+        if model_type not in ADAPTABLE_MODEL_TYPES or head_dim * num_heads != hf_config.hidden_size:
             raise ConfigError(
                 f"tuning=adaption_prompt: peft adapts the attention of {', '.join(ADAPTABLE_MODEL_TYPES)} with heads that divide "
                 f"the model's width, not of this {model_type}; use tuning=prefix"

@@ -88,31 +88,31 @@ def write_small_model(
     attention.register()
     flex.register()
     experts.register()
-    settings = load_model_config(config)
-    full_model = _full_model_on_meta(config, kind, settings, num_outputs)
+    hf_config = load_model_config(config)
+    full_model = _full_model_on_meta(config, kind, hf_config, num_outputs)
     with _drawing_from_seed(seed):
-        model, num_decided_routers = _smallest_copy_that_runs(config, kind, settings, full_model)
+        model, num_decided_routers = _smallest_copy_that_runs(config, kind, hf_config, full_model)
     _write_model_and_tokenizer(model, config, directory)
     return SmallModel(
         directory=directory,
-        model_type=str(settings.model_type),
-        changed=changed_sizes(settings, model.config),
-        kept=kept_counts(settings, model.config),
+        model_type=str(hf_config.model_type),
+        changed=changed_sizes(hf_config, model.config),
+        kept=kept_counts(hf_config, model.config),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_decided_routers=num_decided_routers,
     )
 
 
-def _full_model_on_meta(config: ModelConfig, kind: ModelKind, settings: Any, num_outputs: int | None) -> Any:
-    """Build the full model on the meta device, from transformers' configuration `settings`, which stays as it is.
+def _full_model_on_meta(config: ModelConfig, kind: ModelKind, hf_config: Any, num_outputs: int | None) -> Any:
+    """Build the full model on the meta device, from transformers' configuration `hf_config`, which stays as it is.
 
     `num_outputs`: size of the head of a classifier.
     """
-    full_settings = copy.deepcopy(settings)
+    full_config = copy.deepcopy(hf_config)
     if kind is ModelKind.classifier:
-        set_head_settings(full_settings, num_outputs, pad_token_id=0, multi_label=False)
+        set_head_settings(full_config, num_outputs, pad_token_id=0, multi_label=False)
     with meta_context():
-        full_model, _ = build_plain_model(kind, full_settings, config, attention="eager", objective="sft")
+        full_model, _ = build_plain_model(kind, full_config, config, attention="eager", objective="sft")
     return full_model
 
 
@@ -176,19 +176,19 @@ class _SmallCopy(NamedTuple):
     """Routers whose choices no rounding error changes."""
 
 
-def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any) -> _SmallCopy:
+def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, hf_config: Any, full_model: Any) -> _SmallCopy:
     """Find the smallest copy of a model that can be built and run, with its random weights.
 
     Raises ConfigError if there is none.
-    `settings`, `full_model`: configuration and architecture of the full model. Copies that keep its numbers of heads and
+    `hf_config`, `full_model`: configuration and architecture of the full model. Copies that keep its numbers of heads and
     experts come first.
     """
     first_reason = ""
     try:
         # The first copies have all heads and experts of the full model.
-        for small_settings in small_copies(settings, full_model, keep_counts=True):
+        for small_config in small_copies(hf_config, full_model, keep_counts=True):
             try:
-                return _build_small_copy(config, kind, settings, full_model, small_settings)
+                return _build_small_copy(config, kind, hf_config, full_model, small_config)
             except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then the next copy is tried
                 first_line = (str(error).strip() or "no message").splitlines()[0]
                 first_reason = first_reason or f"{type(error).__name__}: {first_line[:160]}"
@@ -196,33 +196,33 @@ def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any
         first_reason = str(error)
     raise ConfigError(
         f"model.path={config.path}: --verify runs on a small copy of the model, and none can be made of this "
-        f"{settings.model_type} ({first_reason})"
+        f"{hf_config.model_type} ({first_reason})"
     )
 
 
 def _build_small_copy(
-    config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any, small_settings: Any
+    config: ModelConfig, kind: ModelKind, hf_config: Any, full_model: Any, small_config: Any
 ) -> _SmallCopy:
-    """Build the model of the configuration `small_settings`, give it random weights, and run it once, to see that it works.
+    """Build the model of the configuration `small_config`, give it random weights, and run it once, to see that it works.
 
-    `settings`, `full_model`: configuration and architecture of the full model. Raises NotShrinkable if the copy is too large,
+    `hf_config`, `full_model`: configuration and architecture of the full model. Raises NotShrinkable if the copy is too large,
     lacks a kind of layer, or computes numbers that are not finite, and any error of building and running it.
     """
-    small_settings = copy.deepcopy(small_settings)
-    set_dropout(small_settings, 0.0)
+    small_config = copy.deepcopy(small_config)
+    set_dropout(small_config, 0.0)
     if kind is ModelKind.classifier:
-        set_head_settings(small_settings, full_model.config.num_labels, pad_token_id=0, multi_label=False)
-    model_class = transformers_class(kind, small_settings)
+        set_head_settings(small_config, full_model.config.num_labels, pad_token_id=0, multi_label=False)
+    model_class = transformers_class(kind, small_config)
     options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     options["trust_remote_code"] = config.trust_remote_code
     # On meta first: is it small enough, and does it have every kind of layer?
     with meta_context():
-        on_meta = model_class.from_config(copy.deepcopy(small_settings), **options)
-    refuse_unfit_copy(settings, full_model, small_settings, on_meta, max_parameters=MAX_PARAMETERS)
+        on_meta = model_class.from_config(copy.deepcopy(small_config), **options)
+    refuse_unfit_copy(hf_config, full_model, small_config, on_meta, max_parameters=MAX_PARAMETERS)
     # Then with weights: does a forward pass give finite numbers?
-    model = model_class.from_config(small_settings, dtype=torch.float32, **options).eval()
+    model = model_class.from_config(small_config, dtype=torch.float32, **options).eval()
     num_decided_routers = _randomise_weights(model)
-    ids = torch.arange(NUM_TRIED_TOKENS)[None] % text_model_config(small_settings).vocab_size
+    ids = torch.arange(NUM_TRIED_TOKENS)[None] % text_model_config(small_config).vocab_size
     inputs = {"input_ids": ids, "use_cache": False}
     if kind is ModelKind.encoder_decoder:
         inputs["decoder_input_ids"] = ids
