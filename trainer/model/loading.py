@@ -190,7 +190,7 @@ def check_model_files(config: ModelConfig) -> None:
 
 
 def _refuse_adapter(directory: Path) -> None:
-    """Raise ConfigError if a model directory holds an adapter alone, since its user meant another setting.
+    """Raise ConfigError if the directory of `model.path` holds an adapter alone, since its user meant another setting.
 
     It may have a config.json all the same: that of its base with the positions of the training.
     """

@@ -87,11 +87,7 @@ def cached_weights(
 
 
 class QuantisedWeightsCache:
-    """The quantised weights of one base, kept on this host: each is quantised by the first rank that needs it.
-
-    `directory`: where the files are. `num_bytes_by_name`: of each quantised weight. `quantise(name)` quantises one into bytes,
-    uint8 `[num_bytes]`, on the CPU. `host_rank`: this rank, which begins with another weight than the others of its host.
-    """
+    """The quantised weights of one base, kept on this host: each is quantised by the first rank that needs it."""
 
     def __init__(
         self,
@@ -101,6 +97,11 @@ class QuantisedWeightsCache:
         *,
         host_rank: HostRank = ONLY_RANK,
     ) -> None:
+        """`directory`: where the files are. `num_bytes_by_name`: of each quantised weight. Reads and writes nothing yet.
+
+        `quantise(name)` makes the bytes of a weight, uint8 `[num_bytes]`, on the CPU. `host_rank`: this rank among those of its
+        host, each of which begins with another weight.
+        """
         self.directory = directory
         self.num_bytes_by_name = num_bytes_by_name
         self.quantise = quantise

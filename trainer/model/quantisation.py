@@ -210,8 +210,8 @@ class QuantisedLinear(nn.Linear):
 
     @classmethod
     def of_linear(cls, layer: nn.Linear, scheme: QuantisationScheme) -> QuantisedLinear:
-        """Replace a linear layer: the same layer with a weight of quantised bytes on meta, to be filled later; it keeps its
-        bias and hooks.
+        """Make the quantised layer that replaces `layer`: its weight is bytes on meta, to be filled later; it keeps bias and
+        hooks.
         """
         # Without `__init__`, which would make new parameters and forget what others have set on the layer.
         quantised = cls.__new__(cls)

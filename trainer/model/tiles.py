@@ -89,9 +89,10 @@ def _mlp_of(block: nn.Module) -> nn.Module | None:
 
 
 def _untileable_reason(model: nn.Module, block_classes: set[str]) -> str | None:
-    """Why the MLPs of a model cannot be tiled, as a sentence, by the names of its modules; None if they may be.
+    """Why the MLPs of a model cannot take a few tokens at a time (a tile), as a sentence, by the names of its modules; None if
+    they may.
 
-    A later proof on a small copy decides whether they can. `block_classes`: names of the classes of its repeated blocks.
+    Whether they then compute the same is proven on a small copy. `block_classes`: names of the classes of its repeated blocks.
     """
     blocks = list(_blocks(model, block_classes))
     if not blocks:
@@ -117,9 +118,9 @@ def _cached_tile_refusal(hf_config: Any, meta_model: nn.Module, kind: ModelKind)
 
 
 def _difference_of_small_copy(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> str | None:
-    """Prove on a small random copy of the model that its MLPs compute the same in tiles. Returns a sentence if not; None if so.
+    """Prove on a small random copy of the model that its MLPs compute the same if they take a few tokens at a time (tiles).
 
-    Also a sentence if the copy fails. Leaves the random state as it was.
+    Returns None if so; else a sentence, also if the copy fails. Leaves the random state as it was.
     """
     with torch.random.fork_rng(devices=[]), without_kernel_packages():
         torch.default_generator.manual_seed(0)  # of the CPU alone
@@ -152,7 +153,8 @@ def _small_model(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> Any:
 
 @torch.no_grad()
 def _difference_in_tiles(small_model: Any) -> str | None:
-    """How the outputs of a small model change when its MLPs take tiles, as a sentence; None if they do not change.
+    """How the outputs of a small model change when its MLPs take a few tokens at a time, as a sentence; None if they do not
+    change.
 
     Replaces the forward passes of the model's MLPs.
     """

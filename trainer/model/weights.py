@@ -121,6 +121,13 @@ class BaseWeights(Checkpoint):
         scheme: QuantisationScheme | None = None,
         quantised: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
+        """`directory`: of the checkpoint.
+
+        `meta_model`: the model as transformers builds it, on meta. `tied`: other names of shared parameters.
+        `merged_adapters`: adapters to merge into the weights as they are read; None: none. `scheme`: how frozen weights are
+        quantised; None: not at all. `quantised`: shapes of the weights that are, by base name. Raises ConfigError if an adapter
+        changes a parameter that the checkpoint lacks.
+        """
         super().__init__(directory, meta_model, tied)
         self.merged_adapters = merged_adapters
         self.scheme = scheme
@@ -269,7 +276,13 @@ class WeightSource:
         vocabulary_parameter_names: frozenset[str] = frozenset(),
         computed_values: dict[str, Tensor] | None = None,
     ) -> None:
-        """`init_std`: standard deviation of matrices that are drawn because the checkpoint lacks them."""
+        """`checkpoint`: the base's weights. `tuning`: the method, which gives the values of parameters that it adds.
+
+        `seed`: from which values are drawn that neither has. `init_std`: standard deviation of drawn matrices. `new_token_ids`:
+        of added tokens, whose embeddings start at the mean of the others. `vocabulary_parameter_names`: base names of the
+        parameters with a row for each token. `computed_values`: values of base parameters that are computed and need not be in
+        the checkpoint, by base name.
+        """
         self.checkpoint = checkpoint
         self.tuning = tuning
         self.seed = seed

@@ -229,7 +229,10 @@ def _adapted_module_names(module: nn.Module, config: BottleneckConfig) -> Adapte
 
 
 def _no_parts_message(model: nn.Module, config: BottleneckConfig) -> str:
-    """Write the message for a model none of whose blocks has an attention and a feed-forward part to put adapters behind."""
+    """Write the error message for a model none of whose blocks has an attention and a feed-forward part to put adapters behind.
+
+    It lists the modules that a block has, so that the user can name two of them.
+    """
     set_options = []
     for key in ("attention", "feedforward"):
         if getattr(config, key):

@@ -42,7 +42,12 @@ class Prepend:
         prefix: PrefixShape | None,
         is_active: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Put the hooks on `decoder`. `embeddings`: the decoder's own, of its input ids."""
+        """Put the hooks on `decoder`.
+
+        `embeddings`: the decoder's own, of its input ids. `encoder`: makes the virtual tokens from their numbers.
+        `prefix`: how the encoder's output is cut into keys and values; None if it gives embeddings. `is_active()` is asked at
+        the beginning of each forward pass: if it is false, the pass is left as it is.
+        """
         self.encoder = encoder
         self.embeddings = embeddings
         self.num_virtual_tokens = num_virtual_tokens
@@ -100,7 +105,10 @@ class Prepend:
         return output
 
     def _extend_mask_and_positions(self, inputs: dict[str, Any]) -> None:
-        """Let the attention mask cover the virtual tokens, and shift the positions of the caller's tokens behind them."""
+        """Let the attention mask cover the virtual tokens, and shift the positions of the caller's tokens behind them.
+
+        Changes `inputs`. Raises ValueError for a mask that is not `[B, T]`.
+        """
         mask = inputs.get("attention_mask")
         positions = inputs.get("position_ids")
         if mask is not None:

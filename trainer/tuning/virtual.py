@@ -52,7 +52,11 @@ class Virtual(AddedParameters):
         train_embeddings: bool = False,
         new_heads: tuple[str, ...] = (),
     ) -> None:
-        """`tokenizer`: needed for `tuning.init_text`. `new_heads`: names of modules that the base checkpoint does not have."""
+        """`config`: settings of prompt, P- or prefix tuning. `tokenizer`: needed for `tuning.init_text`. Changes no model yet.
+
+        `train_embeddings`: the vocabulary grew, which is refused (ConfigError). `new_heads`: names of modules that the base
+        checkpoint does not have.
+        """
         super().__init__(config, train_embeddings=train_embeddings, new_heads=new_heads)
         self.num_virtual_tokens = config.num_virtual_tokens
         self.is_prefix = isinstance(config, PrefixConfig)
