@@ -41,6 +41,7 @@ from trainer.export.config import set_default_merge
 from trainer.objectives.registry import objective_family
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.settings_file import escape_interpolations
+from trainer.reporting.trackers.environment import wandb_mode_problems
 from trainer.tuning.initial_adapter import adopt_adapter_settings
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def start_problems(config: RunConfig, *, frozen_config: RunConfig | None = None)
         *learning_rate_problems(config),
         *device_problems(config),
         *secret_problems(config, frozen_config),
+        *wandb_mode_problems(config.logging, os.environ),
     ]
 
 

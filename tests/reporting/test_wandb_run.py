@@ -18,6 +18,7 @@ import pytest
 from launch.config.compose import compose_config
 from launch.export.command import ExportRequest, register_in_tracker, write_model_directory
 from launch.sweep.multirun import run_all_points
+from strategies import exit_codes
 from strategies.errors import Diverged, Preempted
 from tests.faults.runs import PACED
 from tests.helpers.building import model_dir
@@ -32,7 +33,7 @@ from trainer.reporting.config import Alert, LoggingConfig, WandbMode
 from trainer.reporting.status import RunState
 from trainer.reporting.trackers import reachable, weights_and_biases
 from trainer.reporting.trackers.base import RunEnding
-from trainer.reporting.trackers.environment import apply_environment
+from trainer.reporting.trackers.environment import apply_environment, wandb_mode_problems
 from trainer.reporting.trackers.reachable import unreachable_reason
 from trainer.reporting.tracking import final_summary, open_trackers
 from trainer.session.lease import LeaseLost
@@ -273,6 +274,17 @@ def test_the_environment_decides_where_no_setting_does():
         in apply_environment(LoggingConfig(), {"WANDB_MODE": "shared"}).passed_over
     )
     assert apply_environment(LoggingConfig(), {}).config.wandb is WandbMode.offline
+
+
+@pytest.mark.parametrize("mode", ["ofline", "Offline", ""])
+def test_misspelt_wandb_mode_is_refused_before_the_run_starts(site, monkeypatch, capsys, mode):
+    """W&B's client raises for it when the run begins: the run would train without its record."""
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert command_here(["train", *words(site, f"misspelt-{mode}")]) == exit_codes.WRONG_SETTING
+    assert f"WANDB_MODE={mode}: must be online, offline or disabled" in capsys.readouterr().err
+    assert not (site / f"misspelt-{mode}").exists()
+    assert not [*wandb_mode_problems(LoggingConfig(wandb=WandbMode.disabled), {"WANDB_MODE": mode})]
+    assert not [*wandb_mode_problems(LoggingConfig(), {"WANDB_MODE": "shared"})], "W&B itself knows it"
 
 
 def test_wandb_online_without_an_account_is_offline_and_says_so(tmp_path, monkeypatch):

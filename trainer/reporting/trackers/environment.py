@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ MODE_BY_WANDB_MODE = {
     "disabled": "disabled",
 }
 """`logging.wandb` by the value of WANDB_MODE; `run` and `dryrun` are old spellings."""
+MODE_WITHOUT_SETTING = "shared"
+"""W&B's mode for several processes that write one run. `logging.wandb` has no such value; W&B accepts the variable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,19 @@ class LoggingFromEnvironment:
     """What the environment decided, by setting, such as `logging.project`. As text: `mine (WANDB_PROJECT)`."""
     passed_over: str | None
     """One line that names the variables that lose to a setting; None if no variable does."""
+
+
+def wandb_mode_problems(config: LoggingConfig, environment: Mapping[str, str]) -> Iterator[str]:
+    """An error message if WANDB_MODE, among the variables `environment`, is a word that W&B does not know, such as `ofline`.
+
+    W&B's client reads the variable by itself, whatever `logging.wandb` says, and raises for such a word when the run begins. The
+    run would then train without a record in W&B. No message if `logging.wandb=disabled`, because the client is not started then.
+    """
+    mode_text = environment.get("WANDB_MODE")
+    if mode_text is None or config.wandb is WandbMode.disabled:
+        return
+    if mode_text not in (*MODE_BY_WANDB_MODE, MODE_WITHOUT_SETTING):  # W&B accepts no upper case, and no empty value
+        yield f"WANDB_MODE={mode_text}: must be online, offline or disabled; correct the environment variable, or unset it"
 
 
 def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> LoggingFromEnvironment:
