@@ -69,7 +69,7 @@ def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
         if check:
             for problem in _start_problems_adopting_earlier_defaults(config, argv):
                 # `buget.steps=10` is one mistake; that no budget is set follows from it.
-                if not _repeats_problem_of_override(problem, parsed.probably_meant_keys):
+                if not repeats_problem_of_override(problem, parsed.probably_meant_keys):
                     problems.append(problem)
     if problems or config is None:
         raise ConfigError(problems)
@@ -91,7 +91,7 @@ def _set_dependent_defaults(config: RunConfig, keys_set_by_user: set[str]) -> No
         config.evaluation.watch = objective_family(config.objective).watched_metric
 
 
-def _repeats_problem_of_override(problem: str, probably_meant_keys: set[str]) -> bool:
+def repeats_problem_of_override(problem: str, probably_meant_keys: set[str]) -> bool:
     """Whether a problem of validation (`budget: set ...`) only repeats that an override could not be used (`buget.steps=10`).
 
     `probably_meant_keys`: the settings that such overrides were probably meant for. They are unset now, so validation complains

@@ -37,6 +37,8 @@ RANKS_DISAGREE_REASON = "could differ between processes; write the value itself"
 MODEL_PATH_KEY = "model.path"
 """What `model=<name of a published shape>` sets."""
 NO_TARGET_REASON = "`_target_` is not used here and never runs anything; remove it"
+SWEEP_ADVICE = "several values are a sweep; add -m, or give one"
+SEARCH_ADVICE = "a range is searched: add -m sweeper=optuna, or give one"
 OVERRIDE_REGEX = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 """`optim.lr=1e-4`, or with Hydra's plus signs `+optim.lr=1e-4`: the key `optim.lr`, the value `1e-4`."""
 
@@ -308,7 +310,7 @@ def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: s
     elif choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
-        parsed.add_problem(f"{source_text}: several values are a sweep; add -m, or choose one")
+        parsed.add_problem(f"{source_text}: {SWEEP_ADVICE}")
     else:
         parsed.add_problem(hints.explain_unknown_choice(group, choice, source_text), [group])
 
@@ -421,8 +423,7 @@ def _add_setting_by_grammar(parsed: ParsedOverrides, key: str, text: str, source
         parsed_override = OverridesParser.create().parse_override(f"{key}={text}")
         if parsed_override.is_sweep_override():  # choice(...), range(...), or a value with commas
             is_range = re.match(r"(interval|tag)\(", text) is not None
-            remedy = "a range is searched: add -m sweeper=optuna" if is_range else "several values are a sweep; add -m"
-            parsed.add_problem(f"{source_text}: {remedy}, or give one")
+            parsed.add_problem(f"{source_text}: {SEARCH_ADVICE if is_range else SWEEP_ADVICE}")
             return
         parsed.values += _values_of_override(key, parsed_override.value(), source_text)
     except (HydraException, NotImplementedError) as error:

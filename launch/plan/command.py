@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch.config.choices import CONF_DIR
 from launch.config.help_text import show_help
 from launch.config.verb_arguments import (
     VerbArguments,
@@ -21,6 +20,7 @@ from launch.config.verb_arguments import (
     read_setting_group,
 )
 from launch.output import print_json
+from launch.plan.cards import SHIPPED_CARD_NAMES, card_problems, read_card
 from launch.streams import write_control_sequence
 from strategies import exit_codes
 from strategies.errors import ConfigError
@@ -31,9 +31,16 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.planner.hardware import Card
     from trainer.planner.sweep import ProgressCallback
-    from trainer.planner.variants import PlanConfig
+    from trainer.planner.variants import PlanConfig, RunVariants
 
-SHIPPED_CARD_NAMES = sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
+
+MULTIRUN_FLAGS = ("-m", "--multirun")
+ADVICE_ON_SEVERAL_VALUES = (
+    "plan is of one run; it compares all strategies if you leave strategy out; for several values of a setting, "
+    "run it once for each"
+)
+STAND_IN_CARD = "h100_80g"
+"""The card for which the settings of a run are checked if `hardware=` names none: it supports all that a card can."""
 
 
 @dataclass(kw_only=True)
@@ -99,19 +106,20 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0
     request = read_plan_request(argv)
-    from launch.config.compose import num_launched_ranks
     from launch.plan.answer import plan_as_json, plan_text
     from launch.plan.job import prepare_planned_job
     from trainer.model.known_shapes import shape_instead_of_files, shape_note
-    from trainer.model.loading import load_model_config
     from trainer.planner.plan import with_imbalance
     from trainer.planner.sweep import plan_variants, with_further_variants, with_worst_imbalance
-    from trainer.planner.variants import FURTHER_LONG_ROW_SETTINGS, list_long_row_variants, list_variants
+    from trainer.planner.variants import FURTHER_LONG_ROW_SETTINGS, list_long_row_variants
 
-    config, fixed_keys = compose_planned_run(request.run_overrides, request.card)
     # First, because what is wrong with the settings must be reported before the data is prepared, which may take an hour.
-    variants = list_variants(config, request.settings, fixed_keys, num_launched_ranks(config))
-    load_model_config(config.model)
+    try:
+        run = compose_planned_run(request.run_overrides, request.card)
+    except ConfigError as error:
+        raise ConfigError(problems_of_planned_run(request.run_overrides, request.card, request.settings)) from error
+    config, fixed_keys = run
+    variants = _list_checked_variants(run, request.settings)
     shape = shape_instead_of_files(config.model)
     calibration = card_of_request(request, ["plan", *argv])
     job = with_imbalance(prepare_planned_job(config, calibration.card), request.settings, calibration.expert_imbalance)
@@ -185,19 +193,77 @@ def read_plan_request(argv: list[str]) -> PlanRequest:
     card_of_file = Card()
     if arguments.hardware is not None:
         try:
-            card_of_file = _read_card(arguments.hardware)
+            card_of_file = read_card(arguments.hardware)
         except ConfigError as error:
             problems += error.problems
     card, other_arguments, hardware_problems = read_setting_group("hardware", card_of_file, arguments.settings)
     settings, run_arguments, plan_problems = read_setting_group("plan", PlanConfig(), other_arguments)
     problems += hardware_problems + plan_problems + _plan_setting_problems(settings)
     # Only without other problems, because a card whose file could not be read lacks every figure.
-    problems = problems or _card_problems(card)
-    if problems:
-        raise ConfigError(problems)
+    problems = problems or card_problems(card)
+    multirun_flags = [argument for argument in run_arguments if argument in MULTIRUN_FLAGS]
+    problems += [f"{argument}: {ADVICE_ON_SEVERAL_VALUES}" for argument in multirun_flags]
     # Permissions for the run of `from=` are read by `card_of_request`, and are no settings of the planned run.
-    run_overrides = [argument for argument in run_arguments if not argument.startswith(PERMISSION_PREFIX)]
+    run_overrides = []
+    for argument in run_arguments:
+        if argument not in multirun_flags and not argument.startswith(PERMISSION_PREFIX):
+            run_overrides.append(argument)
+    if problems:
+        raise ConfigError([*problems, *problems_of_planned_run(run_overrides, read_card(STAND_IN_CARD), settings)])
     return PlanRequest(arguments, card, settings, run_overrides)
+
+
+def problems_of_planned_run(overrides: list[str], card: Card, settings: PlanConfig) -> list[str]:
+    """Every problem of the run to plan, so that the user sees all at once; empty if it can be planned.
+
+    An override that cannot be used, such as `tunning=lora`, keeps the run from being composed. The others are then checked
+    without it.
+    """
+    from launch.config.compose import repeats_problem_of_override
+    from launch.config.overrides import parse_overrides
+
+    try:
+        run = compose_planned_run(overrides, card)
+    except ConfigError as error:
+        composition_problems = [_without_multirun_advice(problem) for problem in error.problems]
+        usable_overrides = []
+        for override in overrides:
+            if not any(problem.startswith(f"{override}: ") for problem in error.problems):
+                usable_overrides.append(override)
+        if len(usable_overrides) == len(overrides):
+            return composition_problems
+        # What the unusable overrides were meant to set is not set now: that is no further problem.
+        meant_keys = parse_overrides(overrides).probably_meant_keys
+        further_problems = problems_of_planned_run(usable_overrides, card, settings)
+        return [
+            *composition_problems,
+            *(problem for problem in further_problems if not repeats_problem_of_override(problem, meant_keys)),
+        ]
+    try:
+        _list_checked_variants(run, settings)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _without_multirun_advice(problem: str) -> str:
+    """The message about an override with several values, which advises `-m`, in words for `plan`, which takes no `-m`."""
+    from launch.config.overrides import SEARCH_ADVICE, SWEEP_ADVICE
+
+    for advice in (SWEEP_ADVICE, SEARCH_ADVICE):
+        problem = problem.replace(advice, ADVICE_ON_SEVERAL_VALUES)
+    return problem
+
+
+def _list_checked_variants(run: RunToPlan, settings: PlanConfig) -> RunVariants:
+    """The variants of the run that the plan compares. Raises ConfigError if none can be planned, or the model cannot be read."""
+    from launch.config.compose import num_launched_ranks
+    from trainer.model.loading import load_model_config
+    from trainer.planner.variants import list_variants
+
+    variants = list_variants(run.config, settings, run.fixed_keys, num_launched_ranks(run.config))
+    load_model_config(run.config.model)
+    return variants
 
 
 def _plan_setting_problems(settings: PlanConfig) -> list[str]:
@@ -209,88 +275,6 @@ def _plan_setting_problems(settings: PlanConfig) -> list[str]:
         problems.append(
             f"plan.expert_imbalance={settings.expert_imbalance:g}: must be at least 1, where all ranks get as many rows; 2 is "
             "assumed without it"
-        )
-    return problems
-
-
-def _read_card(name: str) -> Card:
-    """The card that `hardware=` names: the path of a YAML file, or a name in conf/hardware/. Raises ConfigError."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    from trainer.planner.hardware import Card
-
-    try:
-        card_settings = OmegaConf.merge(OmegaConf.structured(Card), _load_card_file(_find_card_file(name)))
-    except OSError as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"hardware={name}: {first_line}; one of {', '.join(SHIPPED_CARD_NAMES)}") from error
-    except (OmegaConfBaseException, ValueError, YAMLError) as error:
-        # Without the lines with the full key and type that OmegaConf appends.
-        reason = " ".join(str(error).split("\n    full_key")[0].split())
-        raise ConfigError(f"hardware={name}: {reason}; write it as those of conf/hardware/ are") from error
-    card = OmegaConf.to_object(card_settings)
-    assert isinstance(card, Card)
-    return card
-
-
-def _find_card_file(name: str) -> Path:
-    """The YAML file of a card: the path that was typed, or the file of that name in conf/hardware/.
-
-    Raises OSError if it is missing.
-    """
-    if name.endswith((".yaml", ".yml")):
-        file = Path(name).expanduser()
-    else:
-        file = CONF_DIR / "hardware" / f"{name}.yaml"
-    if not file.is_file():
-        raise OSError("there is no such card")  # `_read_card` adds the name
-    return file
-
-
-def _load_card_file(file: Path) -> Any:
-    """The keys of a card's YAML file. Raises ValueError if it holds something else, OSError or YAMLError if it cannot be read."""
-    from omegaconf import DictConfig, OmegaConf
-
-    contents = OmegaConf.load(file)
-    if not isinstance(contents, DictConfig):
-        raise ValueError("the file must hold keys, as in memory_gib: 80")
-    return contents
-
-
-def _card_problems(card: Card) -> list[str]:
-    """Error messages for figures of a card (GPU) that are missing or impossible. Without them nothing can be planned."""
-    from strategies.base import Precision
-
-    # Of the last three: measured over estimated, 1 without a measurement.
-    positive_figures = (
-        "memory_gib",
-        "fp32_tflops",
-        "memory_gb_s",
-        "link_gb_s",
-        "node_gb_s",
-        "host_gb_s",
-        "disk_gb_s",
-        "gpus_per_node",
-        "pace",
-        "writing_pace",
-        "tensors",
-    )
-    problems = []
-    for name in positive_figures:
-        figure = getattr(card, name)
-        if figure <= 0:
-            problems.append(f"hardware.{name}={figure:g}: must be above 0")
-    if card.scoring_s is not None and card.scoring_s < 0:
-        problems.append(f"hardware.scoring_s={card.scoring_s:g}: must be at least 0; leave it out if it is not known")
-    if card.allocator < 0:
-        problems.append(f"hardware.allocator={card.allocator:g}: must be at least 0; 0.05 is the allowance")
-    if len(card.capability) != 2:
-        problems.append(f"hardware.capability={card.capability}: must be two numbers, such as [9,0]")
-    elif not card.tflops(card.precision(Precision.auto)):
-        problems.append(
-            f"hardware.name={card.name}: its speed is not known; give the driver's name of a card in docs/speed.md"
         )
     return problems
 

@@ -12,7 +12,7 @@ from launch.config.axes import read_axes
 from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, is_published_shape_choice
 from launch.config.compose import compose_config
 from launch.config.user_files import take_config_dirs
-from launch.plan.command import SHIPPED_CARD_NAMES
+from launch.plan.cards import SHIPPED_CARD_NAMES
 from launch.plan.dry_run import describe_run
 from strategies.errors import ConfigError
 from tests.helpers.covering import EVERYTHING

@@ -21,7 +21,8 @@ from launch.plan.answer import (
     memory_savings_text,
     refused_variants_by_reason,
 )
-from launch.plan.command import SHIPPED_CARD_NAMES, compose_planned_run, read_plan_request
+from launch.plan.cards import SHIPPED_CARD_NAMES
+from launch.plan.command import compose_planned_run, read_plan_request
 from launch.plan.job import prepare_planned_job
 from launch.plan.planned_command import planned_command_lines
 from strategies.base import Fsdp2Config, Precision, StrategyName
@@ -92,7 +93,10 @@ def test_plan_card_figures_can_be_replaced(tmp_path):
     ("words", "said"),
     [
         ([], "hardware: not set; give the card to plan for, one of a100_40g"),
-        (["hardware=h1000"], "hardware=h1000: there is no such card; one of a100_40g"),
+        (["hardware=h1000"], "hardware=h1000: there is no such card; did you mean h100_80g?"),
+        (["hardware=A100"], "there is no such card; did you mean a100_40g or a100_80g?"),
+        (["hardware=voodoo"], "there is no such card; one of a100_40g, "),
+        (["hardware=cpu"], "shardtune train --dry-run, with the same settings, describes the run on this machine"),
         (["hardware=l4", "plan.exacct=true"], "there is no setting plan.exacct; did you mean plan.exact?"),
         (["hardware=l4", "hardware.memory_gib=much"], "hardware.memory_gib=much: "),
         (["hardware=l4", "hardware.name=Voodoo"], "hardware.name=Voodoo: its speed is not known"),
@@ -122,6 +126,25 @@ def test_plan_refuses_a_wrong_card_or_wrong_words(capsys, monkeypatch, tmp_path,
     (tmp_path / "list.yaml").write_text("- memory_gib: 80\n")
     code, out = plan(capsys, model, *words)
     assert code == 64 and said in out
+
+
+@pytest.mark.parametrize("hardware", [[], ["hardware=h100"], ["hardware=l4"]])
+def test_plan_reports_the_mistakes_of_the_run_together_with_a_missing_card(capsys, hardware):
+    words = ["plan", "model.path=./missing", "tunning=lora", "optim.lr=fast", "plan.workers=-1", *hardware]
+    assert command.main(words) == 64
+    said = capsys.readouterr().err
+    mistakes = ["tunning=lora: ", "optim.lr=fast: ", "model.path=./missing: does not exist"]
+    mistakes += ["plan.workers=-1: ", *["hardware"] * (hardware != ["hardware=l4"])]
+    assert f"{len(mistakes)} problems" in said
+    assert [said.count(mistake) for mistake in mistakes[:-1]] == [1] * (len(mistakes) - 1)
+    assert command.main([*words[:4], "hardware=l4"]) == 64
+    assert "3 problems" in capsys.readouterr().err, "without a problem of plan's own arguments, too"
+
+
+def test_plan_says_what_to_do_in_place_of_a_sweep(capsys, model):
+    code, said = plan(capsys, model, "hardware=l4", "-m", "strategy=fsdp2,zero3", "optim.lr=1e-3,1e-4")
+    assert code == 64 and "add -m" not in said and "key=value" not in said
+    assert said.count("run it once for each") == 3
 
 
 def test_without_a_model_or_with_a_batch_that_does_not_divide(capsys, model, tmp_path):
