@@ -81,6 +81,26 @@ def test_collapse_length_and_idle_groups():
     assert not verdicts(rows_of(rising, **idle))  # everything is solved
 
 
+def no_signal(num_steps, **values):
+    blocks = []
+    for row in rows_of(np.full(num_steps, 0.5), **{name: np.full(num_steps, value) for name, value in values.items()}):
+        rewards.add_step_to_blocks(blocks, row, [])
+    return rewards.find_no_signal(RewardsWatchConfig(), num_steps, blocks)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 100])
+def test_a_run_without_any_signal_says_so_at_its_end(num_steps):
+    alike, cut, gradient = rewards.IDLE_GROUP_SHARE, rewards.CLIPPED_SHARE, rewards.GRADIENT_NORM
+    found = no_signal(num_steps, **{alike: 1.0, cut: 0.5, gradient: 0.0})
+    assert found.verdict == "no_signal" and "in every step all answers to a prompt scored alike" in found.message
+    assert found.remedies[0].startswith("rewards that differ")
+    found = no_signal(num_steps, **{alike: 0.5, cut: 1.0, gradient: 0.0})
+    assert "no step had a gradient" in found.message and "all answers were cut off" in found.message
+    assert found.remedies[0].startswith("a larger objective.rollout.max_new_tokens")
+    assert no_signal(num_steps, **{alike: 0.5, cut: 1.0, gradient: 0.1}) is None
+    assert no_signal(num_steps) is None, "a run of an earlier version, whose blocks lack them"
+
+
 @pytest.mark.parametrize("carried", [0.0, 0.5])
 def test_noise_raises_few_alarms(carried):
     """Runs of 200 steps whose reward rises while a control hovers, with noise that carries over from step to step or not."""

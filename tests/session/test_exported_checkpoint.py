@@ -1,12 +1,16 @@
 """Which checkpoint leaves a run, and the closing sentence, on hand-made ends of runs."""
 
+from pathlib import Path
+
 import pytest
 
 from strategies.base import Progress
 from trainer.export.config import ExportedCheckpoint
 from trainer.export.exported_checkpoint import choose_exported_checkpoint, recorded_export_step
 from trainer.reporting.outcome import TrainingOutcome
+from trainer.reporting.run_record import RunRecord
 from trainer.session.closing import closing_sentence
+from trainer.session.last_lines import end_text
 
 auto, best, last = ExportedCheckpoint.auto, ExportedCheckpoint.best, ExportedCheckpoint.last
 
@@ -63,6 +67,19 @@ def sentence(held_out, train=None, *, before=4.0, from_rewards=False):
         rows.append({"step": 10.0 * number, "held_out": value, "train": trained})
     return closing_sentence(
         TrainingOutcome(Progress(step=10 * len(held_out), evaluations=rows)), from_rewards=from_rewards
+    )
+
+
+def test_last_lines_of_a_run_without_a_signal_advise_no_other_rate():
+    block = {"steps": 2.0, "reward": 0.0, "frac_reward_zero_std": 2.0, "completions/clipped_ratio": 2.0}
+    evaluations = [{"step": step, "train": 0.0, "held_out": 0.0} for step in (0.0, 2.0)]
+    outcome = TrainingOutcome(Progress(step=2, evaluations=evaluations, reward_blocks=[block]))
+    found = closing_sentence(outcome, from_rewards=True)
+    assert found.startswith("in every step all answers to a prompt scored alike")
+    assert "a larger objective.rollout.max_new_tokens" in found and "lower" not in found
+    last_line = end_text(RunRecord(), Path("runs/idle"), outcome, None, []).splitlines()[-1]
+    assert last_line.startswith(
+        "next:       train again in another run.dir, with a larger objective.rollout.max_new_tokens"
     )
 
 

@@ -421,10 +421,13 @@ class ChallengeDetectors:
         return None
 
     def record_findings_of_whole_run(self, progress: Progress) -> None:
-        """When training is over: report instability, judge divergence of a run without evaluations, and say what recovered."""
-        instability_finding = instability.find_instability(progress)
-        if instability_finding is not None:
-            self._record_and_print_finding(instability_finding, is_repeat=False)
+        """When training is over: report instability and rewards that taught nothing, judge divergence of a run without
+        evaluations, and say what recovered.
+        """
+        no_signal_finding = rewards.find_no_signal(self.config.rewards, progress.step, progress.reward_blocks)
+        for finding in (instability.find_instability(progress), no_signal_finding):
+            if finding is not None:
+                self._record_and_print_finding(finding, is_repeat=False)
         if not progress.evaluations and not self.learns_from_rewards:
             self._judge_divergence(progress, held_out_metrics={})
         recovered_at = self.findings_by_detector.get(divergence.DETECTOR_NAME, {}).get("recovered_at")

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +54,11 @@ STEPS = "steps"
 """Key of a block: how many steps it has. All other keys are sums over them."""
 REWARD, ENTROPY, LENGTH, IDLE_GROUP_SHARE = "reward", "entropy", "completions/mean_length", "frac_reward_zero_std"
 """Metrics of a step: the mean reward, nats a token, tokens of an answer, the share of groups whose answers all score alike."""
+CLIPPED_SHARE, GRADIENT_NORM = "completions/clipped_ratio", "grad_norm"
+"""Metrics of a step: the share of answers that were cut off by the length limit, and the norm of the gradients."""
+NO_SIGNAL = "no_signal"
+"""Verdict on a whole run in which no step could learn anything."""
+LONGER_ANSWERS_REMEDY = "a larger objective.rollout.max_new_tokens, since all answers were cut off"
 REMEDIES_BY_VERDICT = {
     "cheated": (
         "read answers: rounds/ in the run directory",
@@ -78,6 +84,11 @@ REMEDIES_BY_VERDICT = {
         "a larger objective.group_size",
         "prompts that the model solves sometimes",
     ),
+    NO_SIGNAL: (
+        "rewards that differ between answers to a prompt",
+        "prompts that the model solves sometimes",
+        "shardtune evaluate <the words of the run>: rates of the prompts",
+    ),
 }
 
 
@@ -98,7 +109,7 @@ def add_step_to_blocks(
         blocks.append({STEPS: 0.0})
     block = blocks[-1]
     block[STEPS] += 1
-    for name in (REWARD, ENTROPY, LENGTH, IDLE_GROUP_SHARE, *control_metrics):
+    for name in (REWARD, ENTROPY, LENGTH, IDLE_GROUP_SHARE, CLIPPED_SHARE, GRADIENT_NORM, *control_metrics):
         if name in step_metrics:
             block[name] = block.get(name, 0.0) + float(step_metrics[name])
     return block[STEPS] >= block_size
@@ -174,6 +185,48 @@ def find_problems(
         yield make_finding(
             "idle", f"in {100 * share:.0f} % of the groups all answers score alike, and teach nothing", idle=share
         )
+
+
+class NoSignal(NamedTuple):
+    """Why a whole run could learn nothing from its rewards."""
+
+    message: str
+    remedies: tuple[str, ...]
+
+
+def no_signal_of_run(blocks: Sequence[Mapping[str, float]]) -> NoSignal | None:
+    """Why no step of a run could learn from rewards; None if some step could, or if the run has no blocks of steps.
+
+    Either rewards never differed, so that no answer was better than another, or every gradient was 0, as with
+    `objective.mask_truncated` if all answers are cut off. Another learning rate helps in neither case.
+    """
+    if _mean_over_run(blocks, IDLE_GROUP_SHARE) == 1:
+        message = "in every step all answers to a prompt scored alike, so that nothing was learned from them"
+    elif _mean_over_run(blocks, GRADIENT_NORM) == 0:
+        message = "no step had a gradient, so that nothing was learned"
+    else:
+        return None
+    remedies = REMEDIES_BY_VERDICT[NO_SIGNAL]
+    if _mean_over_run(blocks, CLIPPED_SHARE) == 1:
+        message += "; all answers were cut off by the length limit"
+        remedies = (LONGER_ANSWERS_REMEDY, *remedies)
+    return NoSignal(message, remedies)
+
+
+def _mean_over_run(blocks: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """The mean of a metric over all steps; None if there are none, or if a block lacks it, as in a run of an earlier version."""
+    if not blocks or any(name not in block for block in blocks):
+        return None
+    return sum(block[name] for block in blocks) / sum(block[STEPS] for block in blocks)
+
+
+def find_no_signal(config: RewardsWatchConfig, step: int, blocks: Sequence[Mapping[str, float]]) -> Finding | None:
+    """The finding, at the end of a run at `step`, that no step of it could learn from rewards; None if some step could."""
+    no_signal = no_signal_of_run(blocks)
+    if no_signal is None or config.action is Reaction.off:
+        return None
+    finding = _make_finding(step, ends_run=False, verdict=NO_SIGNAL, message=no_signal.message)
+    return replace(finding, remedies=no_signal.remedies)
 
 
 def _make_finding(step: int, ends_run: bool, verdict: str, message: str, **numbers: float) -> Finding:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainer.monitors.rewards import no_signal_of_run
 from trainer.reporting.numbers import format_metric
 from trainer.reporting.outcome import TrainingOutcome
 
@@ -35,6 +36,9 @@ def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
     By its held-out and training losses at each evaluation. `from_rewards`: the run learns from rewards. A higher reward is
     better, so its sign is turned to compare it like a loss.
     """
+    no_signal = no_signal_of_run(outcome.progress.reward_blocks)
+    if no_signal is not None:
+        return f"{no_signal.message}: {no_signal.remedies[0]}; another optim.lr does not help"
     quantity = "reward" if from_rewards else "loss"
     sign = -1.0 if from_rewards else 1.0
     evaluations = outcome.progress.evaluations

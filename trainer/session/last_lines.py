@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from trainer.monitors.rewards import no_signal_of_run
 from trainer.monitors.stragglers import SlowRank
 from trainer.objectives.base import ModelKind
 from trainer.objectives.registry import FAMILIES
@@ -176,10 +177,13 @@ def _export_of_best(run_dir: Path) -> str:
 def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, export_dir: Path | None) -> str | None:
     """Say what the user does next, as a command if there is one; None if gates kept the model from being exported.
 
-    In this order, since a model that is worse is not worth a chat: train again if training made it worse; export an earlier step
-    that is better; wait for the export job; export; try the exported model.
+    In this order, since a model that is worse is not worth a chat: train again if training could not learn, or made it worse;
+    export an earlier step that is better; wait for the export job; export; try the exported model.
     """
     findings = findings_in(outcome.findings_by_detector)
+    no_signal = no_signal_of_run(outcome.progress.reward_blocks)
+    if no_signal is not None:
+        return f"train again in another run.dir, with {no_signal.remedies[0]}"
     if not _has_improved(outcome):
         remedy = findings[0].remedies[0] if findings and findings[0].remedies else "a lower optim.lr"
         return f"train again in another run.dir, with {remedy}"

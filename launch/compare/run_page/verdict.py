@@ -21,6 +21,7 @@ from launch.compare.run_page.held_out import (
 from trainer.data.report.audit import AUDIT, DOCUMENT_LEAK_KINDS
 from trainer.monitors.config import Reaction
 from trainer.monitors.guard_config import Action
+from trainer.monitors.rewards import NO_SIGNAL
 from trainer.pages.numbers import format_number
 from trainer.pages.pieces import Callout, Tone, worst_first
 from trainer.reporting.findings import MAX_SHOWN_REMEDIES, RecordedFinding, findings_in
@@ -34,6 +35,7 @@ HEADING_BY_FINDING = {
     "forgetting": "The model forgets what it knew",
     "instability": "Training was unstable",
     "output": "Answers are degenerate",
+    NO_SIGNAL: "Nothing could be learned from the rewards",
 }
 """What the findings are called on the page; any other has its own name."""
 BAD_FINDINGS = {"diverged", "worse than before training"}
@@ -271,7 +273,8 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
     applies:
 
     - The best step is not known, or the last evaluation has no value: none.
-    - No step was better than the model before training: that, with the command that trains with a lower learning rate.
+    - No step was better than the model before training: that, with the command that trains with a lower learning rate, unless
+      no step could learn anything.
     - The last step is as good as the best one: none.
     - Otherwise: which step it was, with the command that exports its weights unless the run did it.
     """
@@ -285,7 +288,9 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
         before = monitored.format_value(monitored.value_before) if monitored.value_before is not None else ""
         text = f"{monitored.title} was {before} before training, and {best_value} at best, at step {best.step}."
         heading = "No step is better than the model before training"
-        return [Callout("warning", heading, text, commands=(_lower_learning_rate_command(run),))]
+        has_no_signal = any(finding.name == NO_SIGNAL for finding in findings_in(run.record.challenges))
+        commands = () if has_no_signal else (_lower_learning_rate_command(run),)
+        return [Callout("warning", heading, text, commands=commands)]
     if best.is_last_step_as_good:
         return []
     text = f"{monitored.title} was {best_value} there, and {monitored.format_value(monitored.value_after)} at the end."
