@@ -21,7 +21,7 @@ from launch.config.verb_arguments import (
 )
 from launch.output import print_json
 from launch.plan.cards import SHIPPED_CARD_NAMES, card_problems, read_card
-from launch.streams import write_control_sequence
+from launch.plan.progress import PlanProgress
 from strategies import exit_codes
 from strategies.errors import ConfigError
 from strategies.imports import importing_without_gc
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from launch.plan.from_run import CalibratedCard
     from trainer.config.run import RunConfig
     from trainer.planner.hardware import Card
-    from trainer.planner.sweep import ProgressCallback
     from trainer.planner.variants import PlanConfig, RunVariants
 
 
@@ -113,18 +112,22 @@ def main(argv: list[str]) -> int:
     from trainer.planner.sweep import plan_variants, with_further_variants, with_worst_imbalance
     from trainer.planner.variants import FURTHER_LONG_ROW_SETTINGS, list_long_row_variants
 
+    progress = PlanProgress()
+    progress.show_phase("reading the settings and the model's config.json")
     # First, because what is wrong with the settings must be reported before the data is prepared, which may take an hour.
     try:
         run = compose_planned_run(request.run_overrides, request.card)
+        variants = _list_checked_variants(run, request.settings)
     except ConfigError as error:
         raise ConfigError(problems_of_planned_run(request.run_overrides, request.card, request.settings)) from error
+    finally:
+        progress.clear()
     config, fixed_keys = run
-    variants = _list_checked_variants(run, request.settings)
     shape = shape_instead_of_files(config.model)
     calibration = card_of_request(request, ["plan", *argv])
     job = with_imbalance(prepare_planned_job(config, calibration.card), request.settings, calibration.expert_imbalance)
     micro_batch = config.batch["micro"] if "batch.micro" in fixed_keys else None
-    answer = plan_variants(variants, job, micro_batch, request.settings, _progress_printer())
+    answer = plan_variants(variants, job, micro_batch, request.settings, progress.show)
     # If nothing fits, the reason is as a rule that rows are long. Then variants in which ranks share a row are tried.
     for long_row_settings in FURTHER_LONG_ROW_SETTINGS:
         if answer.fastest_fitting_choice is not None:
@@ -135,7 +138,7 @@ def main(argv: list[str]) -> int:
             print(
                 f"nothing fits: looking at {num_further} further options, with rows that ranks share", file=sys.stderr
             )
-            answer = with_further_variants(answer, further, job, micro_batch, request.settings, _progress_printer())
+            answer = with_further_variants(answer, further, job, micro_batch, request.settings, progress.show)
     answer = with_worst_imbalance(answer, request.settings)
     if shape is not None:
         notes = (shape_note(shape, config.model.path), *answer.cost_model.notes)
@@ -344,21 +347,3 @@ def _fill_batch(batch: dict[str, Any], config: RunConfig, fixed_keys: set[str]) 
     if "batch.global" not in fixed_keys and smallest_batch > 0:
         accumulation_steps = math.ceil(batch["global"] / smallest_batch)
         batch["global"] = accumulation_steps * smallest_batch
-
-
-def _progress_printer() -> ProgressCallback:
-    """A function that prints progress on stderr, to be called with (options simulated, all options, name of the last one).
-
-    In a terminal it writes over one line; in a log file it prints a single line at the end.
-    """
-    is_terminal = sys.stderr.isatty()
-
-    def on_progress(done: int, total: int, variant: str) -> None:
-        if is_terminal:
-            write_control_sequence(sys.stderr, "\r\033[K")  # back to the begin of the line, and erase it
-            line = f"simulated {done} of {total}: {variant}"[:96]  # a line that wraps could not be written over
-            print(line, end="" if done < total else "\n", file=sys.stderr, flush=True)
-        elif done == total:
-            print(f"simulated {total} options", file=sys.stderr, flush=True)
-
-    return on_progress

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,7 +23,8 @@ from trainer.planner.plan import PlannedChoice, PlannedJob, candidate_micro_batc
 from trainer.planner.variants import PlanConfig, RefusedVariant, RunVariant, RunVariants
 
 ProgressCallback = Callable[[int, int, str], None]
-"""Called with (variants done, all variants, the overrides of the one that is done)."""
+"""Called with (variants done, all variants, the overrides of the one that has been simulated longest; empty if all are done)."""
+PROGRESS_INTERVAL_S = 1.0
 WORKER_KILLED = NotSimulated("its simulation was killed; the host may lack memory, set plan.workers=1")
 
 
@@ -64,7 +65,7 @@ def plan_variants(
     """Plan a run: simulate each of its possible variants, try every micro-batch, and order the choices by memory and speed.
 
     A variant is a strategy with its recomputation and offloading; with a micro-batch it is a choice. `job`: ranks, GPU and batch
-    of the run. `requested_micro_batch`: that on the command line; None plans for all. `on_progress`: called after each variant.
+    of the run. `requested_micro_batch`: that on the command line; None plans for all. `on_progress`: called each second.
     Raises ConfigError if no variant could be simulated.
     """
     refused = list(variants.refused)
@@ -187,7 +188,7 @@ def simulate_variants(
     """Simulate each variant of a run in a worker process: returns its cost model, or why it cannot be simulated, in their order.
 
     `job`: ranks, GPU and batch. `accumulations`: how many micro-batches of a step to simulate, for each variant. `settings`: how
-    many workers, and whether the whole model is simulated. `on_progress`: called after each variant.
+    many workers, and whether the whole model is simulated. `on_progress`: called each second.
     """
     # Import and build once here, before the workers are forked: otherwise each of them would do it.
     import trainer.planner.simulation  # noqa: F401
@@ -223,17 +224,22 @@ def _collect_cost_models(
 ) -> list[CostModel | NotSimulated]:
     """Wait for the worker processes to simulate all variants; returns the results in the order of `variants`.
 
-    `index_by_future`: for each task of the pool, the index of the variant that it simulates. `on_progress`: called after each.
+    `index_by_future`: for each task of the pool, in the order in which workers take them, the index of the variant that it
+    simulates. `on_progress`: called each second.
     The variants of a worker that was killed get a reason instead of a cost model.
     """
     results: dict[int, CostModel | NotSimulated] = {}
-    for num_done, future in enumerate(as_completed(index_by_future), 1):
-        index = index_by_future[future]
-        try:
-            results[index] = future.result()
-        except BrokenProcessPool:  # a worker was killed, and the pool stops all others
-            results[index] = WORKER_KILLED
-        on_progress(num_done, len(variants), " ".join(variants[index].overrides))
+    pending = set(index_by_future)
+    while pending:
+        # One simulation may take a minute: the user is to see that something is done.
+        done, pending = wait(pending, timeout=PROGRESS_INTERVAL_S, return_when=FIRST_COMPLETED)
+        for future in done:
+            try:
+                results[index_by_future[future]] = future.result()
+            except BrokenProcessPool:  # a worker was killed, and the pool stops all others
+                results[index_by_future[future]] = WORKER_KILLED
+        running = [index for future, index in index_by_future.items() if future in pending]
+        on_progress(len(results), len(variants), " ".join(variants[running[0]].overrides) if running else "")
     return [results[index] for index in range(len(variants))]
 
 

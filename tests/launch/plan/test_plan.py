@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from launch.plan.cards import SHIPPED_CARD_NAMES
 from launch.plan.command import compose_planned_run, read_plan_request
 from launch.plan.job import prepare_planned_job
 from launch.plan.planned_command import planned_command_lines
+from launch.plan.progress import PlanProgress
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
@@ -344,6 +346,45 @@ def killed(config, *asked, **exact):
     return "done"
 
 
+def test_plan_shows_what_is_simulated_while_it_lasts(monkeypatch):
+    """One simulation may take a minute on a slow machine."""
+    monkeypatch.setattr(sweep, "PROGRESS_INTERVAL_S", 0.01)
+    first, second = Future(), Future()
+    variants = [SimpleNamespace(overrides=(f"strategy={name}", "batch.micro=1")) for name in ("ddp", "zero3")]
+    shown = []
+
+    def on_progress(*progress):
+        shown.append(progress)
+        if len(shown) == 3:
+            second.set_result("of zero3")
+        if len(shown) == 6:
+            first.set_result("of ddp")
+
+    found = sweep._collect_cost_models(variants, {second: 1, first: 0}, on_progress)
+    assert found == ["of ddp", "of zero3"]
+    assert shown[:3] == [(0, 2, "strategy=zero3 batch.micro=1")] * 3
+    assert shown[-2] == (1, 2, "strategy=ddp batch.micro=1") and shown[-1] == (2, 2, "")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_plan_progress_is_a_line_in_a_terminal_and_one_each_15_seconds_in_a_log(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    now = 0.0
+    monkeypatch.setattr("launch.plan.progress.time", SimpleNamespace(monotonic=lambda: now))
+    shown = PlanProgress()
+    shown.show_phase("reading the settings")
+    shown.clear()
+    for second in range(1, 41):
+        now = float(second)
+        shown.show(second // 10, 5, "strategy=zero3 " + "x" * 200)
+    shown.show(5, 5, "")
+    said = capsys.readouterr().err
+    assert "simulated 1 of 5 options in 15 s; now strategy=zero3" in said and "simulated 5 options\n" in said
+    assert said.count("simulated ") == (41 if is_terminal else 3)
+    assert ("reading the settings" in said) == is_terminal and ("\033[K" in said) == is_terminal
+    assert said.count("\n") == (1 if is_terminal else 3)
+
+
 def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
     """Those that were done by then stay; one after the other, so that it is known which."""
     monkeypatch.setattr(sweep, "_simulate", killed)
@@ -355,7 +396,7 @@ def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
     forms = sweep.simulate_variants(found, job(card), [1] * len(found), settings, lambda *said: told.append(said))
     by_name = dict(zip([way.name for way in found], forms, strict=True))
     assert by_name["zero3"] == "done" and by_name["zero2"] == by_name["fsdp2"] == sweep.WORKER_KILLED
-    assert len(told) == len(found)
+    assert told[-1][:2] == (len(found), len(found))
 
 
 def test_plan_reports_what_cannot_be_simulated(capsys, tmp_path, model):
