@@ -201,7 +201,7 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
     """Lines with the command of the best choice and where its memory and time go, or with why nothing fits."""
     best, job = answer.fastest_fitting_choice, answer.planned_run
     if best is None:
-        return [*_nothing_fits_lines(answer.best_choices[0]), *wrap_sentences(expert_parallel_notes(answer), indent=0)]
+        return [*_nothing_fits_lines(answer), *wrap_sentences(expert_parallel_notes(answer), indent=0)]
     return [
         *planned_command_lines(overrides, best, job),
         "",
@@ -240,11 +240,18 @@ def _round_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
     return lines
 
 
-def _nothing_fits_lines(smallest: PlannedChoice) -> list[str]:
-    """Lines on what the smallest choice lacks (host memory or GPU memory), and what would help.
+def enough_cards_text(answer: PlanAnswer) -> str:
+    """The sentence on how many cards would do if nothing fits; empty if that is not known."""
+    enough = answer.enough_cards
+    if enough is None:
+        return ""
+    num_cards = enough.num_nodes * enough.ranks_per_node
+    return f"{num_cards} cards would do ({' '.join(enough.overrides)})."
 
-    `smallest`: the one that lacks least memory of the card.
-    """
+
+def _nothing_fits_lines(answer: PlanAnswer) -> list[str]:
+    """Lines on what the smallest choice lacks (host memory or GPU memory), and what would help."""
+    smallest = answer.best_choices[0]  # if nothing fits, the choice that lacks least memory comes first
     overrides = " ".join(smallest.overrides)
     if smallest.node_memory_gib is not None and not smallest.fits_host:
         return wrap_text(
@@ -257,7 +264,7 @@ def _nothing_fits_lines(smallest: PlannedChoice) -> list[str]:
     return wrap_text(
         f"Nothing fits: the smallest, {overrides}, is {-smallest.memory_fit.margin_bytes / GIB:.1f} GiB too much. Take more "
         "cards (launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or "
-        "look at plan.offload=true.",
+        f"look at plan.offload=true. {enough_cards_text(answer)}".rstrip(),
         indent=0,
     )
 

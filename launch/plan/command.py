@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from launch.plan.from_run import CalibratedCard
     from trainer.config.run import RunConfig
     from trainer.planner.hardware import Card
+    from trainer.planner.sweep import PlanAnswer
     from trainer.planner.variants import PlanConfig, RunVariants
 
 
@@ -139,6 +140,8 @@ def main(argv: list[str]) -> int:
                 f"nothing fits: looking at {num_further} further options, with rows that ranks share", file=sys.stderr
             )
             answer = with_further_variants(answer, further, job, micro_batch, request.settings, progress.show)
+    if answer.fastest_fitting_choice is None:
+        answer = _with_enough_cards(answer, request.settings, fixed_keys, progress)
     answer = with_worst_imbalance(answer, request.settings)
     if shape is not None:
         notes = (shape_note(shape, config.model.path), *answer.cost_model.notes)
@@ -155,6 +158,23 @@ def main(argv: list[str]) -> int:
         write_text_atomic(page_file, plan_page(answer, request.run_overrides, calibration.lines))
         print(f"written: {page_file}", file=sys.stderr if request.arguments.as_json else sys.stdout, flush=True)
     return 0 if answer.fastest_fitting_choice is not None else exit_codes.CHECK_FAILED
+
+
+def _with_enough_cards(
+    answer: PlanAnswer, settings: PlanConfig, fixed_keys: set[str], progress: PlanProgress
+) -> PlanAnswer:
+    """`answer`, in which nothing fits, with a number of cards that would do, if one is found.
+
+    `fixed_keys`: settings on the command line. A node keeps its number of cards if one of them sets it.
+    """
+    from trainer.planner.more_cards import find_enough_cards
+
+    job = answer.planned_run
+    sets_cards_of_node = fixed_keys & {"launcher.gpus_per_node", "launcher.processes"}
+    max_ranks_per_node = job.ranks_per_node if sets_cards_of_node else job.card.gpus_per_node
+    print("nothing fits: looking for a number of cards that would do", file=sys.stderr, flush=True)
+    enough_cards = find_enough_cards(answer, settings, progress.show, max_ranks_per_node=max_ranks_per_node)
+    return replace(answer, enough_cards=enough_cards)
 
 
 def card_of_request(request: PlanRequest, command: list[str]) -> CalibratedCard:

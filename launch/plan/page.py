@@ -10,6 +10,7 @@ from launch.plan.answer import (
     cards_text,
     checkpoint_gib,
     checkpoint_s,
+    enough_cards_text,
     format_dollars,
     memory_savings_text,
     refused_variants_by_reason,
@@ -132,7 +133,8 @@ def _best_choice_callout(answer: PlanAnswer, overrides: list[str]) -> Callout:
     if best is None:
         smallest = answer.best_choices[0]  # if nothing fits, the choice that lacks least memory comes first
         excess = f"{format_number(-smallest.memory_fit.margin_bytes / GIB, 3)} GiB more than the card has"
-        advice = "Take more cards, a smaller data.max_length, tuning=lora, or a card with more memory."
+        advice = "Take more cards, a smaller data.max_length, tuning=lora, or a card with more memory. "
+        advice = f"{advice}{enough_cards_text(answer)}".rstrip()
         if not smallest.fits_host and smallest.memory_fit.margin_bytes >= 0:
             needed_gib = format_number(smallest.needed_host_gib, 3)
             excess = f"{needed_gib} GiB of a node's memory, which has {format_number(smallest.node_memory_gib, 3)}"

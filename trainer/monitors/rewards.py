@@ -217,7 +217,8 @@ def _mean_over_run(blocks: Sequence[Mapping[str, float]], name: str) -> float | 
     """The mean of a metric over all steps; None if there are none, or if a block lacks it, as in a run of an earlier version."""
     if not blocks or any(name not in block for block in blocks):
         return None
-    return sum(block[name] for block in blocks) / sum(block[STEPS] for block in blocks)
+    num_steps = sum(block[STEPS] for block in blocks)
+    return sum(block[name] for block in blocks) / num_steps
 
 
 def find_no_signal(config: RewardsWatchConfig, step: int, blocks: Sequence[Mapping[str, float]]) -> Finding | None:

@@ -119,6 +119,21 @@ class PlannedJob:
 
 
 @dataclass(frozen=True, slots=True)
+class EnoughCards:
+    """More cards than were planned, with which a choice fits."""
+
+    num_nodes: int
+    ranks_per_node: int
+    choice: PlannedChoice
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The settings to add to the command line."""
+        launcher = (f"launcher.nodes={self.num_nodes}", f"launcher.gpus_per_node={self.ranks_per_node}")
+        return (*launcher, *self.choice.overrides)
+
+
+@dataclass(frozen=True, slots=True)
 class MeasuredImbalance:
     """How unevenly the routers of a run chose among the ranks of an expert group."""
 

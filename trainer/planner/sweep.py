@@ -19,7 +19,14 @@ from trainer.config.run import RunConfig
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import NotSimulated, strategy_for_simulation, why_not_simulated
 from trainer.planner.hardware import MemoryFit
-from trainer.planner.plan import PlannedChoice, PlannedJob, candidate_micro_batches, plan_choice, plan_choices
+from trainer.planner.plan import (
+    EnoughCards,
+    PlannedChoice,
+    PlannedJob,
+    candidate_micro_batches,
+    plan_choice,
+    plan_choices,
+)
 from trainer.planner.variants import PlanConfig, RefusedVariant, RunVariant, RunVariants
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -48,6 +55,8 @@ class PlanAnswer:
     worst_imbalance_fit: MemoryFit | None = None
     """The memory of the first choice if all rows of a layer went to the experts of one rank; None if it does not distribute
     experts."""
+    enough_cards: EnoughCards | None = None
+    """If nothing fits: more cards with which a choice fits; None if something fits, or if no such number was found."""
 
     @property
     def fastest_fitting_choice(self) -> PlannedChoice | None:

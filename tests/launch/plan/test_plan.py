@@ -301,6 +301,16 @@ def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ra
     assert verb == "train" or compose_config([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
 
 
+def test_plan_says_how_many_cards_would_do(capsys, tmp_path):
+    words = ["plan", "model=smollm2_135m", "tuning=full", "data.max_length=64", "hardware=l4", "hardware.memory_gib=2"]
+    words += ["strategy=fsdp2", "strategy.activation_checkpointing=full", "batch.micro=1"]
+    assert command.main([*words, f"to={tmp_path}"]) == 69
+    found = re.search(r"(\d+) cards would do \((launcher[^)]*)\)", " ".join(capsys.readouterr().out.split()))
+    num_cards, more_words = found.groups()
+    assert int(num_cards) > 1 and f"{num_cards} cards would do" in (tmp_path / "plan.html").read_text()
+    assert command.main([*words[:6], *shlex.split(more_words)]) == 0, "with them it fits"
+
+
 def test_plan_says_that_nothing_fits(capsys, model, tmp_path):
     code, out = plan(capsys, model, "hardware=l4", "hardware.memory_gib=0.5", "strategy=single", f"to={tmp_path}")
     assert code == 69, out
