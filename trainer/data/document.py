@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from strategies.errors import DataError
 
@@ -179,6 +179,14 @@ def thought_of(message: Message) -> str | None:
         return message["reasoning_content"]
     think_block = THINK_BLOCK_REGEX.match(message["content"] or "")
     return think_block.group(1) if think_block else None
+
+
+class InputId(NamedTuple):
+    """By what a set of files that is read in one way is known, such as ("train", "faq")."""
+
+    split: str
+    source: str
+    """A key of `data.sources`, "data", or the name of a held-out set."""
 
 
 @dataclass(slots=True)

@@ -44,6 +44,7 @@ from trainer.data.config import (
     identifying_data_settings,
 )
 from trainer.data.disk_space import require_disk_space
+from trainer.data.document import InputId
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.read.origin import Origin
@@ -283,7 +284,7 @@ class Preparation:
         """The encoder of all steps. Made once, because it copies the tokenizer, which takes up to a second."""
         return self.data_spec.encoder(self.tokenizer, self.config)
 
-    def _make_readers(self) -> dict[tuple[str, str], RowReader]:
+    def _make_readers(self) -> dict[InputId, RowReader]:
         """A reader for each input, by (split, source) such as ("train", "data"), in the format that its first row has."""
         spec = self.data_spec
         return make_row_readers(self.inputs, label=spec.label, preferred=spec.formats, kept=spec.kept)
@@ -393,7 +394,7 @@ class Preparation:
         return index_bytes_per_document(config.duplicates.threshold)
 
     def _make_blocks(
-        self, readers: dict[tuple[str, str], RowReader], *, shard: int = 0, num_shards: int = 1
+        self, readers: dict[InputId, RowReader], *, shard: int = 0, num_shards: int = 1
     ) -> Generator[PreparedBlock]:
         """Read, clean and tokenise the rows of one shard: blocks of documents and tokens, in the order of the input.
 

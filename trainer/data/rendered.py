@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from strategies.errors import DataError
-from trainer.data.document import Document
+from trainer.data.document import Document, InputId
 from trainer.data.formats import RowReader
 from trainer.data.sources import SourceInput
 from trainer.data.tokens.encode import Encoder
@@ -73,9 +73,7 @@ class TurnTokens:
         return None
 
 
-def refuse_rendered_rows(
-    inputs: list[SourceInput], readers: dict[tuple[str, str], RowReader], encoder: Encoder
-) -> None:
+def refuse_rendered_rows(inputs: list[SourceInput], readers: dict[InputId, RowReader], encoder: Encoder) -> None:
     """Raise DataError if most of an input's first texts or prompts look as if a chat template had rendered them.
 
     A model would learn to spell such tokens letter by letter, and never to end a turn. `readers`: by (split, source), what makes

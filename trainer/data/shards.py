@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from strategies.errors import DataError
-from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, Findings, RejectedRow, Tally
+from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, Findings, InputId, RejectedRow, Tally
 from trainer.data.fields import MAX_REMEMBERED_NAMES
 from trainer.data.selection.splits import DocumentColumns
 from trainer.data.store.documents import DOCUMENTS_FILE, document_schema
@@ -87,10 +87,10 @@ class PreparationTotals:
     """Sums of what all blocks counted."""
 
     tally: Tally = field(default_factory=Tally)
-    num_rows_by_input: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Rows read, by (split, source)."""
-    num_kept_by_input: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Documents kept, by (split, source)."""
+    num_rows_by_input: Counter[InputId] = field(default_factory=Counter)
+    """Rows read."""
+    num_kept_by_input: Counter[InputId] = field(default_factory=Counter)
+    """Documents kept."""
     num_rows_by_file: Counter[str] = field(default_factory=Counter)
     """Rows read."""
     first_rejected_rows: list[RejectedRow] = field(default_factory=list)
@@ -231,7 +231,7 @@ class Assembly:
         Raises AssertionError if the rows that were read are not those kept and those dropped: then a stage lost a document.
         """
         totals = self.totals
-        input_id = (block.split, block.source)
+        input_id = InputId(block.split, block.source)
         num_documents = len(block.num_sequences_by_document)
         totals.num_rows_by_input[input_id] += block.num_rows
         totals.num_kept_by_input[input_id] += num_documents

@@ -10,7 +10,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import HELD_OUT, BalanceConfig, DataConfig, DataFormat, FilterConfig, Layout, PrivacyConfig
-from trainer.data.document import Document, RejectedRow, SourceRow
+from trainer.data.document import Document, InputId, RejectedRow, SourceRow
 from trainer.data.fields import KeptColumns, parse_label
 from trainer.data.format_recognition import recognise_format
 from trainer.data.formats import RowReader
@@ -66,9 +66,9 @@ class SourceInput:
     """Columns that its reader needs, once it is known."""
 
     @property
-    def id(self) -> tuple[str, str]:
-        """(split, source), by which readers are found."""
-        return self.split, self.source
+    def id(self) -> InputId:
+        """By which readers are found."""
+        return InputId(self.split, self.source)
 
 
 COMMIT_REGEX = re.compile(r"[0-9a-f]{40}")
@@ -269,8 +269,8 @@ def make_row_readers(
     preferred: tuple[DataFormat, ...] = (),
     kept: KeptColumns | None = None,
     accept_unread_columns: bool = False,
-) -> dict[tuple[str, str], RowReader]:
-    """Make a reader for each input, by its id (split, source): it turns the rows of the input into documents of one format.
+) -> dict[InputId, RowReader]:
+    """Make a reader for each input, by its id: it turns the rows of the input into documents of one format.
 
     The format is that of the settings, or recognised from the first row that can be read. Also sets `needed_columns` of each
     input.
@@ -354,8 +354,8 @@ def _first_readable_row(source_input: SourceInput) -> SourceRow:
 
 def rows_of_inputs(
     inputs: list[SourceInput], max_documents: int | None
-) -> Iterator[tuple[tuple[str, str], SourceRow | RejectedRow]]:
-    """Read the rows of all inputs, in order: ((split, source), row) of each.
+) -> Iterator[tuple[InputId, SourceRow | RejectedRow]]:
+    """Read the rows of all inputs, in order: (id of the input, row) of each.
 
     `max_documents`: how many rows of the training split are read, all its sources together; None for all.
     """
@@ -371,13 +371,13 @@ def rows_of_inputs(
             yield source_input.id, row
 
 
-def row_ranges(ids_and_rows: Iterator[tuple[tuple[str, str], SourceRow | RejectedRow]]) -> Iterator[RowRange]:
+def row_ranges(ids_and_rows: Iterator[tuple[InputId, SourceRow | RejectedRow]]) -> Iterator[RowRange]:
     """Group rows into ranges, each of which a worker turns into one block of prepared data.
 
     A range has rows of one input, at most `MAX_RANGE_ROWS` and about `MAX_RANGE_BYTES`. Where a range ends depends on the input
     alone, so that any number of workers prepares the same data set.
 
-    `ids_and_rows`: ((split, source), row), as `rows_of_inputs` gives them.
+    `ids_and_rows`: (id of the input, row), as `rows_of_inputs` gives them.
     """
     number = 0
     num_bytes = 0

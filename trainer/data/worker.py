@@ -22,7 +22,7 @@ from strategies.errors import ShardtuneError
 from strategies.parent_death import die_with_parent
 from trainer.data.compat import close_own_writer
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
-from trainer.data.document import EXCERPT_CHARACTERS, Document, RefusedDocument, RejectedRow, Stage, Tally
+from trainer.data.document import EXCERPT_CHARACTERS, Document, InputId, RefusedDocument, RejectedRow, Stage, Tally
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.selection.signatures import Signer, content_json, group_digest
@@ -46,7 +46,7 @@ class BlockMaker:
         config: DataConfig,
         data_spec: DataSpec,
         *,
-        readers: dict[tuple[str, str], RowReader],
+        readers: dict[InputId, RowReader],
         encoder: Encoder,
         date: TemplateDate | None = None,
     ) -> None:
@@ -106,7 +106,7 @@ class BlockMaker:
         Rows that cannot be read, or that the objective cannot use, go to `block.rejected_rows` instead. Sets
         `block.unread_columns`, the columns of the rows that nothing read.
         """
-        reader = self.readers[row_range.split, row_range.source]
+        reader = self.readers[InputId(row_range.split, row_range.source)]
         reader.unread.names.clear()
         documents: list[Document] = []
         for row in row_range.rows:

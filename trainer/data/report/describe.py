@@ -14,7 +14,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.batches.mixing import SourceMix
 from trainer.data.config import DataConfig, DataFormat, PrivacyMode
-from trainer.data.document import Document, Tally
+from trainer.data.document import Document, InputId, Tally
 from trainer.data.fields import shorten_name_list
 from trainer.data.objective_spec import DataSpec
 from trainer.data.report import audit as audit_schema
@@ -49,7 +49,7 @@ class ReportWriter:
         config: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
         inputs: list[SourceInput],
-        formats: Mapping[tuple[str, str], DataFormat],
+        formats: Mapping[InputId, DataFormat],
         fingerprint: str,
         directory: Path,
         *,

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.data.document import Message
 from trainer.data.tokens.marking import RESERVED_CHARACTERS, Render
@@ -147,11 +147,18 @@ def _call_in_dialect(
     return {**call, "id": call_id, "function": {**function, "arguments": arguments}}
 
 
-def label_calls_and_results(messages: list[Message]) -> tuple[list[Message], list[str], list[str]]:
+class LabelledConversation(NamedTuple):
+    """A conversation with labels in it, which show what a template writes of it."""
+
+    messages: list[Message]
+    call_labels: list[str]
+    result_labels: list[str]
+
+
+def label_calls_and_results(messages: list[Message]) -> LabelledConversation:
     """Put a label behind the name of each tool call and behind each result, to see afterwards which of them a template writes.
 
-    A label is a number between private-use characters. Blank results get none. Returns (the messages with labels, the labels of
-    calls, the labels of results).
+    A label is a number between private-use characters. Blank results get none.
     """
     call_labels: list[str] = []
     result_labels: list[str] = []
@@ -170,4 +177,4 @@ def label_calls_and_results(messages: list[Message]) -> tuple[list[Message], lis
         if calls:
             message = {**message, "tool_calls": calls}
         labelled_messages.append(message)
-    return labelled_messages, call_labels, result_labels
+    return LabelledConversation(labelled_messages, call_labels, result_labels)

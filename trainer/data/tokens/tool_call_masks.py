@@ -131,17 +131,17 @@ class TurnSpanFinder:
                 "this chat template ignores the column tools; set model.chat_template to one that writes it, or drop "
                 "the column with data.ignore_columns=[tools]",
             )
-        labelled_messages, call_labels, result_labels = label_calls_and_results(conversation.messages)
-        if not (call_labels or result_labels):
+        labelled = label_calls_and_results(conversation.messages)
+        if not (labelled.call_labels or labelled.result_labels):
             return text
-        labelled_text = conversation.render(labelled_messages)
-        if any(label not in labelled_text for label in call_labels):
+        labelled_text = conversation.render(labelled.messages)
+        if any(label not in labelled_text for label in labelled.call_labels):
             raise template_refusal(
                 conversation.location,
                 "this chat template cannot write tool calls; set model.chat_template to one that can, or, if calls are a key, "
                 "drop them with data.ignore_columns=[tool_calls]",
             )
-        if any(label not in labelled_text for label in result_labels):
+        if any(label not in labelled_text for label in labelled.result_labels):
             raise template_refusal(
                 conversation.location,
                 "the chat template leaves out the results of tools (role tool); give another in model.chat_template",

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.data.config import ChecksConfig, CleaningConfig, UnicodeForm
 from trainer.data.document import Document, Message, Tally
@@ -42,6 +42,15 @@ _MOJIBAKE_REGEX = re.compile(
     f"[{_LATIN_FIRST}][{_LATIN_FURTHER}]|(?:[{_CYRILLIC_FIRST}][{_CYRILLIC_FURTHER}]){{2}}|\u0432\u0402"
 )
 """What UTF-8 that was read in another encoding looks like; some right texts look so, too."""
+
+
+class Problem(NamedTuple):
+    """Something in a document that looks wrong."""
+
+    kind: str
+    """One of `CHECK_KINDS`, such as "system_late"."""
+    position: str
+    """Where it is, such as "turn 3 of chosen"."""
 
 
 class Checks:
@@ -76,17 +85,14 @@ class Checks:
         Example: {"system_late": "turn 3 of chosen"}, for a system turn that is not the first turn.
         """
         first_positions: dict[str, str] = {}
-        for kind, position in self._all_problems(document):
-            first_positions.setdefault(kind, position)
+        for problem in self._all_problems(document):
+            first_positions.setdefault(problem.kind, problem.position)
         if not first_positions:  # the usual case
             return first_positions
         return {kind: first_positions[kind] for kind in CHECK_KINDS if kind in first_positions}
 
-    def _all_problems(self, document: Document) -> Iterator[tuple[str, str]]:
-        """Find all problems of a document, of its turns and then of its texts: (kind of problem, its position).
-
-        Kinds are those of `CHECK_KINDS`; a position is such as "turn 2 of chosen" or "text 2, U+FFFD at character 7".
-        """
+    def _all_problems(self, document: Document) -> Iterator[Problem]:
+        """Find all problems of a document, of its turns and then of its texts."""
         prompt = document.messages or []
         if document.chosen is not None or document.rejected is not None:
             # Of a preference pair, the prompt with each of its answers is a conversation of its own.
@@ -97,32 +103,32 @@ class Checks:
         for number, text in enumerate(document.texts(), 1):
             yield from self._text_problems(text, f"text {number}")
 
-    def _text_problems(self, text: str, text_name: str) -> Iterator[tuple[str, str]]:
+    def _text_problems(self, text: str, text_name: str) -> Iterator[Problem]:
         """Find the problems of one text: (kind, its position), such as ("encoding_damage", "text 2, U+FFFD at character 7").
 
         Kinds are those of `CHECK_KINDS`. `text_name`: what the position calls the text, such as "text 2".
         """
         if not text or text.isspace():
-            yield "empty_text", text_name
+            yield Problem("empty_text", text_name)
         control = _CONTROL_CHARACTER_REGEX.search(text)
         if control:
             code_point = f"U+{ord(control.group()):04X}"
-            yield "control_characters", f"{text_name}, {code_point} at character {control.start() + 1}"
+            yield Problem("control_characters", f"{text_name}, {code_point} at character {control.start() + 1}")
         # Damaged encoding always leaves characters beyond ASCII.
         if text.isascii():
             return
         # The replacement character stands where somebody failed to decode a text before.
         replacement = text.find("\ufffd")
         if replacement >= 0:
-            yield "encoding_damage", f"{text_name}, U+FFFD at character {replacement + 1}"
+            yield Problem("encoding_damage", f"{text_name}, U+FFFD at character {replacement + 1}")
             return
         # The regular expression is a cheap first look: only what it finds is worth ftfy's own heuristic.
         mojibake = _MOJIBAKE_REGEX.search(text)
         if mojibake and self._looks_like_mojibake(text):
-            yield "encoding_damage", f"{text_name}, {mojibake.group()!r} at character {mojibake.start() + 1}"
+            yield Problem("encoding_damage", f"{text_name}, {mojibake.group()!r} at character {mojibake.start() + 1}")
 
 
-def _turn_problems(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
+def _turn_problems(turns: list[Message], suffix: str) -> Iterator[Problem]:
     """Find the problems in the order of a conversation's turns: (kind, position), such as ("system_late", "turn 3 of chosen").
 
     Kinds are those of `CHECK_KINDS`. `suffix` names the conversation in the position, such as " of chosen".
@@ -133,16 +139,16 @@ def _turn_problems(turns: list[Message], suffix: str) -> Iterator[tuple[str, str
         position = f"turn {index + 1}{suffix}"
         content = turn["content"]
         if role == "system" and index > 0:
-            yield "system_late", position
+            yield Problem("system_late", position)
         if role == "assistant" and "user" not in roles[:index]:
-            yield "assistant_before_user", position
+            yield Problem("assistant_before_user", position)
         if index > 0 and role == roles[index - 1] and role not in ("system", "tool"):
-            yield "same_role_twice", position
+            yield Problem("same_role_twice", position)
         if len(content) >= MIN_REPEATED_CHARACTERS and (role, content) in earlier_turns:
-            yield "repeated_turn", position
+            yield Problem("repeated_turn", position)
         earlier_turns.add((role, content))
     if roles and roles[-1] != "assistant":
-        yield "trailing_turns", f"turn {len(turns)}{suffix}"
+        yield Problem("trailing_turns", f"turn {len(turns)}{suffix}")
 
 
 MAX_PASSES = 8

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,10 +50,27 @@ def _hash_ngrams(word_hashes: np.ndarray, length: int) -> np.ndarray:
     return np.unique(hashes)
 
 
-def texts_to_decontaminate_from(document: Document) -> Iterator[tuple[str, str]]:
+class EvaluationText(NamedTuple):
+    """A text of an evaluation set, which training data must not contain."""
+
+    location: str
+    """`file:line` of its row."""
+    text: str
+
+
+class Contamination(NamedTuple):
+    """An evaluation text of which a training document holds something."""
+
+    location: str
+    """`file:line` of the evaluation text."""
+    share: float
+    """How many of its runs of words the document has, 0 to 1."""
+
+
+def texts_to_decontaminate_from(document: Document) -> Iterator[EvaluationText]:
     """Find what of an evaluation document training data must not contain: its questions, and answers of some length.
 
-    Each as (`file:line`, text), for a `Decontaminator`. System turns are left out, and so are answers of fewer than
+    System turns are left out, and so are answers of fewer than
     `WORDS_PER_RUN` words, which many questions share.
     """
     turns = [*document.conversation(), *(document.rejected or [])]
@@ -61,7 +79,7 @@ def texts_to_decontaminate_from(document: Document) -> Iterator[tuple[str, str]]
     if document.text is not None:
         texts.append(document.text)
     texts += [text for text in answers if len(normalize(text).split()) >= WORDS_PER_RUN]
-    return ((document.location, text) for text in texts)
+    return (EvaluationText(document.location, text) for text in texts)
 
 
 class Decontaminator:
@@ -69,7 +87,7 @@ class Decontaminator:
 
     name = "decontamination"
 
-    def __init__(self, texts: Iterable[tuple[str, str]], config: DecontaminationConfig) -> None:
+    def __init__(self, texts: Iterable[EvaluationText], config: DecontaminationConfig) -> None:
         """Index the evaluation texts, each as (`file:line`, text), by their runs of 13 words; equal ones count once.
 
         Raises DataError if none of the texts can be looked for.
@@ -124,8 +142,8 @@ class Decontaminator:
                 "the files"
             )
 
-    def find_best_match(self, text: str) -> tuple[str, float] | None:
-        """Find the evaluation text of which `text` holds most: (its `file:line`, the share of its runs of words in `text`).
+    def find_best_match(self, text: str) -> Contamination | None:
+        """Find the evaluation text of which `text` holds most, by the share of its runs of words that are in `text`.
 
         A run of words counts once, however often it is in a text. None if `text` shares none with any evaluation text.
         """
@@ -142,7 +160,7 @@ class Decontaminator:
         best_text = int(np.argmax(shares))
         if shares[best_text] == 0:
             return None
-        return self._locations[best_text], float(shares[best_text])
+        return Contamination(self._locations[best_text], float(shares[best_text]))
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """Count, and by policy drop, a training document that holds text of an evaluation set; its texts are looked at as one.
@@ -152,8 +170,7 @@ class Decontaminator:
         match = self.find_best_match("\n".join(document.texts()))
         if match is None:
             return document
-        evaluation_location, share = match  # of the runs of words of the evaluation text
-        location_and_match = f"{document.location} ({share:.0%} of {evaluation_location})"
+        location_and_match = f"{document.location} ({match.share:.0%} of {match.location})"
         if self.policy is DecontaminationPolicy.drop:
             tally.drop(self.name, "holds evaluation text", location_and_match)
             return None

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.data.config import FilterConfig
 from trainer.data.document import Document, Tally, message_texts
@@ -40,8 +40,17 @@ def _language_identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def detect_language(document: Document) -> tuple[str, float] | None:
-    """Detect the language of a document: (ISO 639 code, probability 0 to 1), such as ("en", 0.99).
+class DetectedLanguage(NamedTuple):
+    """The language that a text is probably in."""
+
+    code: str
+    """ISO 639, such as "en"."""
+    probability: float
+    """0 to 1."""
+
+
+def detect_language(document: Document) -> DetectedLanguage | None:
+    """Detect the language of a document, such as ("en", 0.99).
 
     Code, system prompts and rejected answers are left out. None if it has too little text to judge, or none in a language.
     """
@@ -49,8 +58,8 @@ def detect_language(document: Document) -> tuple[str, float] | None:
     return detect_text_language("\n".join([*texts, document.text or ""]))
 
 
-def detect_text_language(text: str) -> tuple[str, float] | None:
-    """Detect the language of a text without its code: (ISO 639 code, probability 0 to 1), such as ("en", 0.99).
+def detect_text_language(text: str) -> DetectedLanguage | None:
+    """Detect the language of a text without its code (in fences), such as ("en", 0.99).
 
     None if it is too short to judge, or in no language.
     """
@@ -61,7 +70,7 @@ def detect_text_language(text: str) -> tuple[str, float] | None:
     language, probability = _language_identifier().classify(text)
     if language == NO_LANGUAGE:
         return None
-    return str(language), float(probability)
+    return DetectedLanguage(str(language), float(probability))
 
 
 def count_languages(documents: Iterable[Document]) -> dict[str, int]:
@@ -72,10 +81,7 @@ def count_languages(documents: Iterable[Document]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for document in documents:
         detected = detect_language(document)
-        language = UNJUDGED_KEY
-        if detected is not None:
-            language, _probability = detected
-        counts[language] += 1
+        counts[UNJUDGED_KEY if detected is None else detected.code] += 1
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
@@ -139,11 +145,9 @@ class Filters:
             detected = detect_language(document)
             if detected is None:
                 tally.note(self.name, "language_not_judged", document.location)
-            else:
-                language, probability = detected
-                if language not in self.config.languages:
-                    reason = "other_language"
-                    remark = f" ({language} {probability:.2f})"
+            elif detected.code not in self.config.languages:
+                reason = "other_language"
+                remark = f" ({detected.code} {detected.probability:.2f})"
         if reason is None:
             return document
         tally.drop(self.name, reason, document.location + remark)
