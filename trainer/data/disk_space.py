@@ -84,8 +84,8 @@ def _estimate_prepared_bytes(
     written_per_byte = written_bytes / max(first_block.read_bytes, 1)
     written_per_row = written_bytes / max(first_block.num_read_rows, 1)
     # The size of text files is known in bytes, that of tables in rows.
-    text_bytes, table_rows = source_input.origin.text_bytes_and_table_rows()
-    needed_bytes = text_bytes * written_per_byte + table_rows * written_per_row
+    size = source_input.origin.estimate_size()
+    needed_bytes = size.text_bytes * written_per_byte + size.table_rows * written_per_row
     if max_rows is not None:
         needed_bytes = min(needed_bytes, written_per_row * max_rows)
     return needed_bytes

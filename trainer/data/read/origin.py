@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.errors import DataError
 from trainer.data.document import RejectedRow, SourceRow
@@ -36,6 +36,15 @@ _READERS: dict[str, Callable[..., Iterator[SourceRow | RejectedRow]]] = {
 _UNREACHED_ERROR_NAMES = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}
 """Errors that mean that no hub answered."""
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+class InputSize(NamedTuple):
+    """About how much there is to read."""
+
+    text_bytes: float
+    """Of text files, decompressed."""
+    table_rows: int
+    """Of tables and hub data sets, since the bytes of their compressed files tell little."""
 
 
 @dataclass(slots=True)
@@ -121,11 +130,10 @@ class Origin:
         """About how many bytes the files have, on disk; a hub data set counts as 1 GiB, since its size is not known here."""
         return sum(HUB_SIZE_BYTES if is_hub_path(path) else _file_size_bytes(path) for path in self.paths)
 
-    def text_bytes_and_table_rows(self) -> tuple[float, int]:
-        """Estimate how much there is to read: (decompressed bytes of text files, rows of tables and hub data sets).
+    def estimate_size(self) -> InputSize:
+        """Estimate how much there is to read, to show progress and to check the room on the disk.
 
-        Used for the progress and for the room on the disk. Tables count by rows, because the bytes of their compressed files tell
-        little.
+        Reads the beginnings of compressed text files, and what tables say of their rows.
         """
         text_bytes = 0.0
         num_table_rows = 0
@@ -138,7 +146,7 @@ class Origin:
                 num_table_rows += count_rows(path)
             else:
                 text_bytes += _file_size_bytes(path) * decompression_ratio(path)
-        return text_bytes, num_table_rows
+        return InputSize(text_bytes, num_table_rows)
 
     def file_records(self, digest_of: Callable[[Path], str]) -> list[dict[str, Any]]:
         """Describe the files for the audit of the data: {"path", "bytes", "sha256"} of each.

@@ -79,11 +79,11 @@ class PreparationProgress:
         if any(not isinstance(path, Path) or is_hub_path(path) for path in paths):
             return
         try:
-            bytes_and_rows = [source_input.origin.text_bytes_and_table_rows() for source_input in inputs]
+            sizes = [source_input.origin.estimate_size() for source_input in inputs]
         except (DataError, OSError):  # whoever reads the file says what is wrong with it
             return
-        self._total_text_bytes = share * sum(text_bytes for text_bytes, _ in bytes_and_rows)
-        self._total_table_rows = round(share * sum(table_rows for _, table_rows in bytes_and_rows))
+        self._total_text_bytes = share * sum(size.text_bytes for size in sizes)
+        self._total_table_rows = round(share * sum(size.table_rows for size in sizes))
 
     def begin_rows(self) -> None:
         """Start counting rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -157,17 +157,23 @@ class NearIndex:
             self.report["incomplete"] += 1
 
 
+class NearCopies(NamedTuple):
+    """Which of n documents are near copies of an earlier one."""
+
+    representatives: np.ndarray
+    """int64 [n]: the number of that earlier document; the document's own number if it is no copy."""
+    report: dict[str, int]
+    """What the search did, see `NearIndex.report`."""
+
+
 def find_near_copies(
     is_compared: np.ndarray,
     text_of: Callable[[int], str],
     label_hashes: np.ndarray,
     threshold: float,
     directory: Path | None = None,
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Find the documents that are near copies of an earlier one: (representatives, report of the search).
-
-    `representatives` (int64 [n]): the number of that earlier document, or the document's own number if it is no copy. A copy
-    represents no other document.
+) -> NearCopies:
+    """Find the documents that are near copies of an earlier one. A copy represents no other document.
 
     `is_compared` (bool [n]): False for documents that are known as copies already. `text_of`: gives the text of a document.
     `label_hashes` (uint64 [n]): only documents with equal labels can be copies. `directory`: see `NearIndex`.
@@ -182,7 +188,7 @@ def find_near_copies(
             index.add(position)
         else:
             representatives[rows[position]] = rows[earlier_position]
-    return representatives, index.report
+    return NearCopies(representatives, index.report)
 
 
 def jaccard_similarity(first: set[bytes], second: set[bytes]) -> float:

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,22 @@ from trainer.data.config import ControlTokens, DataConfig, OverLength
 from trainer.data.document import Document, Message, Tally
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.encode import Encoder
+
+
+class _DividedConversation(NamedTuple):
+    """A conversation in parts that are kept or left out whole."""
+
+    system_turns: list[Message]
+    """Those at its beginning."""
+    exchanges: list[list[Message]]
+    """Each reaches from one user turn up to the next."""
+
+
+class _EncodedDocument(NamedTuple):
+    """A document, and its tokens."""
+
+    document: Document
+    sample: Sample
 
 
 def keep_learnable(
@@ -207,22 +224,21 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
     return truncate_left(sample, max_length, num_bos)
 
 
-def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: int) -> tuple[Document, Sample]:
-    """Leave out the first exchanges of a conversation until it fits: (the document without them, its sample).
+def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: int) -> _EncodedDocument:
+    """Leave out the first exchanges of a conversation until it fits.
 
     An exchange reaches from one user turn up to the next. If none fits, or if there is only one, the last exchange stays alone,
     although it is too long. Call it for a document that is too long with all its exchanges.
     """
-    system, exchanges = _split_exchanges(encoder, document)
+    system_turns, exchanges = _divide_conversation(encoder, document)
 
     @cache
-    def encode_without(num_left_out: int) -> tuple[Document, Sample]:
+    def encode_without(num_left_out: int) -> _EncodedDocument:
         """The document without its first exchanges."""
-        return _encode_exchanges(encoder, document, system, exchanges[num_left_out:])
+        return _encode_exchanges(encoder, document, system_turns, exchanges[num_left_out:])
 
     def fits(num_left_out: int) -> bool:
-        _, sample = encode_without(num_left_out)
-        return len(sample.input_ids) <= max_length
+        return len(encode_without(num_left_out).sample.input_ids) <= max_length
 
     # By bisection: fewer exchanges never make it longer. At least one is left out, since all are too long together.
     fewest_left_out = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
@@ -236,12 +252,11 @@ def _split_into_exchange_windows(encoder: Encoder, document: Document, sample: S
     An exchange reaches from one user turn up to the next. Each sample has the system turns before it. Samples without a
     supervised token are left out; if all are, the whole conversation is truncated instead.
     """
-    system, exchanges = _split_exchanges(encoder, document)
+    system_turns, exchanges = _divide_conversation(encoder, document)
 
     # Encoding decides the length: the template writes something around each turn.
     def encode_window(begin: int, end: int) -> Sample:
-        _, window = _encode_exchanges(encoder, document, system, exchanges[begin:end])
-        return window
+        return _encode_exchanges(encoder, document, system_turns, exchanges[begin:end]).sample
 
     windows: list[Sample] = []
     begin = 0
@@ -282,8 +297,8 @@ def _longest_window(
     return window, end
 
 
-def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
-    """Divide a conversation into exchanges, which are kept or left out whole: (leading system turns, exchanges).
+def _divide_conversation(encoder: Encoder, document: Document) -> _DividedConversation:
+    """Divide a conversation into its leading system turns and exchanges, which are kept or left out whole.
 
     An exchange reaches from one user turn up to the next: turns S U A A U A -> ([S], [[U, A, A], [U, A]]).
 
@@ -307,21 +322,21 @@ def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message
             exchanges.append([])
         exchanges[-1].append(turn)
         previous_role = turn["role"]
-    return turns[:num_system_turns], exchanges
+    return _DividedConversation(turns[:num_system_turns], exchanges)
 
 
 def _encode_exchanges(
-    encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]]
-) -> tuple[Document, Sample]:
-    """Tokenise a part of a conversation: (the document with only these system turns and exchanges, its sample).
+    encoder: Encoder, document: Document, system_turns: list[Message], exchanges: list[list[Message]]
+) -> _EncodedDocument:
+    """Tokenise a part of a conversation: the document with only these system turns and exchanges.
 
     `exchanges`: lists of turns, each from one user turn up to the next.
     """
-    turns = list(system)
+    turns = list(system_turns)
     for exchange in exchanges:
         turns += exchange
     window = replace(document, messages=turns, chosen=None, rejected=None)
-    return next(encoder.encode([window]))
+    return _EncodedDocument(*next(encoder.encode([window])))
 
 
 def _split_into_text_pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
