@@ -154,7 +154,7 @@ def map_argument_texts(node: Any, change: Callable[[str], str], change_key: Call
 
 
 def message_texts(message: Message) -> list[str]:
-    """The texts of a turn in reading order: its thought, its content, and the texts in the arguments of its tool calls.
+    """List the texts of a turn in reading order: its thought, its content, and the texts in the arguments of its tool calls.
 
     An empty content counts as a text only if the turn has nothing else.
     """

@@ -21,11 +21,11 @@ from trainer.data.store.sequences import TokenDataset
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack documents into rows (packs) of at most `capacity` tokens: the longest first, each into the fullest pack with room.
+    """Pack documents into rows (packs) of at most `capacity` tokens, so that few tokens of a row stay unused.
 
-    `lengths`: tokens of each document. Returns the document numbers of each pack: lengths 3, 6, 4 and 5 with capacity 10 give
-    [[1, 2], [3, 0]]. Deterministic: equal lengths keep their order, and of equally full packs the latest is taken. Raises
-    ValueError for a length below 1 or above `capacity`.
+    The longest go first, each into the fullest pack with room. `lengths`: tokens of each document. Returns the document numbers
+    of each pack: lengths 3, 6, 4 and 5 with capacity 10 give [[1, 2], [3, 0]]. Deterministic: equal lengths keep their order, and
+    of equally full packs the latest is taken. Raises ValueError for a length below 1 or above `capacity`.
 
     A bitset of the free rooms (tokens left in a pack) finds the best fit by integer arithmetic, so that 50,000 documents take a
     fraction of a second.
@@ -195,9 +195,9 @@ class SourceMix:
 
 
 def _round_by_largest_remainder(amounts: list[Fraction]) -> list[int]:
-    """Round `amounts` to whole numbers with the same (rounded) sum: those with the largest remainders are rounded up.
+    """Round `amounts` of units to whole numbers with the same (rounded) sum: those with the largest remainders are rounded up.
 
-    An amount above 0 becomes at least 1, by which the sum may grow: [1.6, 2.2, 0.2] -> [2, 2, 1].
+    An amount above 0 becomes at least 1, so that no source vanishes, by which the sum may grow: [1.6, 2.2, 0.2] -> [2, 2, 1].
     """
     whole = [math.floor(amount) for amount in amounts]
     rounded_sum = math.floor(sum(amounts, Fraction(0)) + Fraction(1, 2))

@@ -286,7 +286,7 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
 
 
 def _round_up_division(dividend: int, divisor: int) -> int:
-    """`dividend` / `divisor`, rounded up, in exact integer arithmetic: 7 / 3 -> 3."""
+    """Divide and round up, in exact integer arithmetic: 7 / 3 -> 3."""
     return -(-dividend // divisor)
 
 

@@ -132,10 +132,11 @@ def _find_near_partners(
     threshold: float,
     directory: Path | None,
 ) -> tuple[np.ndarray, int]:
-    """Find for each training document the most similar held-out one: (int64 [train], how many searches were cut short).
+    """Find for each training document the most similar held-out one: (their numbers, int64 [train]; searches that were cut
+    short).
 
-    -1 if no held-out document has a Jaccard similarity of `threshold` or more. `label_hashes` (uint64, by document number): only
-    documents with equal labels are compared. `text_of` gives the text of a document.
+    The number is -1 if no held-out document has a Jaccard similarity of `threshold` or more. `label_hashes` (uint64, by document
+    number): only documents with equal labels are compared. `text_of` gives the text of a document.
     """
     # Positions in the index: held-out documents first. So all of them are in it before the first training document is looked for.
     documents = np.concatenate([held_out, train])

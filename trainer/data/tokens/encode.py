@@ -275,7 +275,7 @@ class Encoder:
         return encoded_texts
 
     def context_texts(self, document: Document) -> list[str]:
-        """The texts of a document that are neither answers nor learned turns."""
+        """List the texts of a document that are only read: neither answers nor supervised turns."""
         turns = _preferred_messages(document) or []
         texts = [turns[index]["content"] for index in self._context_turn_indices(turns)]
         return texts + [text for text in (document.prompt, document.text) if text is not None]
