@@ -57,10 +57,10 @@ class KeptColumns:
     """Whether all columns are kept, since a reward function takes whatever there is (`**kwargs`)."""
 
     def values_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a row that are kept for rewards, by column; null or missing ones are left out, unless required.
+        """The values of a row that are kept for rewards, by column; optional ones that are null or missing are left out.
 
         `ground_truth` is also taken from inside the column `reward_model`, where verl's data sets have it. Raises RowError:
-        missing_reward_column, or the refusal of a value that could not be read.
+        missing_reward_column for a required one that is null or missing, or the refusal of a value that could not be read.
         """
         names = list(fields) if self.keeps_all else [*self.required, *self.optional]
         kept_values = {name: fields[name] for name in names if fields.get(name) is not None}
