@@ -16,7 +16,7 @@ from trainer.data.config import ControlTokens, LearnConfig, LearnTurns
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.supervision import supervise_spans
-from trainer.data.tokens.template import RenderedText
+from trainer.data.tokens.template import RenderedText, TextAndBlocks
 
 FAMILIES = chat_templates.FAMILIES
 CHECK = settings(max_examples=examples(80), deadline=None, derandomize=True)
@@ -274,7 +274,7 @@ def test_mask_follows_a_template_that_writes_the_date_over_midnight(monkeypatch)
 
     def dated(conversations, **kwargs):
         calls.append(day := next(days))
-        return [(day + text, blocks) for text, blocks in render(conversations, **kwargs)]
+        return [TextAndBlocks(day + text, blocks) for text, blocks in render(conversations, **kwargs)]
 
     monkeypatch.setattr(encoder.template, "_render_batch", dated)
     for _ in range(8):
