@@ -38,7 +38,7 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     """Import DeepSpeed and return it, without its messages, and on a CPU without an op of its own that needs a C++ compiler."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its autotuner imports mlflow if that is installed, which takes seconds, and is not used here.
-    with _import_blocked("mlflow"):
+    with _mlflow_import_blocked():
         import deepspeed
     from deepspeed.utils import logger
 
@@ -52,16 +52,16 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
 
 
 @contextmanager
-def _import_blocked(module: str) -> Iterator[None]:
-    """A context in which `module` cannot be imported, unless it has been imported before."""
-    if module in sys.modules:
+def _mlflow_import_blocked() -> Iterator[None]:
+    """A context in which mlflow seems not to be installed, so that nobody imports it; unless it has been imported before."""
+    if "mlflow" in sys.modules:
         yield
         return
-    sys.modules[module] = None  # type: ignore[assignment]
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # Python raises ImportError for such an entry
     try:
         yield
     finally:
-        del sys.modules[module]
+        del sys.modules["mlflow"]
 
 
 def free_deepspeed_engine(engine: Any) -> None:

@@ -27,16 +27,16 @@ KEPT_VALUES_PER_WIDTH = {
 
 
 def estimated_activation_bytes(
-    tokens: int, width: int, blocks: int, checkpointing: ActivationCheckpointing, precision: Precision
+    num_tokens: int, width: int, num_blocks: int, checkpointing: ActivationCheckpointing, precision: Precision
 ) -> float:
     """Estimate by a rule of thumb what a forward pass keeps for the backward pass, in bytes, where nobody has counted it.
 
-    `tokens`: of a micro-batch. `width`: the size of a hidden state. `checkpointing`: what blocks recompute; what is recomputed
-    is not kept.
+    `num_tokens`: of a micro-batch. `width`: the size of a hidden state. `checkpointing`: what blocks recompute; what is
+    recomputed is not kept.
     """
     per_block = KEPT_VALUES_PER_WIDTH.get(checkpointing, ALL_VALUES_PER_WIDTH)
     # In addition, everything of one block: even if blocks recompute, the one that computes has all of it for a moment.
-    kept_values = tokens * width * (blocks * per_block + ALL_VALUES_PER_WIDTH)
+    kept_values = num_tokens * width * (num_blocks * per_block + ALL_VALUES_PER_WIDTH)
     return float(kept_values * _bytes_per_value(precision))
 
 

@@ -118,7 +118,7 @@ def _check_dataclass_fields(
     if unknown_or_missing:
         raise MalformedFile(f"has or lacks {unknown_or_missing[0][:80]}")
     for key, entry in json_value.items():
-        if key != except_field and not _has_type(entry, type_by_key[key]):
+        if key != except_field and not _has_declared_type(entry, type_by_key[key]):
             raise MalformedFile(f"has a {key} that is none")  # such as: a step that is no step
 
 
@@ -136,22 +136,22 @@ def _check_list_entries(progress: dict[str, Any]) -> None:
             raise MalformedFile("has a passed that is none")
 
 
-def _has_type(entry: Any, expected: Any) -> bool:
+def _has_declared_type(entry: Any, declared_type: Any) -> bool:
     """Whether a JSON value has the type that a field of `StateHeader` or `Progress` declares.
 
-    `expected`: the declared type: bool, int, float, str, an optional one (`int | None`), or a list of rows of numbers.
+    `declared_type`: bool, int, float, str, an optional one (`int | None`), or a list of rows of numbers.
     """
-    if expected is bool:
+    if declared_type is bool:
         return isinstance(entry, bool)
-    if expected is int:
+    if declared_type is int:
         return is_count(entry)  # no bool, and not below 0
-    if expected is float:
+    if declared_type is float:
         return type(entry) in (int, float)  # no bool, which is an int as well
-    if expected is str:
+    if declared_type is str:
         return isinstance(entry, str) and len(entry) < 1000  # a strategy's name or a W&B id, which are much shorter
-    if isinstance(expected, type(int | None)):
-        return any(_has_type(entry, alternative) for alternative in get_args(expected))
-    if expected is type(None):
+    if isinstance(declared_type, type(int | None)):
+        return any(_has_declared_type(entry, alternative) for alternative in get_args(declared_type))
+    if declared_type is type(None):
         return entry is None
     # The other fields are lists of rows of numbers.
     return isinstance(entry, list) and all(_is_row_of_numbers(row) for row in entry)

@@ -97,8 +97,8 @@ def round_lines_of_dry_run(
         generator,
         config,
         card,
-        ranks=ranks,
-        nodes=config.launcher.nodes,
+        num_ranks=ranks,
+        num_hosts=config.launcher.nodes,
         step_s=_training_step_s(config, built, mean_length, card),
         resting_bytes=(generator.weight_bytes + num_trained * TRAINING_STATE_BYTES) / ranks,  # sharded over all ranks
     )

@@ -31,7 +31,7 @@ def planned(config, model=LARGE, card=CARD, *, ranks=8, step_s=4.0, resting_byte
     sizes = round_sizes_of_run(config, load_model_config(config.model), 100.0, 200)
     sizes = replace(sizes, kv_cache_bytes_per_token=key_bytes)
     return estimate_round_time(
-        sizes, model, config, card, ranks=ranks, nodes=1, step_s=step_s, resting_bytes=resting_bytes
+        sizes, model, config, card, num_ranks=ranks, num_hosts=1, step_s=step_s, resting_bytes=resting_bytes
     )
 
 

@@ -59,7 +59,7 @@ class _RecordedBuckets:
         """Trained elements of the deeper model; None if the engine's model is not a shallow one."""
         self._deepspeed_reduce: Callable[..., None] = optimizer.reduce_ipg_grads
         self._deepspeed_on_gradient: Callable[..., None] = optimizer.reduce_ready_partitions_and_remove_grads
-        self._ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
+        self._num_ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
         self._has_several_buckets = False
         """Whether the gradients of the deeper model fill more than one bucket; False without one."""
         if full_trained_elements is not None:
@@ -123,5 +123,5 @@ class _RecordedBuckets:
         bytes_per_element = stored_dtype.itemsize
         if communicated_dtype != stored_dtype:
             bytes_per_element += communicated_dtype.itemsize
-        elements_per_rank = -(-trained_elements // self._ranks)  # rounded up
+        elements_per_rank = -(-trained_elements // self._num_ranks)  # rounded up
         return bytes_per_element * min(bucket_elements, elements_per_rank)

@@ -21,21 +21,16 @@ def replace_tensors_by_fakes(
     The model's buffers are replaced in place. Its parameters are left: they are on meta, and the engine makes its own of them.
     Must be called within `fake_tensors`.
     """
-    fake_of = _FakeOf()
+    # By the id of the real tensor, which is kept too: its id must not go to another one.
+    fake_by_id: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fake_of(tensor: Tensor) -> Tensor:
+        """The fake tensor in place of a real one: the same for the same."""
+        _, fake = fake_by_id.setdefault(id(tensor), (tensor, torch.empty_like(tensor)))
+        return fake
+
     replace_buffers(built.step_module, fake_of)
     fake_batches = []
     for batches in batches_by_size:
         fake_batches.append([map_tensors(batch, fake_of) for batch in batches])
     return fake_batches
-
-
-class _FakeOf:
-    """Gives a fake tensor for each real one: the same for the same."""
-
-    def __init__(self) -> None:
-        # The real tensor is kept too: its id must not go to another one.
-        self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        _, fake = self._fakes.setdefault(id(tensor), (tensor, torch.empty_like(tensor)))
-        return fake

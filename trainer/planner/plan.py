@@ -266,7 +266,7 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step_
     """
     if job.round_sizes is None:
         return None
-    model = GeneratorSizes(
+    generator = GeneratorSizes(
         num_parameters=cost_model.num_parameters,
         num_blocks=cost_model.num_blocks,
         num_vocabulary_rows=cost_model.num_vocabulary_rows,
@@ -274,11 +274,11 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step_
     )
     return estimate_round_time(
         job.round_sizes,
-        model,
+        generator,
         replace(config, precision=job.precision),
         job.card,
-        ranks=job.world_size,
-        nodes=job.num_nodes,
+        num_ranks=job.world_size,
+        num_hosts=job.num_nodes,
         step_s=step_s,
         resting_bytes=sum(cost_model.resting_bytes_by_kind.values()),
     )

@@ -154,15 +154,15 @@ class _GenerationBatches(NamedTuple):
     num_batches: int
 
 
-def _generation_batches(sizes: RoundSizes, max_rows: int, dp_size: int) -> _GenerationBatches:
+def _generation_batches(round_sizes: RoundSizes, max_rows: int, dp_size: int) -> _GenerationBatches:
     """Divide the answers that a rank generates in a round into batches of at most `max_rows` answers, as a run does it.
 
     The answers to one prompt stay together if a batch holds them; else they are several parts, each a batch. `dp_size`: ranks
     that generate answers to different prompts.
     """
-    rows_per_part = min(max_rows, sizes.group_size)
+    rows_per_part = min(max_rows, round_sizes.group_size)
     max_parts_per_batch = max(1, max_rows // rows_per_part)
-    num_parts = sizes.num_prompts * math.ceil(sizes.group_size / rows_per_part)
+    num_parts = round_sizes.num_prompts * math.ceil(round_sizes.group_size / rows_per_part)
     parts_per_batch = min(max_parts_per_batch, math.ceil(num_parts / dp_size))
     return _GenerationBatches(
         rows=parts_per_batch * rows_per_part,
@@ -171,86 +171,89 @@ def _generation_batches(sizes: RoundSizes, max_rows: int, dp_size: int) -> _Gene
     )
 
 
-def _max_rows_beside_weights(sizes: RoundSizes, available_bytes: float, answer_bytes: float) -> int:
+def _max_rows_beside_weights(round_sizes: RoundSizes, available_bytes: float, answer_bytes: float) -> int:
     """Most answers that a rank generates at a time, so that their KV cache fits in `available_bytes`, as a run chooses it.
 
-    `sizes.max_generation_rows` is halved until it fits; not if the user has set that number. `answer_bytes`: of the KV cache of
-    one answer with its prompt, at their longest.
+    `round_sizes.max_generation_rows` is halved until it fits; not if the user has set that number. `answer_bytes`: of the KV
+    cache of one answer with its prompt, at their longest.
     """
-    max_rows = sizes.max_generation_rows
-    while sizes.may_lower_generation_rows and max_rows > 1 and max_rows * answer_bytes > available_bytes:
+    max_rows = round_sizes.max_generation_rows
+    while round_sizes.may_lower_generation_rows and max_rows > 1 and max_rows * answer_bytes > available_bytes:
         max_rows //= 2
     return max_rows
 
 
 def estimate_round_time(
-    sizes: RoundSizes,
-    model: GeneratorSizes,
+    round_sizes: RoundSizes,
+    generator: GeneratorSizes,
     config: RunConfig,
     card: Card,
     *,
-    ranks: int,
-    nodes: int,
+    num_ranks: int,
+    num_hosts: int,
     step_s: float,
     resting_bytes: float,
 ) -> RoundTime:
-    """Estimate the seconds of a round on `ranks` cards of `nodes` hosts: generating answers, scoring them, learning from them.
+    """Estimate the seconds of a round on `num_ranks` cards: generating answers, scoring them, learning from them.
 
-    `sizes`: of the round. `model`: sizes of the model. `config`: of it, the strategy and the precision count. `step_s`:
+    `round_sizes`: of the round. `generator`: sizes of the model. `config`: of it, the strategy and the precision count. `step_s`:
     seconds of an optimizer step. `resting_bytes`: what a rank holds between two steps, whole weights not counted.
     """
     # The batches of answers that a rank generates one after the other.
     usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - resting_bytes)
-    answer_bytes = sizes.kv_cache_bytes_per_token * (sizes.longest_prompt_tokens + sizes.max_new_tokens)
-    max_rows = _max_rows_beside_weights(sizes, usable_bytes - model.weight_bytes, answer_bytes)
-    dp_size = dp_size_of(config, ranks)
-    batches = _generation_batches(sizes, max_rows, dp_size)
+    answer_bytes = round_sizes.kv_cache_bytes_per_token * (
+        round_sizes.longest_prompt_tokens + round_sizes.max_new_tokens
+    )
+    max_rows = _max_rows_beside_weights(round_sizes, usable_bytes - generator.weight_bytes, answer_bytes)
+    dp_size = dp_size_of(config, num_ranks)
+    batches = _generation_batches(round_sizes, max_rows, dp_size)
 
     # Sharded weights are gathered once a round if memory allows it, else again for each generated token.
-    generation_bytes = model.weight_bytes + round(batches.rows * answer_bytes)
-    is_sharded = are_weights_sharded(config.strategy) and ranks > 1
+    generation_bytes = generator.weight_bytes + round(batches.rows * answer_bytes)
+    is_sharded = are_weights_sharded(config.strategy) and num_ranks > 1
     gathers_weights_once = not is_sharded or generation_bytes <= usable_bytes
     gather_s = 0.0
     if is_sharded:
-        gather_s = model.weight_bytes * (ranks - 1) / ranks / ring_bytes_per_s(card, ranks, nodes)
+        gather_s = generator.weight_bytes * (num_ranks - 1) / num_ranks / ring_bytes_per_s(card, num_ranks, num_hosts)
 
     # The prompts (prefill). A prompt is computed once for its group if the rank has all weights, else for each of its answers.
-    prompts_per_rank = sizes.num_prompts / dp_size * (1 if gathers_weights_once else sizes.group_size)
-    prefill_flops = 2 * model.num_parameters * prompts_per_rank * sizes.mean_prompt_tokens
+    prompts_per_rank = round_sizes.num_prompts / dp_size * (1 if gathers_weights_once else round_sizes.group_size)
+    prefill_flops = 2 * generator.num_parameters * prompts_per_rank * round_sizes.mean_prompt_tokens
     prefill_s = prefill_flops / (card.tflops(config.precision) * 1e12 * PRODUCT_EFFICIENCY)
 
     # The new tokens: for each the slower of decoding and gathering. The mean KV cache is that of half an answer.
-    mean_cached_tokens = sizes.mean_prompt_tokens + sizes.max_new_tokens / 2
-    kv_cache_bytes = batches.rows * sizes.kv_cache_bytes_per_token * mean_cached_tokens
-    token_s = decode_step_s(model, card, config.precision, rows=batches.rows, kv_cache_bytes=kv_cache_bytes)
+    mean_cached_tokens = round_sizes.mean_prompt_tokens + round_sizes.max_new_tokens / 2
+    kv_cache_bytes = batches.rows * round_sizes.kv_cache_bytes_per_token * mean_cached_tokens
+    token_s = decode_step_s(generator, card, config.precision, rows=batches.rows, kv_cache_bytes=kv_cache_bytes)
     if gathers_weights_once:
-        generation_s = batches.num_batches * sizes.max_new_tokens * token_s + prefill_s + gather_s
+        generation_s = batches.num_batches * round_sizes.max_new_tokens * token_s + prefill_s + gather_s
     else:
-        generation_s = batches.num_batches * sizes.max_new_tokens * max(token_s, gather_s) + prefill_s
+        generation_s = batches.num_batches * round_sizes.max_new_tokens * max(token_s, gather_s) + prefill_s
     return RoundTime(
         generation_s=card.writing_pace * generation_s,
-        scoring_s=None if card.scoring_s is None else sizes.num_answers * card.scoring_s,
-        training_s=step_s * (sizes.num_steps + sizes.extra_forward_passes * FORWARD_SHARE * sizes.steps_per_iteration),
+        scoring_s=None if card.scoring_s is None else round_sizes.num_answers * card.scoring_s,
+        training_s=step_s
+        * (round_sizes.num_steps + round_sizes.extra_forward_passes * FORWARD_SHARE * round_sizes.steps_per_iteration),
         gathers_weights_once=gathers_weights_once,
         generation_bytes=generation_bytes,
-        num_steps=sizes.num_steps,
+        num_steps=round_sizes.num_steps,
     )
 
 
 def decode_step_s(
-    model: GeneratorSizes, card: Card, precision: Precision, *, rows: int, kv_cache_bytes: float
+    generator: GeneratorSizes, card: Card, precision: Precision, *, rows: int, kv_cache_bytes: float
 ) -> float:
     """Estimate the seconds of a decode step, in which a rank generates one token of each of `rows` answers at once.
 
     It takes as long as the slowest of three, since they overlap: memory traffic, matrix products (of few rows, so that weights
     are read while they are multiplied), and the launches of kernels. `kv_cache_bytes`: bytes of the KV cache of all rows.
     """
-    logit_bytes = 4 * rows * model.num_vocabulary_rows  # fp32
-    moved_bytes = model.weight_bytes + KV_CACHE_PASSES * kv_cache_bytes + LOGIT_PASSES * logit_bytes
+    logit_bytes = 4 * rows * generator.num_vocabulary_rows  # fp32
+    moved_bytes = generator.weight_bytes + KV_CACHE_PASSES * kv_cache_bytes + LOGIT_PASSES * logit_bytes
     memory_s = moved_bytes / (card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
-    flops = 2 * model.num_parameters * rows  # a multiplication and an addition for each weight and row
+    flops = 2 * generator.num_parameters * rows  # a multiplication and an addition for each weight and row
     products_s = flops / (card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY)
-    launches_s = model.num_blocks * BLOCK_LAUNCH_S
+    launches_s = generator.num_blocks * BLOCK_LAUNCH_S
     return max(memory_s, products_s, launches_s)
 
 
