@@ -20,7 +20,7 @@ from torch import Tensor
 
 from strategies.parameters import meta_context
 from trainer.model import experts
-from trainer.model.weights import Checkpoint
+from trainer.model.weights import PretrainedWeights
 
 GIB = 2**30
 RANKS = 8
@@ -155,7 +155,7 @@ def count(plain: Any, shapes: dict[str, tuple[int, ...]], strategy: str, rank: i
     """Let one rank load."""
     files = CountedFiles(shapes)
     with mock.patch("trainer.model.weights.SafetensorsFiles", lambda _: files):
-        checkpoint = Checkpoint(files.directory, plain)
+        checkpoint = PretrainedWeights(files.directory, plain)
     read = Read()
     for name, parameter in plain.named_parameters():
         for start, stop in ranges(strategy, parameter.shape, rank):

@@ -39,7 +39,7 @@ from trainer.tuning.config import (  # noqa: E402
     PTuningConfig,
     VeraConfig,
 )
-from trainer.tuning.table import PEFT_METHODS, PROPERTIES, TUNING_METHODS, UNSUPPORTED_TYPES, Method  # noqa: E402
+from trainer.tuning.table import PEFT_METHODS, PROPERTIES, TUNING_METHODS, UNSUPPORTED_TYPES, TuningMethod  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 MEASURED = ROOT / "benchmarks" / "results" / "methods.json"
@@ -150,7 +150,7 @@ def parameters(config: TuningConfig) -> tuple[int, int]:
     return sum(p.numel() for p in tuned.parameters() if p.requires_grad), size
 
 
-def methods_by_name(table: dict[str, Method], key: str) -> list[str]:
+def methods_by_name(table: dict[str, TuningMethod], key: str) -> list[str]:
     """What each method is, one line each."""
     lines = ["| choice | what is trained | export | can be merged | trained parameters |", "|---|---|---|---|---|"]
     for name, method in table.items():
@@ -232,7 +232,7 @@ def measured() -> list[str]:
     return [*lines, ""]
 
 
-def refusals(method: Method) -> Iterator[tuple[str, str]]:
+def refusals(method: TuningMethod) -> Iterator[tuple[str, str]]:
     """What a method refuses, and why."""
     for reason in dict.fromkeys(method.refusal_by_strategy.values()):
         names = ", ".join(f"`{strategy}`" for strategy, why in method.refusal_by_strategy.items() if why == reason)

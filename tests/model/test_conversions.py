@@ -17,7 +17,7 @@ from tests.models.tiny import tiny_model
 from trainer.model import experts
 from trainer.model.architecture import build_plain_model
 from trainer.model.config import ModelConfig, ModelKind
-from trainer.model.weights import Checkpoint
+from trainer.model.weights import PretrainedWeights
 
 SIZES = {
     "hidden_size": 32,
@@ -54,7 +54,7 @@ def read(directory):
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
     plain.tie_weights()
-    return Checkpoint(directory, plain)
+    return PretrainedWeights(directory, plain)
 
 
 def stored_again(checkpoint, tensors):
@@ -156,7 +156,7 @@ def test_conversion_stores_the_language_model_as_a_part_of_the_larger_one(tmp_pa
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with meta_context():
         plain, _ = build_plain_model(ModelKind.causal, config, ModelConfig(path=str(tmp_path)), "eager", "sft")
-    checkpoint = Checkpoint(tmp_path, plain)
+    checkpoint = PretrainedWeights(tmp_path, plain)
     tensors = {name: checkpoint.full_tensor(name) for name in plain.state_dict() if checkpoint.name_in_checkpoint(name)}
     again = stored_again(checkpoint, tensors)
     assert sorted([*again, *checkpoint.conversions.carried()]) == sorted(checkpoint.conversions.files.names())

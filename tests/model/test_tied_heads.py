@@ -54,7 +54,7 @@ def test_tied_head_model_is_built_again_only_where_values_differ_and_files_are_c
         )
 
     arrange()  # what is proven of it is known now
-    calls, opened, real, checkpoint = [], [], layout_choice.build_plain_model, tied_heads.Checkpoint
+    calls, opened, real, checkpoint = [], [], layout_choice.build_plain_model, tied_heads.PretrainedWeights
 
     def build_plain_model(*args, **kwargs):
         calls.append(args)
@@ -65,7 +65,7 @@ def test_tied_head_model_is_built_again_only_where_values_differ_and_files_are_c
         return opened[-1]
 
     monkeypatch.setattr(layout_choice, "build_plain_model", build_plain_model)
-    monkeypatch.setattr(tied_heads, "Checkpoint", noted)
+    monkeypatch.setattr(tied_heads, "PretrainedWeights", noted)
     arrange()
     assert len(calls) == built
     assert [one.conversions.files._open for one in opened] == [{}]

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strategies import runtime as processes
 from strategies.parameters import meta_context
 from tests.helpers.building import data_set, model_dir, run_config, trainer_for
-from trainer.model.weights import BaseWeights, Checkpoint, WeightSource
+from trainer.model.weights import BaseWeights, PretrainedWeights, WeightSource
 from trainer.tuning.full import Full
 
 
@@ -32,7 +32,7 @@ def test_a_row_that_is_zero_is_zero_beside_new_tokens_too(tmp_path):
     path = model_dir(tmp_path)
     with meta_context():
         plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    name, stored = "model.embed_tokens.weight", Checkpoint(path, plain).full_tensor("model.embed_tokens.weight")
+    name, stored = "model.embed_tokens.weight", PretrainedWeights(path, plain).full_tensor("model.embed_tokens.weight")
     rows, columns = stored.shape
     wanted = torch.cat([stored, stored.mean(0, keepdim=True)])
     wanted[3] = 0
@@ -57,7 +57,7 @@ def test_a_closed_checkpoint_is_read_again(tmp_path):
     path = model_dir(tmp_path)
     with meta_context():
         plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    checkpoint = Checkpoint(path, plain)
+    checkpoint = PretrainedWeights(path, plain)
     name = "model.layers.0.mlp.up_proj.weight"
     first = checkpoint.full_tensor(name).clone()
     assert mapped(path)

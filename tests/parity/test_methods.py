@@ -13,7 +13,7 @@ from tests.parity.plan import CASES, GATHERING, covering, engine_of, everything,
 from trainer.config.combinations import FEATURES, CombinationState, combination_verdict, methods_by_name
 from trainer.config.validate import config_problems
 from trainer.optim.support import OPTIMIZER_SUPPORT
-from trainer.tuning.table import TUNING_METHODS, Method
+from trainer.tuning.table import TUNING_METHODS, TuningMethod
 
 TOLERANCE = 1e-5
 BF16 = 1e-2
@@ -96,7 +96,7 @@ def test_methods_choice_meets_every_pair_that_it_promises():
 
 
 def test_a_row_without_a_case_would_be_noticed(monkeypatch):
-    monkeypatch.setitem(TUNING_METHODS, "newest", Method(title="added without a case"))
+    monkeypatch.setitem(TUNING_METHODS, "newest", TuningMethod(title="added without a case"))
     assert missing(everything(), axes=("strategy",)) == ["newest: no case in tests/helpers/methods.py"]
 
 

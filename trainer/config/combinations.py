@@ -25,7 +25,7 @@ from trainer.optim.config import OptimConfig, OptimName
 from trainer.optim.support import OPTIMIZER_SUPPORT, Needs
 from trainer.tuning.base import TuningConfig
 from trainer.tuning.config import PeftConfig
-from trainer.tuning.table import PEFT_METHODS, SHARDED, TUNING_METHODS, Method
+from trainer.tuning.table import PEFT_METHODS, SHARDED, TUNING_METHODS, TuningMethod
 
 
 class CombinationState(StrEnum):
@@ -103,7 +103,7 @@ class CombinationVerdict:
     """What to choose instead if the combination is refused."""
 
 
-def methods_by_name() -> dict[str, Method]:
+def methods_by_name() -> dict[str, TuningMethod]:
     """Every tuning method by its name: the choice of `tuning=`, such as `lora`, or of `tuning.type` under `tuning=peft`."""
     return {**TUNING_METHODS, **PEFT_METHODS}
 

@@ -230,12 +230,12 @@ def _loading_differences(directory: Path, model: Any) -> str:
     Such as "; loaded otherwise than stored: lm_head.weight (rows 0, 7)". Empty for an adapter, and if nothing differs. Tensors
     that are stored under no name, or in another shape, are not compared.
     """
-    from trainer.model.weights import Checkpoint
+    from trainer.model.weights import PretrainedWeights
 
     if (directory / "adapter_config.json").exists():
         return ""
     differing_tensors = []
-    with closing(Checkpoint(directory, model)) as stored_weights:
+    with closing(PretrainedWeights(directory, model)) as stored_weights:
         for name, parameter in model.named_parameters():
             if stored_weights.name_in_checkpoint(name) is None or stored_weights.shape(name) != tuple(parameter.shape):
                 continue

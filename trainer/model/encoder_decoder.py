@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.small_files import read_json_object
-from trainer.model.weights import Checkpoint
+from trainer.model.weights import PretrainedWeights
 from trainer.tuning.compat.transformers import block_class_names
 
 
@@ -57,7 +57,7 @@ def prepare_encoder_decoder(model: Any, directory: Path | None) -> EncoderDecode
     configuration ties stays tied; a run reads the weights later, and says that they are missing.
     """
     if directory is not None and any(directory.glob("*.safetensors")):
-        untie_differing_weights(model, Checkpoint(directory, model))
+        untie_differing_weights(model, PretrainedWeights(directory, model))
     return EncoderDecoder(decoder_start_token_id(model.config, directory), fixed_values(model))
 
 
@@ -68,7 +68,7 @@ def block_classes(model: Any) -> set[str]:
     }
 
 
-def untie_differing_weights(model: Any, checkpoint: Checkpoint) -> list[str]:
+def untie_differing_weights(model: Any, checkpoint: PretrainedWeights) -> list[str]:
     """Give a parameter of its own to each tied one that the checkpoint holds with other values; returns the names of these.
 
     T5 v1.1 and Flan-T5 have a head of their own, and transformers ties or not by what the file holds. Changes `model`, on meta;

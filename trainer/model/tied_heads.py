@@ -10,7 +10,7 @@ import torch
 from strategies.errors import ConfigError
 from trainer.model.config import ModelConfig
 from trainer.model.loading import find_weights_directory
-from trainer.model.weights import Checkpoint
+from trainer.model.weights import PretrainedWeights
 
 CHUNK_ELEMENTS = 2**22
 """Elements that are compared at a time."""
@@ -33,7 +33,7 @@ def _has_separate_head(config: ModelConfig, model: Any) -> bool:
         return False
     if not any(directory.glob("*.safetensors")):
         return False
-    checkpoint = Checkpoint(directory, model)
+    checkpoint = PretrainedWeights(directory, model)
     embedding_weight = f"{_module_name(embeddings, model)}.weight"
     head_weight = f"{_module_name(head, model)}.weight"
     try:
@@ -50,7 +50,7 @@ def _module_name(wanted: Any, model: Any) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _values_differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
+def _values_differ(checkpoint: PretrainedWeights, first: str, second: str) -> bool:
     """Whether two parameters of a checkpoint differ in shape or values; reads both, up to the first difference."""
     if checkpoint.shape(first) != checkpoint.shape(second):
         return True

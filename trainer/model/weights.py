@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trainer.tuning.merged_adapters import MergedAdapters
 
 
-class Checkpoint:
+class PretrainedWeights:
     """The weights of a model directory by their names in the model, whatever the files call and make of them."""
 
     def __init__(self, directory: Path, meta_model: Any, tied: dict[str, list[str]] | None = None) -> None:
@@ -91,7 +91,7 @@ def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, l
     return {spellings[0]: spellings[1:] for spellings in names.values() if len(spellings) > 1}
 
 
-def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[str], str]) -> None:
+def fill_buffers(model: nn.Module, checkpoint: PretrainedWeights, base_name: Callable[[str], str]) -> None:
     """Load the buffers of a model that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay
     zero.
 
@@ -106,7 +106,7 @@ def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[
             buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
 
 
-class BaseWeights(Checkpoint):
+class BaseWeights(PretrainedWeights):
     """The checkpoint that a run trains on, as the run sees it: adapters of `model.adapters` merged in, and rounded where it is
     stored quantised.
     """
@@ -225,7 +225,7 @@ class _WithoutAdapters:
 
     def full_tensor(self, name: str) -> Tensor:
         shape = self.checkpoint.shape(name)
-        return Checkpoint.read_slice(self.checkpoint, name, 0, math.prod(shape)).view(shape)
+        return PretrainedWeights.read_slice(self.checkpoint, name, 0, math.prod(shape)).view(shape)
 
     def rows(self, name: str, indices: list[int]) -> Tensor:
         return torch.stack([self.full_tensor(name)[i].float() for i in indices])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
 from trainer.tuning.adapter_checkpoint import StoredAdapter, check_same_adapter_settings
-from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
+from trainer.tuning.base import AdapterConfig, BaseWeightsReader, LoraConfig
 from trainer.tuning.compat.peft import adapters_off, scale_outputs_if_architecture_unknown, without_target_renaming
 from trainer.tuning.expert_lora import choose_expert_targets
 from trainer.tuning.peft_configs import peft_config
@@ -293,7 +293,7 @@ class Adapter:
             return self.config.lr_ratio
         return 1.0
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseWeightsReader, seed: int) -> Tensor:
         """The full initial value of a parameter that peft added or changed, float32.
 
         Each rank asks for it, and takes its shard.
@@ -342,7 +342,7 @@ class Adapter:
         return [name for name, (owner, _) in self._layer_and_key_by_name.items() if owner == layer]
 
     def merged_parameters(
-        self, name: str, base: BaseReader, trained: Mapping[str, Tensor], model: nn.Module
+        self, name: str, base: BaseWeightsReader, trained: Mapping[str, Tensor], model: nn.Module
     ) -> dict[str, Tensor]:
         """Merge the adapter of the layer `name` into its weights, for an export without adapters: {name in the layer: float32
         weight}.
@@ -361,7 +361,7 @@ class Adapter:
             buffer_source = model.get_submodule(PEFT_PREFIX + name)
         return self.layer_builder.merged_parameters(name, base, self.seed, trained_in_layer, buffer_source)
 
-    def initial_values(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
+    def initial_values(self, trained: dict[str, Tensor], base: BaseWeightsReader) -> dict[str, Tensor]:
         """The values that the parameters in `trained` had before training, of those that peft added: {name: float32 tensor}."""
         values = {}
         for name, tensor in trained.items():

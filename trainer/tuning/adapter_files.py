@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError
 from trainer.tuning.adapter import PEFT_PREFIX, Adapter
-from trainer.tuning.base import BaseReader
+from trainer.tuning.base import BaseWeightsReader
 from trainer.tuning.expert_lora import name_targets_for_peft
 from trainer.tuning.key_mapping import replacement_keys
 from trainer.tuning.replica import ADAPTER
@@ -67,7 +67,7 @@ def write_adapter(
     settings.save_pretrained(str(directory))
 
 
-def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
+def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseWeightsReader) -> dict[str, Tensor]:
     """Rewrite adapters that started by PiSSA or OLoRA as LoRA of twice the rank, for users of the unchanged base model.
 
     These starts take a part B0 A0 off each base weight. Against the unchanged base an adapter is B A - B0 A0 = [B, -B0] [A;
@@ -113,7 +113,9 @@ class AdapterMerger:
     Keeps the layer that it merged last.
     """
 
-    def __init__(self, tuning: Adapter, model: nn.Module, trained: Mapping[str, Tensor], base: BaseReader) -> None:
+    def __init__(
+        self, tuning: Adapter, model: nn.Module, trained: Mapping[str, Tensor], base: BaseWeightsReader
+    ) -> None:
         self.tuning = tuning
         self.model = model
         self.trained = trained

@@ -18,7 +18,7 @@ from strategies.errors import ConfigError
 from strategies.runtime import derived_seed
 from trainer.tuning.adapter import PEFT_PREFIX
 from trainer.tuning.adapter_files import write_adapter
-from trainer.tuning.base import BaseReader
+from trainer.tuning.base import BaseWeightsReader
 from trainer.tuning.compat.peft import is_adapted_attention
 from trainer.tuning.config import AdaptionPromptConfig
 from trainer.tuning.own_adapters import AddedParameters
@@ -92,7 +92,7 @@ class AdaptionPrompt(AddedParameters):
                 name = owner + name.removeprefix(f"{owner}.model")
         return name.removeprefix(self.wrapper_prefix)
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseWeightsReader, seed: int) -> Tensor:
         """The full initial value of a gate or of trained tokens: zeros for a gate, else normal with deviation 1, as in peft.
 
         Drawn from `seed` and the parameter's name, so that every rank draws the same.

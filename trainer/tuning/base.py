@@ -97,7 +97,7 @@ class LoraConfig(AdapterConfig):
     """Also adapt the routers, which choose experts."""
 
 
-class BaseReader(Protocol):
+class BaseWeightsReader(Protocol):
     """Reads the base model's parameters by their own names."""
 
     def full_tensor(self, name: str) -> Tensor:
@@ -136,7 +136,7 @@ class Tuning(Protocol):
     def lr_factor(self, name: str) -> float:
         """The learning rate of a parameter as a multiple of the run's; 1 for most."""
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseWeightsReader, seed: int) -> Tensor:
         """The full initial tensor of a parameter that the method owns or rewrites, float32; a rank keeps its shard of it.
 
         Depends on (seed, name) and on base weights alone: equal under every strategy and world size.

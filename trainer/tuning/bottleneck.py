@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from strategies.runtime import derived_seed
 from strategies.small_files import read_json_object
-from trainer.tuning.base import BaseReader
+from trainer.tuning.base import BaseWeightsReader
 from trainer.tuning.config import Activation, BottleneckConfig, Placement
 from trainer.tuning.own_adapters import AddedParameters
 
@@ -85,7 +85,7 @@ class Bottleneck(AddedParameters):
             model.get_submodule(name).requires_grad_(True)
         return model
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseWeightsReader, seed: int) -> Tensor:
         """The initial value of an adapter's parameter: `down` as torch starts a linear layer, `up` zero, so that the model
         starts as the base.
 

@@ -27,7 +27,7 @@ from trainer.tuning.table import (
     SHARDED,
     TUNING_METHODS,
     UNSUPPORTED_TYPES,
-    Method,
+    TuningMethod,
     method_of,
     rewrites_base,
 )
@@ -120,7 +120,7 @@ def _problems_of_tuning_alone(tuning: TuningConfig) -> Iterator[str]:
         yield from _peft_problems(tuning)
 
 
-def _strategy_problems(method: Method, method_setting: str, run: SettingsBesideTuning) -> Iterator[str]:
+def _strategy_problems(method: TuningMethod, method_setting: str, run: SettingsBesideTuning) -> Iterator[str]:
     """Yield what the tuning method cannot do under the run's strategy, one line each.
 
     That is selective checkpointing, or half precision under strategies that convert parameters to it. `method`: its row in the
@@ -138,7 +138,7 @@ def _strategy_problems(method: Method, method_setting: str, run: SettingsBesideT
         )
 
 
-def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> Iterator[str]:
+def _layout_problems(method: TuningMethod, method_setting: str, data: DataConfig) -> Iterator[str]:
     """Yield what a method that needs a row of its own for each document has against packed or padding-free data, line by line."""
     reason = method.refusal_by_property.get("padding_free")
     if not reason:
@@ -149,7 +149,7 @@ def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> I
         yield f"data.layout=padding_free with {method_setting}: {reason}; set data.layout=padded"
 
 
-def _model_problems(method: Method, method_setting: str, run: SettingsBesideTuning) -> Iterator[str]:
+def _model_problems(method: TuningMethod, method_setting: str, run: SettingsBesideTuning) -> Iterator[str]:
     """Yield which parts of the run's model the method cannot train, one line each: a new head, or embeddings of new tokens."""
     if run.has_new_head and method.new_head_refusal:
         yield (
@@ -228,7 +228,7 @@ def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
 
 
 def _quantisation_problems(
-    tuning: TuningConfig, method: Method, method_setting: str, quantisation: str
+    tuning: TuningConfig, method: TuningMethod, method_setting: str, quantisation: str
 ) -> Iterator[str]:
     """Yield why this tuning method, DoRA or the initial values cannot be used on a quantised base, one line each.
 

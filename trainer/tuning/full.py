@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from trainer.tuning.base import BaseReader
+from trainer.tuning.base import BaseWeightsReader
 
 
 class Full:
@@ -45,6 +45,6 @@ class Full:
         """1: every parameter has the run's learning rate."""
         return 1.0
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseWeightsReader, seed: int) -> Tensor:
         """Never called: full tuning owns no parameters."""
         raise AssertionError(f"{name} belongs to the base model")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from trainer.tuning.adapter import Adapter
 from trainer.tuning.adapter_checkpoint import StoredAdapter, stored_peft_config
-from trainer.tuning.base import AdapterConfig, BaseReader
+from trainer.tuning.base import AdapterConfig, BaseWeightsReader
 from trainer.tuning.replica import ADAPTER
 
 
@@ -31,7 +31,7 @@ class MergedAdapters:
             names |= adapter.changed_base_names
         return names
 
-    def full_tensor(self, name: str, base: BaseReader) -> Tensor:
+    def full_tensor(self, name: str, base: BaseWeightsReader) -> Tensor:
         """The base parameter `name` with every adapter merged in, float32. `base` reads the checkpoint."""
         # Each adapter merges into what the readers before it give.
         reader: Any = base
@@ -43,7 +43,7 @@ class MergedAdapters:
 class _MergedReader:
     """Reads a base with one adapter merged in, as if it were a base itself."""
 
-    def __init__(self, adapter: _MergedAdapter, base: BaseReader) -> None:
+    def __init__(self, adapter: _MergedAdapter, base: BaseWeightsReader) -> None:
         self.adapter = adapter
         self.base = base
 
@@ -115,7 +115,7 @@ class _MergedAdapter:
                     "peft, and give the merged model as model.path"
                 )
 
-    def full_tensor(self, name: str, base: BaseReader) -> Tensor:
+    def full_tensor(self, name: str, base: BaseWeightsReader) -> Tensor:
         """The full base parameter `name` with this adapter merged in. `base` reads the weights without it.
         - trained in full with the adapter: the stored value.
         - not changed by the adapter: the base's value.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from strategies.compat.modules import own_buffers, own_modules, own_parameters
 from strategies.runtime import derived_seed
-from trainer.tuning.base import BaseReader
+from trainer.tuning.base import BaseWeightsReader
 
 ADAPTER = "default"
 """peft's name of the one adapter that a model has here; it stands in parameter names."""
@@ -48,7 +48,7 @@ class AdaptedLayerBuilder:
         self._initial_layer_key: tuple[str, int] | None = None
         """The (name, seed) of `_initial_layer`."""
 
-    def initial_layer(self, name: str, base: BaseReader, seed: int) -> nn.Module:
+    def initial_layer(self, name: str, base: BaseWeightsReader, seed: int) -> nn.Module:
         """The adapted layer `name` before training, from which initial values are read.
 
         Its base weights have values only if the method reads them.
@@ -59,7 +59,7 @@ class AdaptedLayerBuilder:
         return self._initial_layer
 
     def merged_parameters(
-        self, name: str, base: BaseReader, seed: int, trained: dict[str, Tensor], buffer_source: nn.Module
+        self, name: str, base: BaseWeightsReader, seed: int, trained: dict[str, Tensor], buffer_source: nn.Module
     ) -> dict[str, Tensor]:
         """Merge the trained adapter of the layer `name` into its base weights: {name in the layer: float32 weight}.
 
@@ -97,7 +97,7 @@ class AdaptedLayerBuilder:
             if ".base_layer." not in name:
                 yield name, buffer
 
-    def _build_layer(self, name: str, base: BaseReader | None, seed: int) -> nn.Module:
+    def _build_layer(self, name: str, base: BaseWeightsReader | None, seed: int) -> nn.Module:
         """Build peft's wrapper of the layer `name` alone, on the CPU. `base` reads its weights; None: they have no values."""
         wrapper: Any = self._wrapped_layers([name], base, seed)
         return wrapper.model.get_submodule(self._module_name(name))  # type: ignore[no-any-return]
@@ -108,7 +108,7 @@ class AdaptedLayerBuilder:
             return name.rpartition(".")[0]
         return name
 
-    def _wrapped_layers(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
+    def _wrapped_layers(self, names: list[str], base: BaseWeightsReader | None, seed: int) -> nn.Module:
         """Build a small model on the CPU with nothing but the layers `names`, and let peft wrap it: that makes their initial
         adapter values.
 
@@ -165,7 +165,7 @@ def _add_at_path(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent.add_module(last, layer)
 
 
-def _copy_with_values(meta_layer: nn.Module, name: str, base: BaseReader | None) -> nn.Module:
+def _copy_with_values(meta_layer: nn.Module, name: str, base: BaseWeightsReader | None) -> nn.Module:
     """Copy a layer of the base model, which itself is on meta, to the CPU, so that peft can wrap it. `name`: in the base model.
 
     Its parameters get their values from `base`, in float32; without `base`, zeros that take no memory.

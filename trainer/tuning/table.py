@@ -23,7 +23,7 @@ PROPERTIES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class TuningMethod:
     """One row of the table: what a method is, and what it cannot be combined with. A reason is empty if it can."""
 
     title: str
@@ -71,15 +71,15 @@ _WHOLE_GRADIENTS_REASON = (
 )
 _FLOAT_PROJECTION_REFUSAL = {"half": "peft multiplies a float32 projection with half-precision activations"}
 
-TUNING_METHODS: dict[str, Method] = {
-    "full": Method(title="every parameter", adapter=False, refusal_by_property=_TRAINED_BASE_REFUSAL),
-    "freeze": Method(
+TUNING_METHODS: dict[str, TuningMethod] = {
+    "full": TuningMethod(title="every parameter", adapter=False, refusal_by_property=_TRAINED_BASE_REFUSAL),
+    "freeze": TuningMethod(
         title="a part of the base model: blocks, modules, biases, norms or embeddings",
         adapter=False,
         refusal_by_property=_TRAINED_BASE_REFUSAL,
     ),
-    "lora": Method(title="low-rank update; rsLoRA, DoRA, LoRA+, PiSSA, OLoRA"),
-    "adalora": Method(
+    "lora": TuningMethod(title="low-rank update; rsLoRA, DoRA, LoRA+, PiSSA, OLoRA"),
+    "adalora": TuningMethod(
         title="low-rank update that gives more rank to important layers (AdaLoRA)",
         refusal_by_strategy=dict.fromkeys(SHARDED, _WHOLE_GRADIENTS_REASON),
         continuation_refusal="after training, each of its matrices has a different rank",
@@ -88,23 +88,23 @@ TUNING_METHODS: dict[str, Method] = {
             "schedule_free": "ranks are removed from the trained weights, but the average of the weights would still contain them"
         },
     ),
-    "ia3": Method(title="scaling factors on keys, values and feed-forward inputs"),
-    "vera": Method(
+    "ia3": TuningMethod(title="scaling factors on keys, values and feed-forward inputs"),
+    "vera": TuningMethod(
         title="scaling vectors around one shared random projection", refusal_by_property=_FLOAT_PROJECTION_REFUSAL
     ),
-    "loha": Method(title="Hadamard product of low-rank updates", refusal_by_property=_READ_WEIGHT_REFUSAL),
-    "lokr": Method(title="Kronecker product update", refusal_by_property=_READ_WEIGHT_REFUSAL),
-    "oft": Method(title="block-wise rotation of inputs"),
-    "boft": Method(title="rotation by butterfly factors"),
-    "ln": Method(title="normalisation layers, saved as an adapter", reads_base=True),
-    "prefix": Method(
+    "loha": TuningMethod(title="Hadamard product of low-rank updates", refusal_by_property=_READ_WEIGHT_REFUSAL),
+    "lokr": TuningMethod(title="Kronecker product update", refusal_by_property=_READ_WEIGHT_REFUSAL),
+    "oft": TuningMethod(title="block-wise rotation of inputs"),
+    "boft": TuningMethod(title="rotation by butterfly factors"),
+    "ln": TuningMethod(title="normalisation layers, saved as an adapter", reads_base=True),
+    "prefix": TuningMethod(
         title="trained keys and values in front of every layer's",
         new_head_refusal=_NO_PREFIX_HEAD_REASON,
         **_VIRTUAL_TOKEN_REFUSALS,
     ),
-    "prompt": Method(title="trained embeddings in front of every document's", **_VIRTUAL_TOKEN_REFUSALS),
-    "p_tuning": Method(title="embeddings computed by a small network", **_VIRTUAL_TOKEN_REFUSALS),
-    "adaption_prompt": Method(
+    "prompt": TuningMethod(title="trained embeddings in front of every document's", **_VIRTUAL_TOKEN_REFUSALS),
+    "p_tuning": TuningMethod(title="embeddings computed by a small network", **_VIRTUAL_TOKEN_REFUSALS),
+    "adaption_prompt": TuningMethod(
         title="gated attention to trained tokens (LLaMA-Adapter)",
         merge_refusal="its tokens and gates do not correspond to a weight of the base model",
         new_head_refusal="peft's file format for it cannot store a classification head",
@@ -115,7 +115,7 @@ TUNING_METHODS: dict[str, Method] = {
             "experts": "the architectures that peft supports for it have no experts",
         },
     ),
-    "bottleneck": Method(
+    "bottleneck": TuningMethod(
         title="small networks after attention and feed-forward parts",
         merge_refusal="a nonlinear network cannot be merged into linear layers",
         seq2seq_refusal=_CAUSAL_ONLY_REASON,
@@ -124,22 +124,22 @@ TUNING_METHODS: dict[str, Method] = {
 }
 """The choices of `tuning=`; `peft` has a table of its own."""
 
-PEFT_METHODS: dict[str, Method] = {
-    "beft": Method(
+PEFT_METHODS: dict[str, TuningMethod] = {
+    "beft": TuningMethod(
         title="a bias on attention values",
         merge_refusal="it trains a bias, and a layer without a bias has nothing to merge it into",
     ),
-    "c3a": Method(title="circular convolution", refusal_by_property=_SELECTIVE_REFUSAL),
-    "glora": Method(
+    "c3a": TuningMethod(title="circular convolution", refusal_by_property=_SELECTIVE_REFUSAL),
+    "glora": TuningMethod(
         title="generalised LoRA on weights, biases and activations", refusal_by_property=_READ_WEIGHT_REFUSAL
     ),
-    "gralora": Method(title="LoRA in blocks of the matrix", refusal_by_property=_SELECTIVE_REFUSAL),
-    "hira": Method(title="low-rank factors on the weights themselves", refusal_by_property=_READ_WEIGHT_REFUSAL),
-    "hra": Method(title="Householder reflections", refusal_by_property=_READ_WEIGHT_REFUSAL),
-    "miss": Method(title="shards of one small matrix"),
-    "peanut": Method(title="small networks over the weights", refusal_by_property=_READ_WEIGHT_REFUSAL),
-    "road": Method(title="rotations in two dimensions"),
-    "waveft": Method(title="sparse update in the wavelet domain"),
+    "gralora": TuningMethod(title="LoRA in blocks of the matrix", refusal_by_property=_SELECTIVE_REFUSAL),
+    "hira": TuningMethod(title="low-rank factors on the weights themselves", refusal_by_property=_READ_WEIGHT_REFUSAL),
+    "hra": TuningMethod(title="Householder reflections", refusal_by_property=_READ_WEIGHT_REFUSAL),
+    "miss": TuningMethod(title="shards of one small matrix"),
+    "peanut": TuningMethod(title="small networks over the weights", refusal_by_property=_READ_WEIGHT_REFUSAL),
+    "road": TuningMethod(title="rotations in two dimensions"),
+    "waveft": TuningMethod(title="sparse update in the wavelet domain"),
 }
 """The values of `tuning.type` under `tuning=peft` that are proven here."""
 
@@ -160,7 +160,7 @@ UNSUPPORTED_TYPES: dict[str, str] = {
 """Types of peft that are refused, and why; any other type is refused as not proven."""
 
 
-def method_of(config: TuningConfig) -> Method:
+def method_of(config: TuningConfig) -> TuningMethod:
     """The table's row of the method that checked settings name."""
     if isinstance(config, PeftConfig):
         return PEFT_METHODS[str(config.type)]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from strategies.runtime import derived_seed
 from strategies.small_files import read_json_object
-from trainer.tuning.base import BaseReader
+from trainer.tuning.base import BaseWeightsReader
 from trainer.tuning.compat.peft import detach_word_embeddings, peft_tensors_of_fully_trained_modules
 from trainer.tuning.config import PrefixConfig, PrefixInit, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.lstm import EncoderLstm
@@ -161,7 +161,7 @@ class Virtual(AddedParameters):
                 f"wide; use at most {window_tokens - 1}, a few dozen as a rule"
             )
 
-    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
+    def initial_value(self, name: str, shape: tuple[int, ...], base: BaseWeightsReader, seed: int) -> Tensor:
         """The full initial value of a parameter of the encoder, float32: peft's own value, drawn from (seed, encoder's name).
 
         `name`: such as `prompt_encoder.default.embedding.weight`. All parameters come from one encoder, which is drawn at the
@@ -174,7 +174,7 @@ class Virtual(AddedParameters):
         assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
         return tensor
 
-    def _draw_encoder(self, base: BaseReader, seed: int) -> nn.Module:
+    def _draw_encoder(self, base: BaseWeightsReader, seed: int) -> nn.Module:
         """Build the encoder of the virtual tokens with its initial values, on the CPU, drawn from `seed`: the same on every
         rank.
 
