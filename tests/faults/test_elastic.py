@@ -10,6 +10,8 @@ def test_elastic_run_resumes_on_other_ranks_and_strategies_without_a_setting(run
     little(1, holds=0, since=4)  # what ends it does not matter
     code, said = runs.run_here("elastic", *WORDS, "strategy=fsdp2", "launcher.processes=2")
     assert code == 69 and len(runs.rows("elastic")) == 3, said
+    logs = {name: (runs.root / f"elastic/logs/rank-{name}.log").read_text() for name in (0, 1)}
+    assert "checkpoint step-000003: " in logs[0] and "checkpoint step-" not in logs[1], "rank 1 knows no sizes"
     code, said = runs.run_here("elastic", *WORDS, "batch.micro=3")
     assert code == 64 and "batch.micro" in said and "Traceback" not in said  # with what is legal
     code, said = runs.run_here("elastic", *WORDS, "batch.micro=4")  # single, in this process

@@ -386,7 +386,8 @@ class Checkpoints:
         self._num_failures_in_a_row = 0
         saved = SavedCheckpoint(published.path, published.size_bytes, took_s=took_s, stall_s=stall_s)
         self.last_published = saved
-        self.print_line(saved.summary_line(self.checkpoint_dirs[0], self.schedule.checkpoint_interval_s))
+        if self.runtime.is_main:  # which alone knows the size, and whose line is the one on the screen
+            self.print_line(saved.summary_line(self.checkpoint_dirs[0], self.schedule.checkpoint_interval_s))
         self.schedule.record_cost(stall_s, write_s=took_s)
         if not self.runtime.is_main:
             return
