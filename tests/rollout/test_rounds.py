@@ -23,9 +23,9 @@ from trainer.objectives.grpo_config import Normalise
 from trainer.objectives.policy import SAMPLING_DIFFERENCE_METRIC
 from trainer.objectives.rollouts import IdleGroups
 from trainer.reporting.tracking import Trackers
+from trainer.rollout.generator import ignored_generation_settings
 from trainer.rollout.round_file import ROUND_FILE
 from trainer.rollout.round_table import round_table
-from trainer.rollout.writer import ignored_generation_settings
 
 CLOSE = 1e-3
 """Distance of the two best noisy scores of a draw above which no rounding of float32 changes it."""

@@ -31,13 +31,13 @@ from trainer.objectives.causal import unwrap_adapter
 from trainer.objectives.grpo import settings_without_effect
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.registry import objective_family
-from trainer.rollout.dealing import AnswerBatcher
+from trainer.rollout.answer_batcher import AnswerBatcher
+from trainer.rollout.generator import EngineGroupGenerator, ignored_generation_settings
 from trainer.rollout.loader import RolloutLoader
-from trainer.rollout.maker import RoundBuilder
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.rewards.model_files import BATCH_TOKENS
+from trainer.rollout.round_builder import RoundBuilder
 from trainer.rollout.types import RewardScorer
-from trainer.rollout.writer import EngineGroupGenerator, ignored_generation_settings
 from trainer.step import BuiltModel
 
 MAX_GENERATION_ROWS = {"cpu": 64, "cuda": 256}

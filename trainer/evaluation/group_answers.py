@@ -1,4 +1,4 @@
-"""Several samples for each prompt with the prompt computed once: the answers of rounds (`trainer/rollout/writer.py`).
+"""Several samples for each prompt with the prompt computed once: the answers of rounds (`trainer/rollout/generator.py`).
 
 transformers' `generate` computes the prompt of each row, and computes all rows until the last one has ended. Here the KV cache
 of a prompt is computed once and copied to the rows of all its samples, and rows that have ended leave the batch. The sampled

@@ -81,7 +81,7 @@ class Policy(Objective):
     def __init__(self, config: GrpoConfig, references: ReferenceModels) -> None:
         self.config = config
         self.references = references
-        """What gives the reference its log-probabilities, in the passes of `trainer/rollout/look_back.py`."""
+        """What gives the reference its log-probabilities, in the passes of `trainer/rollout/answer_logps.py`."""
         self.uses_kl = config.kl.weight > 0
         kl_metrics = (KL_METRIC,) if self.uses_kl else ()
         clip_metrics = (LOW_CLIPPED_METRIC, HIGH_CLIPPED_METRIC, CLIPPED_METRIC)

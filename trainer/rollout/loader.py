@@ -18,8 +18,8 @@ from trainer.data.batches.collate import to_device
 from trainer.data.batches.loader import BatchShare, StepBatch
 from trainer.data.batches.order import Order
 from trainer.objectives.policy import SAMPLING_DIFFERENCE_METRIC
-from trainer.rollout.maker import RoundBuilder
 from trainer.rollout.round import Round
+from trainer.rollout.round_builder import RoundBuilder
 from trainer.rollout.round_file import ROUND_FILE, deserialize_round, serialize_round
 
 ROUND_STEP = "round_step"

@@ -19,9 +19,9 @@ from trainer.session.announcements import RunContext
 from trainer.step import BuiltModel
 
 if TYPE_CHECKING:
-    from trainer.rollout.maker import RoundBuilder
     from trainer.rollout.rewards.scorer import WorkerScorer
     from trainer.rollout.round import Round
+    from trainer.rollout.round_builder import RoundBuilder
 
 
 def open_rounds(

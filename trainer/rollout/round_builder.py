@@ -17,9 +17,9 @@ from trainer.data.batches.collate import to_device
 from trainer.objectives.base import ReferenceModels
 from trainer.objectives.grpo_config import Baseline, Combine, GrpoConfig, KlPlace, Scale
 from trainer.objectives.rollouts import IdleGroups
-from trainer.rollout.dealing import AnswerBatcher
+from trainer.rollout.answer_batcher import AnswerBatcher
+from trainer.rollout.answer_logps import PolicyLogps, ReferenceLogps, RowScorer, answer_logps
 from trainer.rollout.groups import advantages, is_idle_group, normalised_sum
-from trainer.rollout.look_back import PolicyLogps, ReferenceLogps, RowScorer, answer_logps
 from trainer.rollout.metrics import round_metrics
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import Round, stack_rewards
@@ -27,7 +27,7 @@ from trainer.rollout.types import AnswerGroup, GroupScores, RewardScorer, all_an
 
 if TYPE_CHECKING:
     from strategies.base import Engine
-    from trainer.rollout.writer import EngineGroupGenerator
+    from trainer.rollout.generator import EngineGroupGenerator
 
 MAX_PROMPTS_RATIO = 3
 """Most prompts answered for a round with `idle_groups=replace`, as a multiple of those that the round needs."""
