@@ -155,7 +155,7 @@ def run_ranks_on_this_host(
     command = [sys.executable, "-m", "launch.torchrun", *arguments]
     processes = config.launcher.processes or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = _agent_environment(config, this_host, cores)
+    env = _torchrun_environment(config, this_host, cores)
     env["SHARDTUNE_CONFIG"] = str(run_dir / program.config)
     env["SHARDTUNE_RUN_DIR"] = str(run_dir)
     # Run it.
@@ -166,7 +166,9 @@ def run_ranks_on_this_host(
         _heartbeat_directory() as env[HEARTBEAT_DIRECTORY_VARIABLE],
     ):
         # A session of its own keeps the terminal's Ctrl-C for us alone.
-        agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_prepare_agent_process, **streams)
+        torchrun_process = subprocess.Popen(
+            command, env=env, start_new_session=True, preexec_fn=_prepare_torchrun_process, **streams
+        )
         # Functions that are called a few times a second while torchrun runs.
         polls: list[Callable[[], None]] = []
         if redirected is not None:
@@ -174,15 +176,15 @@ def run_ranks_on_this_host(
         elif processes > 1:
             polls.append(StartNotice(run_dir, processes, cores).print_loading_notice)
         if this_host is not None:
-            polls += _multi_host_polls(agent.pid, config.launcher, this_host, run_dir)
+            polls += _multi_host_polls(torchrun_process.pid, config.launcher, this_host, run_dir)
         try:
-            exit_code = _wait_for_agent(agent, signals.pending, polls)
+            exit_code = _wait_for_torchrun(torchrun_process, signals.pending, polls)
             return RanksEnd(exit_code, signals.received)
         finally:
-            _kill_remaining_processes(agent)
+            _kill_remaining_processes(torchrun_process)
 
 
-def _agent_environment(config: RunConfig, this_host: ThisHost | None, cores: int) -> dict[str, str]:
+def _torchrun_environment(config: RunConfig, this_host: ThisHost | None, cores: int) -> dict[str, str]:
     """The environment variables for torchrun and its ranks: those of this process, with threads, network and import path set.
 
     `this_host`: None if the run has one host. `cores`: CPU cores of this host, which the ranks share.
@@ -217,19 +219,19 @@ def _refuse_unusable_network(launcher: LauncherConfig, this_host: ThisHost | Non
 
 
 def _multi_host_polls(
-    agent_pid: int, launcher: LauncherConfig, this_host: ThisHost, run_dir: Path
+    torchrun_pid: int, launcher: LauncherConfig, this_host: ThisHost, run_dir: Path
 ) -> list[Callable[[], None]]:
     """Functions to call a few times a second while a run on several hosts goes on.
 
-    The first reports hosts that have not joined the rendezvous, the second kills a torchrun whose ranks have ended. `agent_pid`:
-    torchrun's process on this host.
+    The first reports hosts that have not joined the rendezvous, the second kills a torchrun whose ranks have ended.
+    `torchrun_pid`: its process on this host.
     """
     import psutil
 
-    agent = psutil.Process(agent_pid)
+    torchrun_process = psutil.Process(torchrun_pid)
     missing_hosts = MissingHostsReport(launcher, this_host)
-    stuck_agent = StuckTorchrunGuard(run_dir)
-    return [partial(missing_hosts.poll, agent), partial(stuck_agent.poll, agent)]
+    stuck_guard = StuckTorchrunGuard(run_dir)
+    return [partial(missing_hosts.poll, torchrun_process), partial(stuck_guard.poll, torchrun_process)]
 
 
 def _heartbeat_directory() -> tempfile.TemporaryDirectory[str]:
@@ -237,7 +239,7 @@ def _heartbeat_directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="shardtune-")
 
 
-def _prepare_agent_process() -> None:
+def _prepare_torchrun_process() -> None:
     """Runs in torchrun's process before its program: ends it with its parent, and holds the signals that ask to save.
 
     The ranks inherit the mask of held signals, and release them once they can save.
@@ -301,19 +303,21 @@ def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, A
         yield {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
 
 
-def _wait_for_agent(agent: subprocess.Popen[bytes], pending_signals: list[int], polls: list[Callable[[], None]]) -> int:
+def _wait_for_torchrun(
+    torchrun_process: subprocess.Popen[bytes], pending_signals: list[int], polls: list[Callable[[], None]]
+) -> int:
     """Wait for torchrun to end, and pass signals on to its ranks meanwhile; returns the exit code.
 
-    `agent`: torchrun's process. `pending_signals`: filled by the handler of `collected_signals` while this runs, and emptied
-    here. `polls`: called a few times a second. Ctrl-C reaches the ranks as TERM, at which they save. The code is torchrun's; or
-    130 after Ctrl-C: when torchrun has ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
+    `pending_signals`: filled by the handler of `collected_signals` while this runs, and emptied here. `polls`: called a few times
+    a second. Ctrl-C reaches the ranks as TERM, at which they save. The code is torchrun's; or 130 after Ctrl-C: when torchrun has
+    ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
     """
     interrupted_at: float | None = None
     while True:
         for poll in polls:
             poll()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = agent.wait(timeout=0.2)  # raises TimeoutExpired while torchrun runs
+            code = torchrun_process.wait(timeout=0.2)  # raises TimeoutExpired while torchrun runs
             return exit_codes.INTERRUPTED if interrupted_at is not None else code
         is_second_interrupt = interrupted_at is not None and pending_signals.count(signal.SIGINT) > 0
         if is_second_interrupt:
@@ -324,22 +328,22 @@ def _wait_for_agent(agent: subprocess.Popen[bytes], pending_signals: list[int], 
             for index, signal_number in enumerate(pending_signals):
                 pending_signals[index] = signal.SIGTERM if signal_number == signal.SIGINT else signal_number
         # A signal stays pending until there are ranks to receive it.
-        if pending_signals and _signal_ranks(agent.pid, pending_signals[0]):
+        if pending_signals and _signal_ranks(torchrun_process.pid, pending_signals[0]):
             pending_signals.pop(0)
         if interrupted_at is not None and time.monotonic() - interrupted_at > STOP_GRACE_S:
             return exit_codes.INTERRUPTED
 
 
-def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
+def _signal_ranks(torchrun_pid: int, signal_number: int) -> bool:
     """Send a signal to the ranks that torchrun runs on this host; returns whether there were any.
 
-    `agent_pid`: torchrun's process. Never to torchrun itself: it would end at once, and its ranks with it, unsaved.
+    Never to torchrun itself: it would end at once, and its ranks with it, unsaved.
     """
     import psutil
 
     signalled = False
     with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(agent_pid).children():
+        for child in psutil.Process(torchrun_pid).children():
             with contextlib.suppress(psutil.Error):
                 if "RANK" in child.environ():  # else a helper of a library, or a rank that has not begun
                     child.send_signal(signal_number)
@@ -347,29 +351,29 @@ def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
     return signalled
 
 
-def _kill_remaining_processes(agent: subprocess.Popen[bytes]) -> None:
+def _kill_remaining_processes(torchrun_process: subprocess.Popen[bytes]) -> None:
     """Kill all processes of the run on this host that still live, and wait for their end: torchrun, its descendants, orphans.
 
-    `agent`: torchrun's process. Orphans are processes whose parent has ended. They have become children of this process
-        (`_adopt_orphans`), and are told from its other children by the variable SHARDTUNE_LAUNCHER in their environment.
+    Orphans are processes whose parent has ended. They have become children of this process (`_adopt_orphans`), and are told from
+    its other children by the variable SHARDTUNE_LAUNCHER in their environment.
     """
     import psutil
 
     candidates: list[psutil.Process] = []
-    if agent.poll() is None:
+    if torchrun_process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            candidates += psutil.Process(agent.pid).children(recursive=True)
+            candidates += psutil.Process(torchrun_process.pid).children(recursive=True)
     for child in psutil.Process().children(recursive=True):
-        if child.pid != agent.pid and child not in candidates:
+        if child.pid != torchrun_process.pid and child not in candidates:
             candidates.append(child)
     for process in candidates:
         with contextlib.suppress(psutil.Error):
             is_of_run = process.environ().get("SHARDTUNE_LAUNCHER") == str(os.getpid())
             if is_of_run:
                 process.kill()
-    if agent.poll() is None:
-        agent.kill()
-    agent.wait()
+    if torchrun_process.poll() is None:
+        torchrun_process.kill()
+    torchrun_process.wait()
     psutil.wait_procs(candidates, timeout=5)
 
 

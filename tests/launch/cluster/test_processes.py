@@ -208,5 +208,5 @@ def test_launcher_passes_on_a_signal_that_comes_while_it_handles_others(monkeypa
 
     monkeypatch.setattr(torchrun, "_signal_ranks", lambda pid, number: passed.append(number) or True)
     agent = types.SimpleNamespace(pid=1, wait=wait_for)
-    assert torchrun._wait_for_agent(agent, Pending([signal.SIGINT]), []) == 130
+    assert torchrun._wait_for_torchrun(agent, Pending([signal.SIGINT]), []) == 130
     assert passed == [signal.SIGTERM, signal.SIGUSR2]
