@@ -57,7 +57,8 @@ def format_table(columns: Sequence[TableColumn], rows: Sequence[TableRow], *, in
     """Lay out a table as lines of text for a terminal, at most as wide as it; titles are drawn if any column has one.
 
     No cell is cut: text is folded. The table gets wider than the terminal only if its numbers, and `MIN_TEXT_COLUMN_WIDTH`
-    characters of each text column, do not fit. `indent`: blanks before each line. Notes of a row stand below it.
+    characters of each text column, do not fit.
+    `indent`: blanks before each line. Notes of a row stand below it.
     """
     from rich.console import Console
     from rich.style import Style

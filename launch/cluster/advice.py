@@ -104,7 +104,7 @@ def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]
 
     `run_dirs`: the directories of the runs that are submitted together, of which `config` is one. The notes are about ranks, time
         limit, long steps, restarts and price, such as "price   $40 at most a start: 16 GPU hours of $2.50 (conf/hardware)".
-        Raises ConfigError for a job that can never start here, or would be told to save as soon as it starts.
+    Raises ConfigError for a job that can never start here, or would be told to save as soon as it starts.
     """
     assert isinstance(config.launcher, SlurmConfig)
     slurm = settings_as_submitted(config.launcher)
@@ -141,8 +141,8 @@ def refuse_lead_of_whole_time_limit(slurm: SlurmConfig) -> None:
 def _refuse_job_that_never_starts(slurm: SlurmConfig, partitions: list[Partition], candidates: list[Partition]) -> None:
     """Raise ConfigError if the job's partition does not exist, or if no partition offers what the job requests.
 
-    `partitions`: of the cluster; empty if sinfo cannot tell, and then nothing is checked. `candidates`: those in which the job
-    may run.
+    `partitions`: of the cluster; empty if sinfo cannot tell, and then nothing is checked.
+    `candidates`: those in which the job may run.
     """
     # A QOS, a reservation or an option that is not read here may lift a partition's limits.
     limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
@@ -204,7 +204,8 @@ def _never_starting_problems(slurm: SlurmConfig, candidates: list[Partition]) ->
     """Why SLURM could never start the job in these partitions: it requests more than any of their nodes have.
 
     `candidates`: groups of like nodes of the partitions in which the job may run. Time, GPUs, CPUs, memory and the number of
-        nodes are compared. Empty if the job can start.
+        nodes are compared.
+    Empty if the job can start.
     """
     names = "/".join(dict.fromkeys(partition.name for partition in candidates))
     # Each resource by itself: what the job requests against the most that any of the partitions has.
@@ -265,8 +266,8 @@ def memory_mib_of_setting(memory: str | None) -> float:
 def time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     """Notes for the user on what happens at the job's time limit, on a partition that is down, and on a long `signal_lead_s`.
 
-    The first is always there: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued". `candidates`: groups of
-    nodes of the partitions in which the job may run; the first one's name stands for all in the text.
+    The first is always there: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued".
+    `candidates`: groups of nodes of the partitions in which the job may run; the first one's name stands for all in the text.
     """
     limit_s = parse_slurm_time(slurm.time)
     consequence = "is requeued"
@@ -355,8 +356,9 @@ def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str
 def _price_lines(slurm: SlurmConfig, candidates: list[Partition], num_runs: int) -> list[str]:
     """A note for the user on the most that one start costs, in GPU hours and US dollars; empty for a job without GPUs.
 
-    `num_runs`: runs submitted together, which are the tasks of one job array; each starts once. `candidates`: partitions in which
-    the job may run. The price of a GPU hour is known only if all kinds of GPU that the job may get cost the same.
+    `num_runs`: runs submitted together, which are the tasks of one job array; each starts once.
+    `candidates`: partitions in which the job may run. The price of a GPU hour is known only if all kinds of GPU that the job may
+        get cost the same.
     """
     gpu_request = slurm.gpus_per_node_request
     if gpu_request is None:

@@ -53,7 +53,8 @@ def container_runtime(launcher: Mapping[str, Any]) -> str | None:
 def container_command(settings: Mapping[str, Any], directories: list[Path]) -> ContainerCommand:
     """How srun starts ranks in the container of a run: options of srun, or a prefix of the command; both empty without one.
 
-    `settings`: the run's configuration as nested dictionaries. `directories`: mounted beside the paths that the settings name.
+    `settings`: the run's configuration as nested dictionaries.
+    `directories`: mounted beside the paths that the settings name.
     Raises ConfigError if a path that must be mounted has "," or ":" in it.
     """
     launcher = settings["launcher"]

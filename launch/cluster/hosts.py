@@ -81,8 +81,10 @@ def _address_others_reach(
     - `is_first`: the IP address of `first_host`, unless that is a loopback. Then this host's only other IPv4 address.
     - Any other host: the address from which its packets to the first host leave.
 
-    `first_host`: the host in `launcher.rdzv`. `first_host_addresses`: what this host resolves its name to. `is_first`: whether it
-    is this host. `own_interfaces`: interface name by address of this host, such as {"10.0.0.3": "eth0"}.
+    `first_host`: the host in `launcher.rdzv`.
+    `first_host_addresses`: what this host resolves its name to.
+    `is_first`: whether it is this host.
+    `own_interfaces`: interface name by address of this host, such as {"10.0.0.3": "eth0"}.
     """
     if launcher.address is not None:
         configured_setting = f"launcher.address={launcher.address}"
@@ -156,8 +158,8 @@ def local_address_towards(address: str, rdzv: str) -> str:
 def _only_ipv4_address(rdzv_host: str, own_interfaces: dict[str, str]) -> str:
     """The one IPv4 address of this host that is no loopback; ConfigError if there are several, or none, so that it is unclear.
 
-    `rdzv_host`: the host in `launcher.rdzv`, which resolves to a loopback here; for the message. `own_interfaces`: interface name
-    by address, {"10.0.0.3": "eth0"}.
+    `rdzv_host`: the host in `launcher.rdzv`, which resolves to a loopback here; for the message.
+    `own_interfaces`: interface name by address, {"10.0.0.3": "eth0"}.
     """
     candidates = [address for address in own_interfaces if ":" not in address and not is_loopback(address)]
     if len(candidates) != 1:

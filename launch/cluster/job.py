@@ -151,8 +151,9 @@ def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
 def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
     """Count the start before this one if it was lost, and refuse this start after too many (`launcher.retry.node_fail`).
 
-    A start is lost if its node failed or it was killed unsaved. SLURM requeues such a job by itself, without end. `logs`: where
-    the count is kept. Raises ShardtuneError after too many lost starts, StorageError if the count cannot be written.
+    A start is lost if its node failed or it was killed unsaved. SLURM requeues such a job by itself, without end.
+    `logs`: where the count is kept.
+    Raises ShardtuneError after too many lost starts, StorageError if the count cannot be written.
     """
     if not job.num_earlier_starts:
         return
@@ -241,8 +242,8 @@ def load_or_compose_run_of_job(overrides: list[str], job: JobStart) -> FrozenRun
     - Without overrides, and with SHARDTUNE_CONFIG set: the run that `shardtune submit` wrote when the job was submitted.
     - Otherwise: a run that is composed now from the job and the overrides. Its `config.yaml` is written.
 
-    `overrides`: the arguments of slurm/train.sbatch, such as "model.path=..."; a script of `shardtune submit` has none. Raises
-        ConfigError for overrides that the script cannot take, or that contradict the job.
+    `overrides`: the arguments of slurm/train.sbatch, such as "model.path=..."; a script of `shardtune submit` has none.
+    Raises ConfigError for overrides that the script cannot take, or that contradict the job.
     """
     submitted_config = os.environ.get("SHARDTUNE_CONFIG")
     if submitted_config and not overrides:
@@ -312,8 +313,8 @@ def choose_rendezvous(job: JobStart, configured_address: str | None) -> str:
     """Choose the host:port at which the job's ranks meet: the configured one, or else a free port of the job's first node.
 
     Every start chooses anew, because a requeued job may be given other nodes, and two jobs may share a node.
-    `configured_address`: None or empty if the user has set none. Raises ConfigError if another process listens at the configured
-    port of this host, or if no port is free.
+    `configured_address`: None or empty if the user has set none.
+    Raises ConfigError if another process listens at the configured port of this host, or if no port is free.
     """
     if configured_address:
         host, _, port_text = configured_address.rpartition(":")

@@ -268,8 +268,9 @@ def _outcome_after_stop(
     - the job restarted as often as `launcher.retry` allows: the exit code is 75, the run can be resumed by hand;
     - `MAX_IDLE_STARTS` idle starts in a row: the exit code is 75 too.
 
-    `srun_exit_code`: of the srun step. `reached`: what the run has reached, for the reason, such as "state saved". `saved_step`:
-    the training step that was saved; None if there was nothing to save.
+    `srun_exit_code`: of the srun step.
+    `reached`: what the run has reached, for the reason, such as "state saved".
+    `saved_step`: the training step that was saved; None if there was nothing to save.
     """
     # Whether this start made a step since the one before it, whose progress the job's record tells.
     record = read_job_record(run_dir)
@@ -317,7 +318,8 @@ def _outcome_after_loss(
     - memory ran out, and the micro-batch cannot be halved.
 
     Unless SLURM ends the job, this start is recorded as lost. If memory ran out, the run's `config.yaml` is also rewritten with
-    the halved micro-batch. `srun_exit_code`: the exit code of the srun step.
+    the halved micro-batch.
+    `srun_exit_code`: the exit code of the srun step.
     """
     reason = RETRY_CAUSE_BY_KEY[cause].reason
     if is_ended_by_slurm(job, received_term=received_term):

@@ -65,8 +65,9 @@ def record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool) 
     SLURM the failure is also printed, and written into `status.json`; elsewhere the process that started torchrun
     (`launch.cluster.supervisor`) does so.
 
-    `error`: torchrun's ChildFailedError. `kernel_killed_for_memory`: whether the kernel has killed a process for memory since the
-    ranks started. Does nothing without a run directory (SHARDTUNE_RUN_DIR).
+    `error`: torchrun's ChildFailedError.
+    `kernel_killed_for_memory`: whether the kernel has killed a process for memory since the ranks started.
+    Does nothing without a run directory (SHARDTUNE_RUN_DIR).
     """
     from strategies.errors import ShardtuneError
     from trainer.reporting.status import RunState, read_failure, record_failure, write_status

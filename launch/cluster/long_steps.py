@@ -88,9 +88,10 @@ def estimated_step_s(
 ) -> float | None:
     """How long a training step should take, in seconds, from its operations and the peak rate of the slowest GPU it may get.
 
-    `flops_per_token`: floating-point operations of forward and backward; recomputation comes on top. `num_tokens`: of a step, all
-    ranks together. `gpu_kinds`: the cluster's names for the GPUs, such as "h100". None if there is no GPU, or the speed of one is
-    not known.
+    `flops_per_token`: floating-point operations of forward and backward; recomputation comes on top.
+    `num_tokens`: of a step, all ranks together.
+    `gpu_kinds`: the cluster's names for the GPUs, such as "h100".
+    None if there is no GPU, or the speed of one is not known.
     """
     peak_tflops_of_kinds = [_peak_tflops(kind, config.precision) for kind in gpu_kinds]
     if not peak_tflops_of_kinds or not all(peak_tflops_of_kinds):

@@ -54,8 +54,9 @@ def variables_to_carry(env: dict[str, str]) -> dict[str, str]:
 def main(module: str = "launch.cluster.node") -> int:
     """Run one host's part of a run that another host has started here by ssh: read the job, describe this host, run the ranks.
 
-    `module`: the one that calls this: the process restarts itself (exec) with it. Returns the exit code; 130 if the connection to
-        the host that started the run is lost, or Ctrl-C came, before there were ranks.
+    `module`: the one that calls this: the process restarts itself (exec) with it.
+    Returns the exit code; 130 if the connection to the host that started the run is lost, or Ctrl-C came, before there were
+    ranks.
     """
     block_signals()  # as the command does: a request to save that comes while libraries are loaded is kept
     try:
@@ -87,9 +88,10 @@ def _run_node(module: str) -> int:
 def _restart_in_environment(job: dict[str, Any], module: str) -> NoReturn:
     """Replace this process (exec) by one in the environment of the host that starts the run, in its working directory.
 
-    The interpreter may need the variables from its beginning on. `job`: what that host has sent: `env` and `cwd`, and what the
-    new process reads from `JOB_VARIABLE`: `config`, `sha256` and `module`. The job's variables `env` come first, then those that
-    each host has for itself. If the directory is missing here, the process ends with a message.
+    The interpreter may need the variables from its beginning on.
+    `job`: what that host has sent: `env` and `cwd`, and what the new process reads from `JOB_VARIABLE`: `config`, `sha256` and
+    `module`. The job's variables `env` come first, then those that each host has for itself. If the directory is missing here,
+    the process ends with a message.
     """
     host_variables = {key: value for key, value in os.environ.items() if HOST_VARIABLES_REGEX.fullmatch(key)}
     env = {**job.pop("env"), **host_variables, JOB_VARIABLE: json.dumps(job)}
@@ -139,8 +141,8 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
 def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
     """Run this host's ranks of a run on several hosts to their end; returns the exit code.
 
-    `job`: the path of the run's configuration (`config`) and the `module` that ranks run. `rendezvous`: this host's `rank` among
-    the hosts, `rdzv` (host:port at which the ranks meet), and `run_id`.
+    `job`: the path of the run's configuration (`config`) and the `module` that ranks run.
+    `rendezvous`: this host's `rank` among the hosts, `rdzv` (host:port at which the ranks meet), and `run_id`.
     """
     from launch.cluster.torchrun import RankProgram, run_ranks_on_this_host
     from launch.config.frozen import load_frozen_config

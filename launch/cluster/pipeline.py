@@ -98,9 +98,10 @@ def _with_export_resources(
 ) -> SlurmConfig:
     """The settings of the job that writes a run's export, with the cores and memory that it takes; one process if not known.
 
-    `export_settings`: as far as they are decided. `run_options`: the user's options of sbatch for all jobs of the run
-    (`launcher.extra`), whose memory is that of the nodes that train. `part_options`: those for this part. sbatch takes one option
-    of memory: that in `part_options`, else the computed one.
+    `export_settings`: as far as they are decided.
+    `run_options`: the user's options of sbatch for all jobs of the run (`launcher.extra`), whose memory is that of the nodes that
+        train.
+    `part_options`: those for this part. sbatch takes one option of memory: that in `part_options`, else the computed one.
     """
     resources = export_resources(config)
     if resources is None:

@@ -18,8 +18,8 @@ from trainer.reporting.status import write_text_atomic
 def pipeline_command(part: str, run_dir: Path, processes: int) -> list[str]:
     """The arguments of `shardtune` that do one part of a run submitted as a chain of jobs: prepare, evaluate or export.
 
-    "export", runs/first, 2 -> ["export", "runs/first", "launcher.processes=2"]. `processes`: ranks of an evaluation, or processes
-    that write an export.
+    "export", runs/first, 2 -> ["export", "runs/first", "launcher.processes=2"].
+    `processes`: ranks of an evaluation, or processes that write an export.
     """
     if part == "prepare":
         return ["prepare", str(run_dir / "config.yaml")]
@@ -31,8 +31,9 @@ def pipeline_command(part: str, run_dir: Path, processes: int) -> list[str]:
 def run_part(part: str, run_dir: Path, processes: int) -> int:
     """Run one part of a run's chain of jobs (prepare, evaluate or export) within its job, and record how it ended.
 
-    `processes`: ranks of an evaluation, or processes that write an export. Returns the exit code of the part. Raises ConfigError
-        if the run's container cannot be started here, StorageError if the end cannot be recorded.
+    `processes`: ranks of an evaluation, or processes that write an export.
+    Returns the exit code of the part. Raises ConfigError if the run's container cannot be started here, StorageError if the end
+    cannot be recorded.
     """
     command = [*_interpreter_command(run_dir), "-m", "launch.main", *pipeline_command(part, run_dir, processes)]
     # With these variables the verb would take itself for a rank that srun started.

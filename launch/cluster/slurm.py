@@ -94,8 +94,9 @@ settle "$rc" ""
 def render_train_script(config: RunConfig, run_dirs: list[Path], *, code_dir: Path, cwd: Path | None = None) -> str:
     """Write the text of the job script that trains in `run_dirs[0]`, or as a job array in each of several directories.
 
-    `code_dir`: the code that the job runs, the clone of shardtune or its copy. `cwd`: where relative paths of the settings start;
-    None for the current directory. Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
+    `code_dir`: the code that the job runs, the clone of shardtune or its copy.
+    `cwd`: where relative paths of the settings start; None for the current directory.
+    Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
     """
     return "\n".join(script_head_lines(config, run_dirs, code_dir=code_dir, cwd=cwd)) + "\n" + TRAIN_SCRIPT_BODY
 
@@ -107,7 +108,8 @@ def script_head_lines(config: RunConfig, run_dirs: list[Path], *, code_dir: Path
     the shell variables that are set here: `runs`; `patience`, the seconds that nodes have to end after the first one; `words`,
     the overrides of the command line, none here; and those of `_interpreter_lines`.
 
-    `code_dir`: the code that the job runs. `cwd`: where relative paths of the settings start; None for the current directory.
+    `code_dir`: the code that the job runs.
+    `cwd`: where relative paths of the settings start; None for the current directory.
     Raises ConfigError for settings that are not SLURM's, or that a script cannot carry.
     """
     slurm = config.launcher
@@ -140,8 +142,8 @@ def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[
     """The lines of a job script that say which Python runs on the host and as ranks, and how ranks start in a container.
 
     They set `python` (the interpreter on the host), `inside` (that of the ranks in the container), `container` (options of srun)
-    and `within` (what stands before the command of the ranks); these three are empty without a container. `directories`: mounted
-    beside the paths of the settings.
+    and `within` (what stands before the command of the ranks); these three are empty without a container.
+    `directories`: mounted beside the paths of the settings.
     """
     if slurm.container is None:
         python = shlex.quote(checked_line(slurm.python or sys.executable, "launcher.python"))

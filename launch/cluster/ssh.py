@@ -64,9 +64,11 @@ def run_ranks_on_hosts(
 ) -> RanksEnd:
     """Train a run on all of `launcher.hosts`, which this host starts by ssh; every process has ended when it returns.
 
-    `config`: the run's configuration, as it stands in `run_dir`, which all hosts must see. `run_id`: names the rendezvous.
-    `redirected`: where the output goes; None for the terminal. `program`: what the ranks run. Returns how the ranks ended. Raises
-    ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
+    `config`: the run's configuration, as it stands in `run_dir`, which all hosts must see.
+    `run_id`: names the rendezvous.
+    `redirected`: where the output goes; None for the terminal.
+    `program`: what the ranks run.
+    Returns how the ranks ended. Raises ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
     """
     launcher = config.launcher
     config_file = (run_dir / program.config).absolute()
@@ -119,7 +121,8 @@ def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], on_tick: Call
 
     If one fails, the others get `STOP_GRACE_S` seconds to end too: their ranks notice by themselves that their peers are lost.
 
-    `pending_signals`: filled by the signal handler, and emptied here. `on_tick`: called a few times a second; None for nothing.
+    `pending_signals`: filled by the signal handler, and emptied here.
+    `on_tick`: called a few times a second; None for nothing.
     Returns 130 after Ctrl-C, else the first exit code that is not 0, in the order of the nodes, or 0.
     """
     # Times by the monotonic clock; None until it happens.

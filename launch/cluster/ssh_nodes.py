@@ -117,7 +117,8 @@ def wait_for_host_facts(nodes: list[Node], pending_signals: list[int]) -> bool:
     """Wait until every host of the run has sent its facts (GPUs, versions, addresses) or has ended.
 
     Returns False if a signal came meanwhile, so that the start is given up. After `FACTS_TIMEOUT_S` seconds the wait ends too,
-    with True: whether facts are missing is checked by `refuse_unfit_hosts`. `pending_signals`: filled by the signal handler.
+    with True: whether facts are missing is checked by `refuse_unfit_hosts`.
+    `pending_signals`: filled by the signal handler.
     """
     deadline = time.monotonic() + FACTS_TIMEOUT_S
     while any(node.host_facts is None and node.process.poll() is None for node in nodes):
@@ -138,8 +139,9 @@ def wait_for_host_facts(nodes: list[Node], pending_signals: list[int]) -> bool:
 def refuse_unfit_hosts(nodes: list[Node], launcher: LauncherConfig, config_sha256: str) -> None:
     """Raise NodesUnfit if a host cannot run the run, with a line for everything that is wrong with each; nothing runs yet.
 
-    First come hosts that sent no facts, then hosts whose facts do not fit, then hosts that are listed under two names. `nodes`:
-    the hosts with what they sent. `config_sha256`: of the run's `config.yaml`, which every host must see alike.
+    First come hosts that sent no facts, then hosts whose facts do not fit, then hosts that are listed under two names.
+    `nodes`: the hosts with what they sent.
+    `config_sha256`: of the run's `config.yaml`, which every host must see alike.
     """
     problems = []
     for node in nodes:
@@ -164,8 +166,8 @@ def _reasons_unfit(
     many to use.
 
     `host_facts`: what the host has sent (`node.describe_host`): {"code": digest, "python": "3.12.1", "gpus": 8, ...}.
-    `config_sha256`: of the run's `config.yaml` as this host sees it. `own_versions`: this host's: {"code": digest, "python":
-    "3.12.1", "torch": "2.8.0"}.
+    `config_sha256`: of the run's `config.yaml` as this host sees it.
+    `own_versions`: this host's: {"code": digest, "python": "3.12.1", "torch": "2.8.0"}.
     """
     problems = []
     if host_facts["code"] != own_versions["code"]:

@@ -233,8 +233,8 @@ def code_description(code_dir: Path, *, is_copied: bool) -> str:
 def submit_script(script: Path, options: list[str]) -> str:
     """Submit a job script by sbatch; returns the job id.
 
-    `options`: of sbatch, beside those in the script, such as a dependency. Raises ConfigError without the command sbatch, with
-        sbatch's message if it refuses the script, or if it prints no job id.
+    `options`: of sbatch, beside those in the script, such as a dependency.
+    Raises ConfigError without the command sbatch, with sbatch's message if it refuses the script, or if it prints no job id.
     """
     env = sbatch_environment(script.read_text(encoding="utf-8"))
     command = ["sbatch", "--parsable", *options, str(script)]
@@ -279,9 +279,9 @@ def parse_job_id(sbatch_output: str, script: Path) -> str:
 def submit_sweep(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> int:
     """Submit the runs of a sweep that are neither finished nor in the queue, those with the same request as one job array.
 
-    `run_dirs`: the directory of each of `composed_runs`, into which its configuration is written. Returns 0, the exit code of the
-        command. Raises ConfigError, before anything is written, if an array would be too large or ranks cannot share a run's
-        model.
+    `run_dirs`: the directory of each of `composed_runs`, into which its configuration is written.
+    Returns 0, the exit code of the command. Raises ConfigError, before anything is written, if an array would be too large or
+    ranks cannot share a run's model.
     """
     from launch.cluster.array_size import refuse_large_array
     from launch.config.frozen import is_finished

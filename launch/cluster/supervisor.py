@@ -60,8 +60,10 @@ def run_supervised(
     after an error of the user or of shardtune, nor after TERM, HUP or Ctrl-C. After memory ran out, the next start has half of
     `batch.micro`; if that cannot be halved, there is none.
 
-    `sha256`: of the configuration; it names the rendezvous. `redirected`: a file for the output instead of the terminal.
-    `program`: what the ranks run; None for training. Returns the exit code.
+    `sha256`: of the configuration; it names the rendezvous.
+    `redirected`: a file for the output instead of the terminal.
+    `program`: what the ranks run; None for training.
+    Returns the exit code.
     """
     from launch.cluster.torchrun import TRAIN
 
@@ -129,8 +131,9 @@ def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, ve
 
     After Ctrl-C the code is 130 in every case but `done`.
 
-    `code`: torchrun's, which is 0, 130 for Ctrl-C, or a failure about which the run directory says more. `before`: from
-    `state_before_start`; a record that has not changed since is of an earlier attempt. `verb`: for messages.
+    `code`: torchrun's, which is 0, 130 for Ctrl-C, or a failure about which the run directory says more.
+    `before`: from `state_before_start`; a record that has not changed since is of an earlier attempt.
+    `verb`: for messages.
     """
     was_interrupted = code == exit_codes.INTERRUPTED
     directory = find_run_directory(run_dir, before)
@@ -181,8 +184,10 @@ def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, ve
 def _stopped_message(directory: Path, former_dir: Path, step: int | None, verb: str) -> str:
     """Write the message about a run that was asked to stop: what is saved, and how it continues.
 
-    `directory`: where the run directory is now. `former_dir`: where it was when the run started; another one if it was renamed.
-    `step`: the step that was saved; None or 0 if training had not begun. `verb`: the command that was stopped, such as train.
+    `directory`: where the run directory is now.
+    `former_dir`: where it was when the run started; another one if it was renamed.
+    `step`: the step that was saved; None or 0 if training had not begun.
+    `verb`: the command that was stopped, such as train.
     """
     if verb == "export":  # the directory is a temporary one
         return EXPORT_STOPPED_MESSAGE
@@ -197,8 +202,9 @@ def _stopped_message(directory: Path, former_dir: Path, step: int | None, verb: 
 def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
     """Where the run directory is now, which may have been renamed while the run was under way; None if it was deleted.
 
-    `run_dir`: where it was when the run started. `before`: has that directory open, so that it is found under another name.
-    `run_dir` is returned too if the directory could not be opened then.
+    `run_dir`: where it was when the run started.
+    `before`: has that directory open, so that it is found under another name. `run_dir` is returned too if the directory could
+        not be opened then.
     """
     if before.directory is None:
         return run_dir
@@ -246,8 +252,8 @@ def _retry_cause_key(run_dir: Path, code: int, signals: set[int]) -> str | None:
 def _failure_message(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
     """Write the message about a failed run from its `failure.json`: which rank failed, where and why.
 
-    `failure`: the record. An error of the user has its message below that; any other error has its traceback before it. `verb`:
-    the command, such as train.
+    `failure`: the record. An error of the user has its message below that; any other error has its traceback before it.
+    `verb`: the command, such as train.
     """
     step_text = f", step {failure['step']}" if failure.get("step") is not None else ""
     summary = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step_text})"

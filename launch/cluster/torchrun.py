@@ -104,8 +104,9 @@ def torchrun_arguments(
     - Several hosts that all know their rank: a static rendezvous at `launcher.rdzv`.
     - Several hosts otherwise: a rendezvous there at which they agree on their ranks (c10d).
 
-    `run_id`: names the rendezvous of several hosts. `this_host`: this host's address, and its rank among the hosts as far as
-    `launcher.rdzv` and `launcher.node_rank` tell it; None if the run has one host.
+    `run_id`: names the rendezvous of several hosts.
+    `this_host`: this host's address, and its rank among the hosts as far as `launcher.rdzv` and `launcher.node_rank` tell it;
+        None if the run has one host.
     """
     arguments = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
     if launcher.nodes == 1:
@@ -143,10 +144,12 @@ def run_ranks_on_this_host(
 ) -> RanksEnd:
     """Run a run's ranks on this host to their end, by torchrun; every process that it started is gone when it returns.
 
-    `config`: as it stands in `run_dir`. `run_id`: names the rendezvous of several hosts. `redirected`: where the output goes;
-    None for the terminal. `program`: what the ranks run. Signals that ask the run to save are passed on to the ranks; Ctrl-C
-    gives them `STOP_GRACE_S` seconds to save, then kills. Raises ConfigError for network settings with which the ranks could not
-    meet.
+    `config`: as it stands in `run_dir`.
+    `run_id`: names the rendezvous of several hosts.
+    `redirected`: where the output goes; None for the terminal.
+    `program`: what the ranks run. Signals that ask the run to save are passed on to the ranks; Ctrl-C gives them `STOP_GRACE_S`
+        seconds to save, then kills.
+    Raises ConfigError for network settings with which the ranks could not meet.
     """
     # torchrun's command line and environment.
     this_host = locate_this_host(config.launcher) if config.launcher.nodes > 1 else None
@@ -308,9 +311,9 @@ def _wait_for_torchrun(
 ) -> int:
     """Wait for torchrun to end, and pass signals on to its ranks meanwhile; returns the exit code.
 
-    `pending_signals`: filled by the handler of `collected_signals` while this runs, and emptied here. `polls`: called a few times
-    a second. Ctrl-C reaches the ranks as TERM, at which they save. The code is torchrun's; or 130 after Ctrl-C: when torchrun has
-    ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
+    `pending_signals`: filled by the handler of `collected_signals` while this runs, and emptied here.
+    `polls`: called a few times a second. Ctrl-C reaches the ranks as TERM, at which they save. The code is torchrun's; or 130
+        after Ctrl-C: when torchrun has ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
     """
     interrupted_at: float | None = None
     while True:

@@ -62,8 +62,9 @@ def parse_value(text: str, annotation: Any, spec: ArgumentSpec | None = None) ->
     """Read the text of a typed argument as a value of its annotated type: "[1,2]" as list[int] is [1, 2].
 
     `annotation`: bool, int, float, str, Path, an enum (typed by the name of a member), a list of one of these, or `X | None` of
-    one. `spec`: the bounds of a number and the choices of a text; None if there are none. Raises ValueError with what it must be,
-    such as "must be true or false".
+        one.
+    `spec`: the bounds of a number and the choices of a text; None if there are none.
+    Raises ValueError with what it must be, such as "must be true or false".
     """
     spec = spec or ArgumentSpec(kind="option", text="")
     if get_origin(annotation) in (Union, types.UnionType):
@@ -108,8 +109,8 @@ def suggestion_of_similar_name(typed: str, known: Iterable[str], *, end: str = "
 def _parse_number_in_bounds(text: str, annotation: type, spec: ArgumentSpec) -> float:
     """Read the text of an argument as a number within its bounds, of the type `annotation` (`int` or `float`).
 
-    `spec`: the bounds, of which the message speaks. Raises ValueError if it is no number or outside of them: "must be a whole
-        number, at least 1".
+    `spec`: the bounds, of which the message speaks.
+    Raises ValueError if it is no number or outside of them: "must be a whole number, at least 1".
     """
     number = _parse_number(text, annotation)
     if number is not None:

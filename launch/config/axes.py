@@ -240,8 +240,10 @@ def _arguments_of_hydra_function(argument: str) -> list[str]:
 def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
     """The values that a glob on the command line of a sweep stands for, sorted: choices if `key` is a group, otherwise files.
 
-    `tuning=glob(*ora)` is `dora` and `lora`. `glob_text`: such as `glob(*ora)` or `glob([a*,b*],exclude=c)`. `whole_argument`:
-    for messages. Raises ConfigError if nothing matches, or if every published model does, since that is surely not meant.
+    `tuning=glob(*ora)` is `dora` and `lora`.
+    `glob_text`: such as `glob(*ora)` or `glob([a*,b*],exclude=c)`.
+    `whole_argument`: for messages.
+    Raises ConfigError if nothing matches, or if every published model does, since that is surely not meant.
     """
     included: set[str] = set()
     excluded: set[str] = set()
@@ -317,8 +319,9 @@ def _meets_condition(condition: list[tuple[str, str]], values: dict[str, str]) -
 def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tuple[str, str]]:
     """Read a condition on points of a sweep: `tuning=lora+optim.lr=2e-4` is [("tuning", "lora"), ("optim.lr", "2e-4")].
 
-    It selects the points that have all of these values. `name`: the setting that holds the condition, for messages. An argument
-    that is no swept setting (axis) with one of its values is left out, and a message is appended to `problems`.
+    It selects the points that have all of these values.
+    `name`: the setting that holds the condition, for messages. An argument that is no swept setting (axis) with one of its values
+        is left out, and a message is appended to `problems`.
     """
     pairs = []
     for argument in CONDITION_SEPARATOR_REGEX.split(text.strip().strip("'\"")):
@@ -350,9 +353,9 @@ def set_point_name_in_trackers(
 ) -> None:
     """Set `logging.group`, `.name` and `.columns` of one point, so that W&B and other trackers show a sweep as one group.
 
-    The group gets the name of `sweep_dir`, unless the user or WANDB_RUN_GROUP names one. `point_name`: such as `lora-lr2e-4`,
-    behind the user's own name for the run. `arguments`: the point's values on the axes, such as `optim.lr=1e-4`; each gets a
-    column.
+    The group gets the name of `sweep_dir`, unless the user or WANDB_RUN_GROUP names one.
+    `point_name`: such as `lora-lr2e-4`, behind the user's own name for the run.
+    `arguments`: the point's values on the axes, such as `optim.lr=1e-4`; each gets a column.
     """
     logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or sweep_dir.resolve().name
     logging.name = f"{logging.name}-{point_name}" if logging.name else point_name

@@ -161,7 +161,8 @@ def add_table_entry(tree: Any, key: str) -> None:
     """Make sure that a table has the entry which the setting `key` belongs to, since OmegaConf sets nothing in a missing one.
 
     A table is a setting whose entries the user names: `evaluation.tasks.qa.kind` adds the entry `qa` to `evaluation.tasks`, with
-    defaults. A key outside of such tables adds nothing. `tree`: the OmegaConf tree of a run's settings.
+    defaults. A key outside of such tables adds nothing.
+    `tree`: the OmegaConf tree of a run's settings.
     """
     from omegaconf import OmegaConf
 

@@ -36,8 +36,9 @@ class NoDigest(Exception):
 def local_model_directory(config: ModelConfig, path: str | None, revision: str | None) -> Path | None:
     """Where the files of a model or tokenizer lie on this machine, with or without weights; None if they are not here.
 
-    `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network. `revision`: of the hub, None
-    for the newest. `config`: for the options of looking up; its own path and revision are not used.
+    `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network.
+    `revision`: of the hub, None for the newest.
+    `config`: for the options of looking up; its own path and revision are not used.
     """
     from dataclasses import replace
 
@@ -55,8 +56,9 @@ def model_code_digest(directory: Path, *, download: bool = False) -> str | None:
     """SHA-256 of the Python code that `trust_remote_code` would run for a model's directory; None if there is no code.
 
     A user's consent to run the code is remembered by it. Code of another repository that `auto_map` in config.json names counts
-    too. `download`: whether such a repository would be fetched if it is not on this machine. Raises NoDigest if code may lie
-    anywhere, is not here yet, or cannot be read.
+    too.
+    `download`: whether such a repository would be fetched if it is not on this machine.
+    Raises NoDigest if code may lie anywhere, is not here yet, or cannot be read.
     """
     # Such as `modeling.Net` in this directory, or `owner/name--modeling.Net` in another repository.
     references = sorted({*_auto_map_references(directory)})
@@ -149,8 +151,8 @@ _FunctionNameLoader.add_constructor("!function", _collect_function_name)
 def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
     """The files that one YAML of an lm_eval task names: those under `include`, and the Python modules of `!function`.
 
-    `content`: the bytes of `file`. Relative names are looked up as lm_eval does. Raises YAMLError, ValueError or RecursionError
-        if the content is no YAML.
+    `content`: the bytes of `file`. Relative names are looked up as lm_eval does.
+    Raises YAMLError, ValueError or RecursionError if the content is no YAML.
     """
     loader = _FunctionNameLoader(content)
     # This fills `function_names` too.

@@ -95,9 +95,10 @@ compdef _shardtune shardtune 2>/dev/null
 def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[str, list[type[VerbArguments]]]) -> str:
     """Write the script that completes shardtune's command line in a shell; all words are in it, so that a Tab starts no process.
 
-    `shell`: `bash`, `zsh` or `fish`, also as `install=bash` (Hydra's way to ask for it). `verbs`: the description of each verb,
-    such as `train`. `classes_by_verb`: the classes that declare the arguments and flags of each verb. Raises ConfigError for
-    another shell.
+    `shell`: `bash`, `zsh` or `fish`, also as `install=bash` (Hydra's way to ask for it).
+    `verbs`: the description of each verb, such as `train`.
+    `classes_by_verb`: the classes that declare the arguments and flags of each verb.
+    Raises ConfigError for another shell.
     """
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
@@ -184,8 +185,9 @@ def _fish_script(
 ) -> str:
     """Write the completion script for fish: a function that prints the candidates for the word under the cursor.
 
-    `values_by_key`: possible values of each setting. `verbs`: one line of help for each verb. `classes_by_verb`: the declarations
-    of the verb's own arguments, by verb.
+    `values_by_key`: possible values of each setting.
+    `verbs`: one line of help for each verb.
+    `classes_by_verb`: the declarations of the verb's own arguments, by verb.
     """
     # Verbs, with their help.
     lines = [

@@ -53,8 +53,9 @@ __all__ = ["ComposedConfig", "compose_config", "default_run_dir", "is_finished",
 def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
     """Compose the command line of a run into its configuration, fill in what depends on this host, and validate it.
 
-    `argv`: overrides `key=value` and settings files. `check`: whether to validate; values of a wrong type are refused in any
-    case. Raises ConfigError with every problem found.
+    `argv`: overrides `key=value` and settings files.
+    `check`: whether to validate; values of a wrong type are refused in any case.
+    Raises ConfigError with every problem found.
     """
     use_copies_of_missing_reward_files(argv)  # first, because a missing file would be a problem of its override
     # Every stage adds to the problems instead of raising, so that the user sees all of them at once.
@@ -108,7 +109,8 @@ def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: 
 
     For commands that use a run, such as an evaluation, perhaps on another machine than it trained on.
 
-    `config`: as the run was started with. `allowed_groups`: the groups of settings that overrides may set, such as `launcher`.
+    `config`: as the run was started with.
+    `allowed_groups`: the groups of settings that overrides may set, such as `launcher`.
     Raises ConfigError with every problem, also for an override of another group. The values are not validated against each other.
     """
     parsed = overrides.parse_overrides(argv)
@@ -327,8 +329,8 @@ def _apply_value(
 ) -> hints.RefusedOverride | None:
     """Set one value of the command line or a user's file in the composed `tree`; returns why that cannot be, or None.
 
-    `choice_by_group`: the chosen settings classes, such as {"tuning": "lora"}. `run_has_begun`: the run's directory has a
-    configuration already. Refused is a value whose
+    `choice_by_group`: the chosen settings classes, such as {"tuning": "lora"}.
+    `run_has_begun`: the run's directory has a configuration already. Refused is a value whose
 
     - key does not exist;
     - setting needs another choice of its group, as `tuning.rank` needs `tuning=lora`;
@@ -361,8 +363,8 @@ def _apply_value(
 def _reset_to_default(tree: DictConfig, key: str, choice_by_group: dict[str, str]) -> None:
     """Set a setting or table of the composed `tree` back to its default in the code, for `~key` on the command line.
 
-    `choice_by_group`: such as {"tuning": "lora"}, because the defaults of a group are those of its choice. Does nothing for an
-        unknown key, which was reported before.
+    `choice_by_group`: such as {"tuning": "lora"}, because the defaults of a group are those of its choice.
+    Does nothing for an unknown key, which was reported before.
     """
     from omegaconf import OmegaConf
 
@@ -380,7 +382,8 @@ def _drop_outranked_budgets(tree: DictConfig, parsed: overrides.ParsedOverrides)
     """Leave one budget in `tree`, that of the highest precedence, since a run has one of steps, epochs and tokens.
 
     The command line goes before a file of the user, and that before an experiment; the others become None. Two budgets of the
-    command line both stay, and validation refuses them. `parsed`: its first `num_file_values` values are those of files.
+    command line both stay, and validation refuses them.
+    `parsed`: its first `num_file_values` values are those of files.
     """
     from omegaconf import OmegaConf
 

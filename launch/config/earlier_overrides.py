@@ -34,9 +34,10 @@ def earlier_config_of_same_overrides(overrides: list[str], run_dir: str | None) 
 def keep_first_budget(config: RunConfig, earlier_config: RunConfig) -> None:
     """Let a run of an earlier version go on with the one budget it used, although its command names several.
 
-    Earlier versions took one of steps, epochs and tokens silently. `config`: composed from the command, and changed;
-    `earlier_config`: that of the run. A message on stderr names the budgets that have no effect. Does nothing if the command
-    names one budget, or not that of the run.
+    Earlier versions took one of steps, epochs and tokens silently.
+    `config`: composed from the command, and changed;
+    `earlier_config`: that of the run. A message on stderr names the budgets that have no effect.
+    Does nothing if the command names one budget, or not that of the run.
     """
     typed_budgets = _budgets_that_are_set(config)
     kept_budgets = _budgets_that_are_set(earlier_config)

@@ -89,9 +89,9 @@ def _fold_block(block: str) -> list[str]:
 def _fold_command(block: str, indent: int) -> list[str]:
     """Fold an example command to lines that end in backslashes, as a shell takes them, with what it does below.
 
-    `block`: the command, two spaces, and what it does, which may be missing. `indent`: the columns before the command; the lines
-    that continue it are indented by 4 more. A synopsis, with optional parts in brackets, gets no backslashes, because nobody
-    types it as it is.
+    `block`: the command, two spaces, and what it does, which may be missing.
+    `indent`: the columns before the command; the lines that continue it are indented by 4 more. A synopsis, with optional parts
+        in brackets, gets no backslashes, because nobody types it as it is.
     """
     command, _, meaning = block.strip().partition("  ")
     is_synopsis = " [" in command

@@ -399,8 +399,9 @@ def _group_suggestion(key: str, value: str) -> str | None:
 def num_requested_ranks(cli_values: Mapping[str, str], value_by_other_name: Mapping[str, str]) -> int | None:
     """The number of ranks (processes) that a command line asks for, processes per node times nodes; None if it does not say.
 
-    `cli_values`: what was typed, by key of shardtune. `value_by_other_name`: settings of other trainers that were typed, by
-    normalised name. Only launchers' settings are read, such as `launcher.processes` or torchrun's `nproc_per_node`.
+    `cli_values`: what was typed, by key of shardtune.
+    `value_by_other_name`: settings of other trainers that were typed, by normalised name. Only launchers' settings are read, such
+        as `launcher.processes` or torchrun's `nproc_per_node`.
     """
     settings = OtherTrainerSettings({**value_by_other_name, **cli_values})  # its `get` reads the first name that is set
     ranks_per_node = parse_number(

@@ -39,8 +39,10 @@ def learning_rate_problems(config: RunConfig) -> list[str]:
 def keep_learning_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> None:
     """Give a run that is resumed the learning rate that it began with, if neither the command nor the run has one set by a user.
 
-    The table of usual rates may have changed since, and a run must not change its rate. `config`: of the command, and is changed.
-    `earlier_config`: of the run. Nothing is changed if optimizer, tuning method or objective differ.
+    The table of usual rates may have changed since, and a run must not change its rate.
+    `config`: of the command, and is changed.
+    `earlier_config`: of the run.
+    Nothing is changed if optimizer, tuning method or objective differ.
 
     `substitutions` of a configuration hold a note on each setting that shardtune chose itself, so a rate without a note was set
     by the user; or it is the one rate that an earlier version had for everything, without a note.

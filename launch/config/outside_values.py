@@ -164,8 +164,8 @@ def _settings_with_outside_effect(config: RunConfig) -> dict[str, Any]:
 def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
     """Give numbers for names to the entries of each table that has a dot in a name, so that full keys can be split at dots.
 
-    Otherwise a task that is called `x.kind` would be taken for the setting `kind` of a task `x`. `tree`: a configuration as
-    nested dictionaries, which is changed and returned.
+    Otherwise a task that is called `x.kind` would be taken for the setting `kind` of a task `x`.
+    `tree`: a configuration as nested dictionaries, which is changed and returned.
     """
     for table in USER_NAMED_TABLES:
         group, _, name = table.partition(".")
@@ -178,8 +178,9 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
 def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[ValueNeedingConsent]:
     """What one setting reaches outside of its run, as values that need the user's consent, each with how it is remembered.
 
-    `key`, `value`: the setting. `reach`: in which way it reaches out, such as `Reach.code`. Several values come from a list of
-    paths, or from a flag that allows several things; none if the setting turns out to do nothing.
+    `key`, `value`: the setting.
+    `reach`: in which way it reaches out, such as `Reach.code`. Several values come from a list of paths, or from a flag that
+        allows several things; none if the setting turns out to do nothing.
     """
     if reach is Reach.address:
         yield from _server_address_values(config, key)
@@ -203,7 +204,8 @@ def _server_address_values(config: RunConfig, key: str) -> Iterator[ValueNeeding
     """The value that needs consent for a server: its address and the environment variable sent to it as its API key, as one.
 
     The user consents to both together, and the consent is remembered for exactly this pair: the variable must not go to another
-    address. `key`: a setting of the server, such as `evaluation.judge.url`; any that does not end in `.url` gives nothing.
+    address.
+    `key`: a setting of the server, such as `evaluation.judge.url`; any that does not end in `.url` gives nothing.
     """
     group, _, name = key.rpartition(".")
     if name != "url":
@@ -349,8 +351,9 @@ def _file_option_names(kind: str) -> tuple[str, ...]:
 def _task_code_value(key: str, path: str) -> ValueNeedingConsent:
     """The value that needs consent for an lm_eval task: the Python functions that its YAML names, which would run.
 
-    `key`: the setting that names the task. `path`: its YAML, or a directory of them. The consent is remembered for the content of
-    the code. If that cannot be read whole it is not remembered (identity None), so the user is asked each time.
+    `key`: the setting that names the task.
+    `path`: its YAML, or a directory of them. The consent is remembered for the content of the code. If that cannot be read whole
+        it is not remembered (identity None), so the user is asked each time.
     """
     identity: dict[str, Any] | None
     try:

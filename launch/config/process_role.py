@@ -24,8 +24,8 @@ INTERACTIVE_STEP_ID = str(0xFFFFFFFA)
 def is_rank_process(env: Mapping[str, str]) -> bool:
     """Whether torchrun or srun started this process as one rank of a job, or a user typed the command.
 
-    `env`: the environment variables of the process. Raises ConfigError if it would train on one host of many, or has variables
-        that are left over from another job.
+    `env`: the environment variables of the process.
+    Raises ConfigError if it would train on one host of many, or has variables that are left over from another job.
     """
     refuse_non_numbers(env)
     refuse_lone_host(env)

@@ -80,8 +80,8 @@ def is_allowing_argument(override: str) -> bool:
 def split_allowing_arguments(overrides: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
     """Split a command's overrides in two: those that allow a value of the run it reads, without their `prefix`, and all others.
 
-    An allowing override sets something that reaches out of the run, such as `model.trust_remote_code=true`. `prefix`: such as
-    `from.`, for a command that names several runs.
+    An allowing override sets something that reaches out of the run, such as `model.trust_remote_code=true`.
+    `prefix`: such as `from.`, for a command that names several runs.
     """
     allowing: list[str] = []
     other_arguments: list[str] = []
@@ -108,8 +108,9 @@ def read_run(
     - The command uses it: ConfigError, which names the overrides that allow it.
     - The command does not use it: it is set to its default, and a line says so.
 
-    `reader`: the command, and which values it uses. `overrides`: the settings that the user has typed for this command. Those
-    that only allow a value of the run are applied here; `change` gets the others and applies them.
+    `reader`: the command, and which values it uses.
+    `overrides`: the settings that the user has typed for this command. Those that only allow a value of the run are applied here;
+        `change` gets the others and applies them.
     """
     from launch.config.compose import keys_set_by, load_frozen_config
 
@@ -220,8 +221,8 @@ def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -
 def _refusal_message(run_dir: Path, reader: RunReader, refused_values: list[ValueNeedingConsent]) -> str:
     """Write the error message about values of a run that this user never typed, with the command that allows them.
 
-    Such a value reaches out of the run: it runs code, reads or writes files elsewhere, or talks to a server. `reader`: the
-    command that was typed, which the message repeats with the overrides added.
+    Such a value reaches out of the run: it runs code, reads or writes files elsewhere, or talks to a server.
+    `reader`: the command that was typed, which the message repeats with the overrides added.
     """
     # A dictionary as an ordered set, because two values may need the same override.
     allowing_arguments: dict[str, None] = {}

@@ -57,9 +57,10 @@ def settle_resumed_config(
 ) -> None:
     """Compare a command with the run that its directory holds: the run resumes, or is replaced, or the command is refused.
 
-    Called when a run is started, before its `config.yaml` is written. `path`: the `config.yaml` of the run in the directory.
-    `has_progress`: the directory has a checkpoint or is finished. `may_change_strategy`: whether the run may resume with other
-    operational settings, such as another strategy. The cases:
+    Called when a run is started, before its `config.yaml` is written.
+    `path`: the `config.yaml` of the run in the directory.
+    `has_progress`: the directory has a checkpoint or is finished.
+    `may_change_strategy`: whether the run may resume with other operational settings, such as another strategy. The cases:
 
     - No setting that decides the result differs, or only by changed defaults of shardtune: the run resumes.
     - The directory has no progress: another command may take its place.
@@ -103,8 +104,8 @@ def settle_resumed_config(
 def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | None:
     """Read the configuration of the run that a directory holds already; None if it is broken and nothing would be lost.
 
-    `path`: its `config.yaml`. `has_progress`: the directory has a checkpoint or is finished; then a file that cannot be read
-    raises ConfigError.
+    `path`: its `config.yaml`.
+    `has_progress`: the directory has a checkpoint or is finished; then a file that cannot be read raises ConfigError.
     """
     try:
         return load_frozen_config(path)
@@ -123,8 +124,9 @@ def _keep_earlier_defaults(composed: ComposedConfig, earlier_config: RunConfig) 
     """Give a resumed run the defaults that it began with, where shardtune's have changed since, so that it trains on as before.
 
     These are the learning rate, the exported checkpoint and the evaluation interval; they are set in `composed.config`, unless
-    the user has set them. `earlier_config`: the configuration of the run. Returns whether the evaluation interval was set, about
-    which the caller prints a line.
+    the user has set them.
+    `earlier_config`: the configuration of the run.
+    Returns whether the evaluation interval was set, about which the caller prints a line.
     """
     keep_learning_rate_of_run(composed.config, earlier_config)
     _keep_exported_checkpoint(composed, earlier_config)
@@ -220,9 +222,10 @@ def _only_defaults_changed(
 ) -> bool:
     """Whether settings differ only because shardtune changed a default since the run began, so that the run may keep its own.
 
-    `composed`: the command. `differing`: the settings that decide the result and differ. `earlier_config`: the run's
-    configuration, and `path`: its `config.yaml`. True if the run began with the same overrides, and nothing else decides the
-    settings that differ. False therefore if:
+    `composed`: the command.
+    `differing`: the settings that decide the result and differ.
+    `earlier_config`: the run's configuration, and `path`: its `config.yaml`. True if the run began with the same overrides, and
+    nothing else decides the settings that differ. False therefore if:
 
     - the overrides differ;
     - they use a variable of the environment (`${oc.env:NAME}`) or a settings file, whose content may have changed;

@@ -13,8 +13,9 @@ from trainer.config.run import RunConfig
 def secret_problems(config: RunConfig, frozen_config: RunConfig | None) -> Iterator[str]:
     """A problem for each value of a configuration that looks like a password or token, since values do not stay private.
 
-    They are written into config.yaml, the run record and the model card, and are sent to trackers. `frozen_config`: the
-    configuration in the config.yaml of the run, whose values are not refused again; None if there is none yet.
+    They are written into config.yaml, the run record and the model card, and are sent to trackers.
+    `frozen_config`: the configuration in the config.yaml of the run, whose values are not refused again; None if there is none
+        yet.
     """
     frozen_values = {} if frozen_config is None else flatten_settings(asdict(frozen_config))  # by dotted key
     for key, value in flatten_settings(asdict(config)).items():

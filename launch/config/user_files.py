@@ -98,8 +98,9 @@ def is_settings_block(key: str) -> bool:
 def _choices_in_defaults_list(file_argument: str, entries: Any) -> Iterator[tuple[str, str]]:
     """The choices in a Hydra `defaults` list of a settings file: `- tuning: lora` is ("tuning", "lora").
 
-    `file_argument`: the file, for messages. `entries`: what stands under `defaults`. Raises ConfigError for an entry of another
-    form.
+    `file_argument`: the file, for messages.
+    `entries`: what stands under `defaults`.
+    Raises ConfigError for an entry of another form.
     """
     entries = entries if isinstance(entries, list) else [entries]
     for entry in entries:

@@ -68,8 +68,8 @@ def positionals() -> Any:
 def forwarded_settings(*, required_prefix: str = "", forwards_unknown_flags: bool = False) -> Any:
     """Declare the field of a verb's arguments that takes what the verb hands on, such as settings of a run, in their order.
 
-    `required_prefix`: only arguments that begin with it are taken, such as `serve.`. `forwards_unknown_flags`: whether flags that
-    the verb does not know are handed on, too.
+    `required_prefix`: only arguments that begin with it are taken, such as `serve.`.
+    `forwards_unknown_flags`: whether flags that the verb does not know are handed on, too.
     """
     spec = ArgumentSpec(
         kind="settings", text="", required_prefix=required_prefix, forwards_unknown_flags=forwards_unknown_flags
@@ -80,8 +80,8 @@ def forwarded_settings(*, required_prefix: str = "", forwards_unknown_flags: boo
 def read_arguments(verb: str, declaration: type[Declared], argv: Iterable[str]) -> tuple[Declared, list[str]]:
     """Read a verb's command line into an object of the dataclass that declares its arguments.
 
-    `argv`: what stands behind the verb. Returns the object, and a problem for each argument that cannot be used; the caller adds
-        its own and raises them together.
+    `argv`: what stands behind the verb.
+    Returns the object, and a problem for each argument that cannot be used; the caller adds its own and raises them together.
     """
     reader = _ArgumentReader(verb, declaration)
     for argument in reader.join_dashed_values(list(argv)):
@@ -104,9 +104,11 @@ def read_setting_group(
 ) -> SettingGroup[Config]:
     """Read the settings of one group from arguments such as `serve.port=80`, for a verb whose settings are none of a run.
 
-    `prefix`: the group, `serve`. `defaults`: an object of a dataclass, whose annotations say what the values may be, such as `int
-    | None`; the result has a changed copy. `refuse_repeated`: whether a setting that is set twice is a problem; otherwise its
-    last value counts, as among the settings of a run.
+    `prefix`: the group, `serve`.
+    `defaults`: an object of a dataclass, whose annotations say what the values may be, such as `int | None`; the result has a
+        changed copy.
+    `refuse_repeated`: whether a setting that is set twice is a problem; otherwise its last value counts, as among the settings of
+        a run.
     """
     annotations = get_type_hints(type(defaults))
     other_arguments: list[str] = []
@@ -156,8 +158,9 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 def help_rows(declaration: type[VerbArguments], extra_rows: Mapping[str, str] | None = None) -> str:
     """Write the rows of a verb's `--help`: one for each option, then `extra_rows`, then one for each flag.
 
-    Such as "  wait_s=600  seconds to wait". `declaration`: the class that declares the verb's arguments. `extra_rows`: the
-    explanation of each further `key=example`.
+    Such as "  wait_s=600  seconds to wait".
+    `declaration`: the class that declares the verb's arguments.
+    `extra_rows`: the explanation of each further `key=example`.
     """
     spec_by_field = argument_specs(declaration)
     explanations: dict[str, str] = {}

@@ -55,9 +55,9 @@ SETUP_AND_EXEC_SCRIPT = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 def preflight_request(settings: dict[str, Any], num_nodes: int, rendezvous: str | None = None) -> PreflightRequest:
     """What to ask of each node of a job before its ranks start: GPUs, memory, run directory, model and data of the run.
 
-    `settings`: the run's configuration as nested dictionaries. `rendezvous`: host:port at which the ranks of the communication
-    test meet; None if the nodes find out from SLURM. A model that the run downloads is not asked for, nor data on the hub or at
-    a URL.
+    `settings`: the run's configuration as nested dictionaries.
+    `rendezvous`: host:port at which the ranks of the communication test meet; None if the nodes find out from SLURM. A model that
+        the run downloads is not asked for, nor data on the hub or at a URL.
     """
     launcher, model, run = (settings[section] for section in ("launcher", "model", "run"))
     num_ranks = ranks_per_node(launcher)
@@ -139,8 +139,9 @@ class _ReportCollector:
     def collect(self, num_pipes: int, *, is_queued: bool) -> float:
         """Collect the nodes' reports into `reports` until they suffice, or waiting is pointless; returns the seconds waited.
 
-        `num_pipes`: stdout and stderr of each ssh or srun, from which threads read `lines`. `is_queued`: the seconds begin with
-        the first line of a node, because the wait in SLURM's queue does not count. It ends as soon as one of these holds:
+        `num_pipes`: stdout and stderr of each ssh or srun, from which threads read `lines`.
+        `is_queued`: the seconds begin with the first line of a node, because the wait in SLURM's queue does not count. It ends as
+            soon as one of these holds:
 
         - all pipes have ended;
         - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
@@ -192,7 +193,8 @@ class _ReportCollector:
         """Whether a node of the preflight ended without an answer, and the other nodes have had their time to report too.
 
         Such a node is a problem, whatever the others say. So they get only `PATIENCE_AFTER_ERROR_S` seconds more, or
-        `PATIENCE_WHILE_UNANSWERED_S` while some of them have not answered. `now`: of the monotonic clock.
+        `PATIENCE_WHILE_UNANSWERED_S` while some of them have not answered.
+        `now`: of the monotonic clock.
         """
         if self.first_error_at is None:
             return False
@@ -270,9 +272,11 @@ def run_preflight(
 ) -> PreflightResult:
     """Ask all nodes of a job whether they can run it: start the commands that check them, collect the reports, and judge them.
 
-    `request`: what each node must have; its `token` is set, which names this preflight. `commands`: one for each node, or one of
-    srun for all. `hosts`: the nodes' names, by number. `is_queued`: the nodes may first have to be waited for, in SLURM's queue.
-    All processes have ended when it returns. Raises StorageError if the run directory cannot be written here.
+    `request`: what each node must have; its `token` is set, which names this preflight.
+    `commands`: one for each node, or one of srun for all.
+    `hosts`: the nodes' names, by number.
+    `is_queued`: the nodes may first have to be waited for, in SLURM's queue. All processes have ended when it returns.
+    Raises StorageError if the run directory cannot be written here.
     """
     request.token = uuid.uuid4().hex[:12]
     with _shared_directory(request) as shared_directory:
@@ -292,8 +296,9 @@ def run_preflight(
 def _nodes_sharing_directory(shared_directory: Path | None, nodes: set[int]) -> set[int]:
     """Which nodes have the run directory on a disk that this host shares: those whose file in it becomes visible here in time.
 
-    Each node writes a file called by its number. `shared_directory`: None if the run has no directory yet; then all `nodes` count
-    as visible. In time: within `VISIBILITY_TIMEOUT_S` seconds.
+    Each node writes a file called by its number.
+    `shared_directory`: None if the run has no directory yet; then all `nodes` count as visible. In time: within
+        `VISIBILITY_TIMEOUT_S` seconds.
     """
     if shared_directory is None:
         return nodes
@@ -409,9 +414,10 @@ def srun_check_command(
 ) -> NodeCommand:
     """The srun command that runs the check (preflight) on each node of a job, once a node.
 
-    `python`: the interpreter on the nodes. `srun_options`: beside the usual ones. `environment`: of the command, None for that of
-    this process; the shell function in its `SHARDTUNE_SETUP` prepares each node. `container_prefix`: what starts the container on
-    each node; it stands after the options of srun, before the command itself.
+    `python`: the interpreter on the nodes.
+    `srun_options`: beside the usual ones.
+    `environment`: of the command, None for that of this process; the shell function in its `SHARDTUNE_SETUP` prepares each node.
+    `container_prefix`: what starts the container on each node; it stands after the options of srun, before the command itself.
     """
     argv = ["srun", "--label", f"--export=ALL,{INSIDE_CONTAINER}=1"]
     argv += [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1"]

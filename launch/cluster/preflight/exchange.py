@@ -39,8 +39,8 @@ def measure_communication(device: str, timeout_s: float) -> dict[str, Any]:
     link carries them, `pairs` of (node, node, rate) both ways at once between the first ranks of nodes; and `backend`, `ranks`,
     `met_s` (seconds until the ranks had met) and `hosts` (by rank).
 
-    `device`: cpu, cuda or auto. Raises the errors of torch.distributed if the ranks do not meet within `timeout_s`, and
-        RuntimeError for a wrong sum.
+    `device`: cpu, cuda or auto.
+    Raises the errors of torch.distributed if the ranks do not meet within `timeout_s`, and RuntimeError for a wrong sum.
     """
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
@@ -96,8 +96,8 @@ def _device_of_rank(requested: str) -> torch.device:
 def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
     """How long one collective or transfer takes: the median over `NUM_MEASUREMENTS` calls of `run`, in seconds.
 
-    A first call sets connections up and is not counted. `device`: a GPU is waited for, since its calls return before they are
-    done.
+    A first call sets connections up and is not counted.
+    `device`: a GPU is waited for, since its calls return before they are done.
     """
     times_s = []
     for _ in range(NUM_MEASUREMENTS + 1):

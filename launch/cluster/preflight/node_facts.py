@@ -136,9 +136,9 @@ class NodeFacts(TypedDict):
 def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
     """Describe this node for a preflight, in which all nodes of a job are asked whether they can run it: `NodeFacts`.
 
-    `request`: what the nodes must have. `node`: the number of this one. Writes a file into the run directory, by which the
-    coordinator sees this node. Nothing is judged here, and nothing that is missing raises an error. `heard_at` is left to the
-    coordinator.
+    `request`: what the nodes must have.
+    `node`: the number of this one. Writes a file into the run directory, by which the coordinator sees this node.
+    Nothing is judged here, and nothing that is missing raises an error. `heard_at` is left to the coordinator.
     """
     packages = {}
     for name in COMPARED_LIBRARIES:
@@ -324,8 +324,8 @@ def _amd_gpus() -> list[dict[str, Any]]:
 def nvidia_smi(query: str, fields: tuple[str, ...]) -> list[list[str]] | None:
     """Ask nvidia-smi for some fields: "gpu", ("name", "memory.total") -> [["NVIDIA H100", "81559"]], a row for each GPU.
 
-    `query`: "gpu", or "compute-apps" for a row for each process on them. None if the tool is not there, fails, or does not know
-        one of the fields.
+    `query`: "gpu", or "compute-apps" for a row for each process on them.
+    None if the tool is not there, fails, or does not know one of the fields.
     """
     command = ["nvidia-smi", f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:

@@ -72,8 +72,8 @@ def preflight_targets(overrides: list[str]) -> PreflightTargets:
 def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     """The nodes of SLURM that `shardtune doctor` checks: of the allocation that this process is in, or of a new one.
 
-    `overrides`: as typed, which tell whether `launcher.nodes` was set. Raises ConfigError if the allocation has fewer nodes than
-        that, or if the run's container cannot start here.
+    `overrides`: as typed, which tell whether `launcher.nodes` was set.
+    Raises ConfigError if the allocation has fewer nodes than that, or if the run's container cannot start here.
     """
     from trainer.config.resuming import settings_as_dict
 
@@ -122,8 +122,9 @@ def _slurm_nodes(requested_nodes: int | None, *, in_allocation: bool) -> _SlurmN
 def _slurm_check_command(slurm: SlurmConfig, settings: dict[str, Any], *, in_allocation: bool) -> NodeCommand:
     """The srun command that checks the nodes for `shardtune doctor`, in the run's container if it has one.
 
-    `settings`: the whole configuration as nested dictionaries. `in_allocation`: the nodes are this process's already. Raises
-    ConfigError if the container cannot start here.
+    `settings`: the whole configuration as nested dictionaries.
+    `in_allocation`: the nodes are this process's already.
+    Raises ConfigError if the container cannot start here.
     """
     container = containers.container_command(settings, [CODE_DIRECTORY])
     containers.refuse_unavailable_container(settings["launcher"])

@@ -71,9 +71,10 @@ class PreflightVerdict:
 def judge_preflight(request: PreflightRequest, reports: NodeReports, *, is_final: bool = True) -> PreflightVerdict:
     """Judge the nodes of a preflight: what keeps the job from starting (problems), and what is worth knowing (notes).
 
-    `request`: what each node must have. `reports`: what the nodes and their ranks have reported so far. `is_final`: no further
-    report will come. Only then are a silent node, a run directory that is not shared, and a communication test without a result
-    problems too.
+    `request`: what each node must have.
+    `reports`: what the nodes and their ranks have reported so far.
+    `is_final`: no further report will come. Only then are a silent node, a run directory that is not shared, and a communication
+        test without a result problems too.
     """
     problems = [*_problems_of_nodes(request, reports), *_problems_of_deviating_nodes(reports)]
     if is_final:

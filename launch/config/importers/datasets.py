@@ -154,8 +154,9 @@ def _one_or_list(paths: list[str]) -> str:
 def _add_held_out_settings(entry: Mapping[str, Any], dataset_name: str, conversion: ConvertedSettings) -> None:
     """Note the settings of an axolotl data set for evaluation, other than its path: they have no equivalent.
 
-    shardtune reads held-out files as it reads the training data. `entry`: the settings, of which `type` is not needed and others
-    are unsupported. `dataset_name`: the data set in messages, such as `test_datasets[0]`.
+    shardtune reads held-out files as it reads the training data.
+    `entry`: the settings, of which `type` is not needed and others are unsupported.
+    `dataset_name`: the data set in messages, such as `test_datasets[0]`.
     """
     why = "held-out files are read as the training data's are, and of the hub's data sets by data.eval_path alone"
     for key, value in entry.items():
@@ -192,9 +193,9 @@ def _add_axolotl_settings(
 def _translate_axolotl_setting(key: str, text: str, our_prefix: str) -> TranslatedSetting:
     """Translate one setting of an axolotl data set: `revision: v2` -> {"data.sources.<name>.revision": "v2"}.
 
-    `text`: its value as typed. `our_prefix`: what shardtune's settings of the data set begin with, `data` or
-    `data.sources.<name>`. Without an equivalent the translation has a note that says why. An empty translation means that
-    shardtune does the same anyway.
+    `text`: its value as typed.
+    `our_prefix`: what shardtune's settings of the data set begin with, `data` or `data.sources.<name>`. Without an equivalent the
+        translation has a note that says why. An empty translation means that shardtune does the same anyway.
     """
     is_named_source = our_prefix != "data"
     if key in COLUMN_BY_AXOLOTL_SETTING:
@@ -229,8 +230,10 @@ def _add_axolotl_type(value: Any, setting_name: str, our_prefix: str, conversion
     """Translate the `type` of an axolotl data set, which says how rows are read, to shardtune's `data.format`, in `conversion`.
 
     `value`: such as `chat_template`, `alpaca.load_no_prompt` (a format, and how its prompt is written), or a block that describes
-    a prompt. `setting_name`: the setting in messages, such as `datasets[0].type`. `our_prefix`: what shardtune's settings of the
-    data set begin with, `data` or `data.sources.<name>`. A type without a format is noted as unsupported.
+        a prompt.
+    `setting_name`: the setting in messages, such as `datasets[0].type`.
+    `our_prefix`: what shardtune's settings of the data set begin with, `data` or `data.sources.<name>`. A type without a format
+        is noted as unsupported.
     """
     if isinstance(value, dict):
         why = "a prompt of one's own is written into the rows, as prompt and completion"
@@ -255,7 +258,8 @@ def translate_llama_factory_datasets(
 ) -> None:
     """Translate LLaMA-Factory's `dataset:` or `eval_dataset:` into `conversion`: names of entries of its `dataset_info.json`.
 
-    `names`: the entries' names, separated by commas. `setting`: `dataset` (training data) or `eval_dataset`.
+    `names`: the entries' names, separated by commas.
+    `setting`: `dataset` (training data) or `eval_dataset`.
     `directory`: where `dataset_info.json` is; if it is relative and not in the working directory, it starts at `file_dir`, the
         directory of the settings file.
 

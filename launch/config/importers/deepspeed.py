@@ -79,7 +79,8 @@ def translate_deepspeed_settings(
 
     `deepspeed_config`: the configuration, as read from JSON: {"zero_optimization": {"stage": 3}, "train_batch_size": 64}.
     `outer_values`: the settings, as text by normalised name, of the trainer whose file names this configuration; they override
-        it. None if the file stands alone.
+        it.
+    None if the file stands alone.
     `prefix`: what stands before the names of settings in notes, such as `ds.json: `.
     """
     deepspeed_settings = OtherTrainerSettings({**scalar_settings(deepspeed_config), **(outer_values or {})})
@@ -131,8 +132,9 @@ def _translate_block(
 def _translate_top_level(key: str, value: Any, deepspeed_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Translate a setting of a DeepSpeed file that stands in no block: `steps_per_print` -> `logging.every_steps`.
 
-    `value`: as read from JSON. `deepspeed_settings`: all single values of the file as text, on which a rule may depend. A setting
-    without an equivalent gets a note.
+    `value`: as read from JSON.
+    `deepspeed_settings`: all single values of the file as text, on which a rule may depend. A setting without an equivalent gets
+        a note.
     """
     if key == "steps_per_print":
         return TranslatedSetting({"logging.every_steps": to_cli_text(value)})
@@ -177,7 +179,8 @@ def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSetting
     """Translate DeepSpeed's block `zero_optimization`, such as {"stage": 3, "overlap_comm": true}, into `conversion`.
 
     The stage decides shardtune's strategy (0: ddp, 3: zero3), and what the other settings mean. A stage that is none of 0 to 3 is
-    noted as unsupported, and the other settings are translated as under stage 0. `block_name`: the block in messages.
+    noted as unsupported, and the other settings are translated as under stage 0.
+    `block_name`: the block in messages.
     """
     # DeepSpeed's own default is stage 0: no sharding, which is ddp here.
     stage_text = to_cli_text(block.get("stage", 0))
@@ -260,8 +263,10 @@ def _translate_precision_block(
 ) -> None:
     """Translate DeepSpeed's block `bf16` or `fp16`, such as {"enabled": true}, to shardtune's `precision`, in `conversion`.
 
-    `key`: `bf16`, `bfloat16` or `fp16`. `block_name`: the block in messages. `off_means_fp32`: if the block is off, nothing else
-    in the settings names a precision. Settings beside `enabled`, such as the loss scale, have no equivalent and get a note.
+    `key`: `bf16`, `bfloat16` or `fp16`.
+    `block_name`: the block in messages.
+    `off_means_fp32`: if the block is off, nothing else in the settings names a precision. Settings beside `enabled`, such as the
+        loss scale, have no equivalent and get a note.
     """
     precision = "fp16" if key == "fp16" else "bf16"
     is_on = is_true(to_cli_text(block.get("enabled")))
@@ -317,8 +322,9 @@ def _parameters_of_block(block: Mapping[str, Any], conversion: ConvertedSettings
 def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSettings, block_name: str) -> None:
     """Translate DeepSpeed's block `optimizer` into shardtune's `optim` and `optim.*`, in `conversion`.
 
-    `block`: such as {"type": "AdamW", "params": {"lr": 1e-4}}. `block_name`: the block in messages. An Adam without a learning
-    rate gets DeepSpeed's default rate, which differs from shardtune's.
+    `block`: such as {"type": "AdamW", "params": {"lr": 1e-4}}.
+    `block_name`: the block in messages. An Adam without a learning rate gets DeepSpeed's default rate, which differs from
+        shardtune's.
     """
     optimizer_type = block.get("type")
     parameters = _parameters_of_block(block, conversion, block_name)
@@ -385,8 +391,9 @@ def _translate_tracker_block(
 ) -> None:
     """Translate DeepSpeed's block `wandb` or `tensorboard` into settings of `logging`, in `conversion`.
 
-    `key`: which of the two. `block`: such as {"enabled": true, "project": "x"}. `block_name`: the block in messages. The settings
-    of a tracker that is off need no equivalent.
+    `key`: which of the two.
+    `block`: such as {"enabled": true, "project": "x"}.
+    `block_name`: the block in messages. The settings of a tracker that is off need no equivalent.
     """
     is_on = is_true(to_cli_text(block.get("enabled")))
     for inner_key, value in block.items():

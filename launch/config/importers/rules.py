@@ -108,9 +108,10 @@ def switch(overrides_if_on: dict[str, str], note: str = "") -> Rule:
 def choice(key: str, other_names_by_choice: dict[str, str], note: str = "") -> Rule:
     """Make a rule for a setting with named choices, which other trainers call otherwise: `adamw_torch` is `optim=adamw`.
 
-    `key`: shardtune's setting. `other_names_by_choice`: for each choice of it the names elsewhere, with blanks between them:
-    {"adamw": "adamw_torch adamw_hf"}. `note`: for the user, whatever the choice. An unknown name gets a note that lists the
-    choices.
+    `key`: shardtune's setting.
+    `other_names_by_choice`: for each choice of it the names elsewhere, with blanks between them: {"adamw": "adamw_torch
+        adamw_hf"}.
+    `note`: for the user, whatever the choice. An unknown name gets a note that lists the choices.
     """
 
     def rule(value: str, _: OtherTrainerSettings) -> TranslatedSetting:
@@ -153,8 +154,8 @@ def batch_sizes(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSe
     2 per device, 8 accumulation steps and 4 ranks are batch.micro=2 batch.global=64. If the other trainer's settings have a
     global batch, that is taken instead of the product. Without a batch per device and a global one there is only a note.
 
-    `value` is not read: this is the rule of each of these settings, and each gives the same result. `other_trainer`: all settings
-    as text, and the number of ranks (None: not known, taken as 1, which the note says).
+    `value` is not read: this is the rule of each of these settings, and each gives the same result.
+    `other_trainer`: all settings as text, and the number of ranks (None: not known, taken as 1, which the note says).
     """
     micro = parse_number(other_trainer.get(*MICRO_BATCH_NAMES))
     accumulation = parse_number(other_trainer.get("gradient_accumulation_steps")) or 1
@@ -219,8 +220,9 @@ def precision_switch(kind: str) -> Rule:
 def _translate_precision_switch(kind: str, value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Shardtune's one setting `precision` for a switch `fp16` or `bf16`, which are two switches in other trainers.
 
-    `kind`: which of the two. `value`: its text, such as `true`, `auto` or `full`. `other_trainer`: all settings, of which the
-    other switch is read.
+    `kind`: which of the two.
+    `value`: its text, such as `true`, `auto` or `full`.
+    `other_trainer`: all settings, of which the other switch is read.
 
     - The switch is auto: precision=auto.
     - It is on: precision=<kind>.
