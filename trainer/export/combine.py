@@ -56,10 +56,10 @@ class CombineSettings:
 
 
 def combination_problems(settings: CombineSettings) -> list[str]:
-    """Error messages about the settings and the adapters' directories, one line each; reads only their JSON files.
+    """Check before anything is loaded whether these adapters can be combined; returns error messages, a line each.
 
-    First each adapter by itself (unreadable, no LoRA, DoRA), then the settings, then the adapters with each other: of different
-    ranks, bases or tasks.
+    Reads only JSON files. First each adapter by itself (unreadable, no LoRA, DoRA), then the settings, then the adapters with
+    each other: of different ranks, bases or tasks.
     """
     problems = []
     peft_settings_by_directory: dict[str, dict[str, Any]] = {}  # of the adapters that can be combined
@@ -114,11 +114,13 @@ def _problems_between_adapters(
 def write_combination(
     settings: CombineSettings, output_dir: Path, *, merge: bool, dtype: torch.dtype | None, max_shard_gib: float
 ) -> str:
-    """Write the combination of adapters into the empty directory `output_dir`, and verify it; returns the path of the base model.
+    """Combine several LoRA adapters of one base into one model, write it into `output_dir`, and verify it.
 
-    `merge`: writes the merged model, else one adapter. `dtype`: stored type of a merged model; default: that of the base.
-    What was written is loaded again, and its logits are compared. Raises ConfigError for settings with problems or a base that
-    cannot be loaded, DriftError if the logits differ, OSError if the disk fails.
+    `merge`: writes the merged model, else one adapter. `dtype`: stored type of a merged model; None: that of the base. What
+    was written is loaded again, and its logits are compared with those of the combination in memory.
+
+    Returns the path of the base model. Raises ConfigError for settings with problems or a base that cannot be loaded,
+    DriftError if the logits differ, OSError if the disk fails.
     """
     from transformers import AutoTokenizer
 
@@ -158,8 +160,8 @@ def write_combination(
 def _load_base(settings: CombineSettings, base: str) -> tuple[Any, Any]:
     """Load the base of the adapters in float32; returns (its configuration with the positions of the training, the model).
 
-    The configuration is the base's own, or that in the first adapter's directory if training changed the positions. Raises
-    ConfigError if it cannot be loaded, or if the adapters were trained with different positions.
+    `base`: a directory or hub id. The configuration is the base's own, or that in the first adapter's directory if training
+    changed the positions. Raises ConfigError if it cannot be loaded, or if the adapters were trained with different positions.
     """
     from transformers import AutoConfig
 
@@ -176,9 +178,9 @@ def _load_base(settings: CombineSettings, base: str) -> tuple[Any, Any]:
 
 
 def _combine_adapters(settings: CombineSettings, base_model: Any) -> Any:
-    """peft's model with the combination as its one active adapter, in eval mode. Seeds torch's generator.
+    """Put the adapters on the base and combine them into one, by peft: returns its model with that one active, in eval mode.
 
-    Raises ConfigError if peft refuses.
+    Seeds torch's generator, since some combinations drop random entries. Raises ConfigError if peft refuses.
     """
     from peft import PeftModel
 
@@ -225,10 +227,10 @@ def _write_combined_adapter(model: Any, base_path: str, output_dir: Path) -> Non
 
 
 def _base_config_directory(settings: CombineSettings, base: str) -> str:
-    """The directory or hub id whose config.json describes the base as the adapters were trained with it.
+    """Where the config.json is that describes the base as the adapters were trained with it, as a directory or hub id.
 
-    That is the base, or the first adapter's directory if training changed the positions. Raises ConfigError if the adapters were
-    trained with different positions: no one model computes what each of them learned.
+    That is the base, or the first adapter's directory if training changed the positions. Raises ConfigError if the adapters
+    were trained with different positions: no one model computes what each of them learned.
     """
     # `base` for an adapter that kept the positions of the base, else the adapter's own directory.
     sources = [adapter_config_source(Path(directory).expanduser(), base) for directory in settings.adapters]

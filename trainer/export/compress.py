@@ -1,7 +1,8 @@
 """Run by the Python of llm-compressor's own environment, which pins another transformers: `python compress.py <job.json>`.
 
 The job says `model`, `to`, `scheme`, `rows` (token ids that it is calibrated on) and `probe` (token ids). Written are the model
-into `to`, and beside the job `probe.safetensors`: what the model computes on the probe, `logits [T, V]`. Imports nothing of ours.
+into `to`, and beside the job `probe.safetensors`: what the model computes on the probe, `logits [T, V]`. Imports nothing of
+ours.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ CALIBRATED_SCHEMES = ("W4A16", "W8A8")
 
 
 def main(job_file: Path) -> None:
-    """Quantise the model that a job names, save it, and write its logits on the probe to `probe.safetensors` beside the job file.
+    """Quantise the model that a job names, save it, and write its logits on the probe beside the job file.
 
-    The job: `{"model": directory, "to": directory, "scheme": "W4A16", "rows": token ids to calibrate on, "probe": token ids}`.
+    Runs in llm-compressor's own Python. The job: `{"model": directory, "to": directory, "scheme": "W4A16", "rows": token ids
+    to calibrate on, "probe": token ids}`. The probe is a fixed sentence, with which the stored model is compared.
     """
     import torch
     from datasets import Dataset

@@ -54,7 +54,7 @@ class ExportConfig:
 
 
 def set_default_merge(export: ExportConfig, tuning: TuningConfig) -> dict[str, str]:
-    """Set `export.merge` if it was left open (`null`): True if experts or a router are adapted, else False.
+    """Decide `export.merge` if the user left it open (`null`): True if experts or a router are adapted, else False.
 
     Returns {"export.merge": "null -> true (reason)"} for the notes at the start if it chose True, else {}.
     """

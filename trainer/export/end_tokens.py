@@ -12,10 +12,10 @@ _PROBE_ANSWER = "an answer"
 
 
 def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
-    """The ids of the tokens that end an answer, in ascending order; empty if none is known.
+    """The ids of the tokens that end an answer of this model, in ascending order; empty if none is known.
 
-    They are the end tokens of `generation_config` (transformers' GenerationConfig or None), that of the tokenizer, and the token
-    that closes a turn of the chat template.
+    They are the end tokens of `generation_config` (transformers' GenerationConfig or None), that of the tokenizer, and the
+    token that closes a turn of the chat template.
     """
     # The generation settings have one id, several, or None.
     configured_ids = getattr(generation_config, "eos_token_id", None)
@@ -26,10 +26,10 @@ def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 
 
 def turn_end_token_id(tokenizer: Any) -> int | None:
-    """The id of the control token that the chat template writes right after an answer, such as that of `<|im_end|>`.
+    """Find the control token that the chat template writes right after an answer, such as `<|im_end|>`: its id.
 
-    None without a chat template, if the template refuses a short conversation or leaves its answer out, or if no control token
-    follows the answer.
+    A model that was trained with this template ends its answers with it. None without a chat template, if the template refuses
+    a short conversation or leaves its answer out, or if no control token follows the answer.
     """
     if tokenizer.chat_template is None:
         return None
@@ -49,11 +49,11 @@ def turn_end_token_id(tokenizer: Any) -> int | None:
 
 
 def write_end_tokens(tokenizer: Any, directory: Path, base_path: str) -> None:
-    """Add the token that closes a turn to `generation_config.json` in `directory`, so that every inference engine stops there.
+    """Make every inference engine stop at the token that closes a turn: adds it to `generation_config.json` in `directory`.
 
-    An adapter's directory has no such file yet: then it begins with the settings of the base, if `base_path` is a directory and
-    no hub id. Nothing is written if the chat template closes turns with no token of its own, or if the settings name that token
-    already.
+    An adapter's directory has no such file yet: then it begins with the settings of the base, if `base_path` is a directory
+    and no hub id. Nothing is written if the chat template closes turns with no token of its own, or if the settings name that
+    token already.
     """
     end_id = turn_end_token_id(tokenizer)
     if end_id is None:

@@ -38,11 +38,12 @@ class ChosenCheckpoint:
 def choose_exported_checkpoint(
     setting: ExportedCheckpoint, outcome: TrainingOutcome, saved_steps: Collection[int]
 ) -> ChosenCheckpoint:
-    """The checkpoint of the weights that are exported when training has ended.
+    """Choose the weights that leave a run when training has ended: its best checkpoint or its last one.
 
-    `saved_steps`: steps whose checkpoint is on the disk. The first case that holds (the same on all ranks and at every start):
+    `setting`: `export.checkpoint`. `saved_steps`: steps whose checkpoint is on the disk. The first case that holds (the same
+    on all ranks and at every start):
     - `setting` is `last`, there is no held-out metric, or the last step is the best: the last.
-    - `auto`, and by the monitored metric the end is not worse than the best (after early stopping: is better): the last.
+    - `auto`, and by the watched metric the end is not worse than the best (after early stopping: is better): the last.
     - the best checkpoint is not on the disk: the last.
     - else: the best.
     """
@@ -83,10 +84,10 @@ def _is_better(metric: float, reference: float, outcome: TrainingOutcome) -> boo
 
 
 def _reason_if_last_is_best(outcome: TrainingOutcome, last_metric: float) -> str:
-    """Why the last checkpoint is taken if it is also the best one that was saved.
+    """Say why the last checkpoint is taken if it is also the best one that was saved.
 
-    Either a step between two checkpoints had a better metric ("step 40 had a better eval/loss (1.2), and was not saved ..."), or
-    it is the best of all.
+    Either a step between two checkpoints had a better metric ("step 40 had a better eval/loss (1.2), and was not saved ..."),
+    or it is the best of all.
     """
     best_metric_of_any_step = outcome.progress.seen_metric
     if best_metric_of_any_step is not None and _is_better(best_metric_of_any_step, last_metric, outcome):

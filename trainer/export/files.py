@@ -53,8 +53,9 @@ class ExportInUse(ConfigError):
 def exclusive_export_lock(destination: Path) -> Iterator[None]:
     """Inside the context, no other process writes an export to `destination`, on this host or over NFS.
 
-    The kernel releases the lock when its holder dies, so the lock file of a killed process stops nobody. On a file system without
-    locks nothing is locked. Raises ExportInUse if another process holds the lock, OSError if the lock file cannot be opened.
+    The kernel releases the lock when its holder dies, so the lock file of a killed process stops nobody. On a file system
+    without locks nothing is locked. Raises ExportInUse if another process holds the lock, OSError if the lock file cannot be
+    opened.
     """
     path = destination.with_name(f".{destination.name}.lock")
     make_directories(path.parent)
@@ -89,7 +90,7 @@ def exclusive_export_lock(destination: Path) -> Iterator[None]:
 
 
 def _open_lock_file(path: Path) -> int:
-    """Open a lock file for locking, or create it so that all users can open it; returns its descriptor.
+    """Open the lock file of an export, or create it so that all users can open it; returns its descriptor.
 
     Raises ExportInUse if the file belongs to another user and may not be opened, OSError if it cannot be created.
     """
@@ -121,7 +122,7 @@ def _user_name(user_id: int) -> str:
 
 
 def _write_lock_holder(descriptor: int) -> None:
-    """Write into a lock file who holds it: "me on gpu01, process 4711". A failure is no error, since it only informs others."""
+    """Write into a lock file who holds it, for the message to others: "me on gpu01, process 4711". A failure is no error."""
     holder = f"{_user_name(os.getuid())} on {socket.gethostname()}, process {os.getpid()}"
     with suppress(OSError):
         status = os.fstat(descriptor)
@@ -133,7 +134,7 @@ def _write_lock_holder(descriptor: int) -> None:
 
 
 def _lock_holder_text(descriptor: int) -> str:
-    """Who holds the lock by the content of its lock file, for a message: " (me on gpu01, process 4711)"; empty if unknown."""
+    """Read who holds a lock from its file, for a message: " (me on gpu01, process 4711)"; "" if unknown."""
     with suppress(OSError):
         holder = os.pread(descriptor, MAX_HOLDER_BYTES, 0).decode("utf-8", "replace")
         if holder and holder.isprintable():
@@ -142,7 +143,7 @@ def _lock_holder_text(descriptor: int) -> str:
 
 
 def files_of_writer(files: list[ExportFile], writer_index: int, num_writers: int) -> list[ExportFile]:
-    """The files that one of several writers writes, sorted by name. All writers get about the same number of bytes.
+    """The files of an export that one of several processes writes, by name; all get about the same number of bytes.
 
     From the largest file on, each goes to the writer that has the fewest bytes so far. Every writer computes the same shares.
     """
@@ -157,10 +158,12 @@ def files_of_writer(files: list[ExportFile], writer_index: int, num_writers: int
 
 
 def open_export_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, Any]) -> bool:
-    """Open the staging directory of an export; returns whether complete files of an earlier start may be in it.
+    """Open the directory in which an export is written before it gets its name; returns whether finished files may be in it.
 
-    - It was begun for this very export (`origin`): its files are kept, and everything that is not of the plan is removed.
-    - Anything else lies under this name, or nothing: it is removed, and an empty directory with the record of `origin` created.
+    - It was begun for this very export, and cut short: its files are kept, and everything that is not of the plan is removed.
+    - Anything else lies under this name, or nothing: it is removed, and an empty directory with the record of `origin`
+      created.
+
     `origin`: all that the files depend on, as JSON values. Raises OSError.
     """
     origin_text = json.dumps(origin, indent=1, sort_keys=True) + "\n"
@@ -179,7 +182,7 @@ def open_export_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, A
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what an earlier export left under this name. Files that cannot be removed stay, which is no error.
+    """Remove what an earlier export left in this directory. Files that cannot be removed stay, which is no error.
 
     Of a link only the link is removed: a downloaded run can hold one, and it may lead to the user's files.
     """
@@ -189,9 +192,10 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _is_staging_of(staging_dir: Path, origin_text: str) -> bool:
-    """Whether a staging directory was begun for the export with this origin, and holds nothing but ordinary files.
+    """Whether a staging directory was begun for this very export, so that its finished files can be kept.
 
-    `origin_text`: all that the files depend on, as JSON: checkpoints, files of the base, the plan and torch's version.
+    `origin_text`: all that the files depend on, as JSON: checkpoints, files of the base, the plan and torch's version. False
+    if the directory holds anything but ordinary files.
     """
     if staging_dir.is_symlink() or not staging_dir.is_dir():
         return False
@@ -207,7 +211,7 @@ def _is_staging_of(staging_dir: Path, origin_text: str) -> bool:
 
 
 def is_file_complete(staging_dir: Path, file: ExportFile) -> bool:
-    """Whether a file is in the staging directory with the size and the SHA-256 that its record has. Reads all of it."""
+    """Whether an earlier start has finished this file: it has the size and the SHA-256 of its record. Reads all of it."""
     try:
         record = json.loads(atomic_io.read_bytes(_record_path(staging_dir, file), max_bytes=MAX_RECORD_BYTES))
         recorded_file = WrittenFile(file.name, int(record["bytes"]), str(record["sha256"]))
@@ -217,9 +221,9 @@ def is_file_complete(staging_dir: Path, file: ExportFile) -> bool:
 
 
 def write_export_file(plan: ExportPlan, file: ExportFile, values: ModelValues, staging_dir: Path) -> None:
-    """Write one file of a plan durably, and then its record, which says that it is complete.
+    """Write one weight file of an export durably, and then its record, by which a later start knows that it is complete.
 
-    Holds one file and one group of tensors at a time. Raises OSError and SafetensorError for the file, StorageError and
+    Holds one file and one group of tensors in memory. Raises OSError and SafetensorError for the file, StorageError and
     ConfigError for the values that it is made from.
     """
     from safetensors.torch import save_file
@@ -233,10 +237,10 @@ def write_export_file(plan: ExportPlan, file: ExportFile, values: ModelValues, s
 
 
 def _convert_tensors_of_file(plan: ExportPlan, file: ExportFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor as it is stored) of each tensor of a file.
+    """Read and convert the tensors of one file: yields (name, tensor as it is stored).
 
-    Tensors are converted by groups, each from some parameters of the model; those of a group follow one another in the plan. A
-    tensor of such a group that belongs to another file is dropped.
+    Parameters are converted in groups, such as all experts of a layer; the tensors of a group follow one another in the plan.
+    A tensor of such a group that belongs to another file is dropped.
     """
     group_index: int | None = None
     tensors_of_group: dict[str, Tensor] = {}
@@ -262,7 +266,7 @@ def _record_path(staging_dir: Path, file: ExportFile) -> Path:
 
 
 def _size_and_sha256(path: Path) -> WrittenFile:
-    """Size and SHA-256 of a file, which is read in chunks. Errors: OSError."""
+    """Size and SHA-256 of a file that was just written, read from the disk in chunks. Errors: OSError."""
     digest = hashlib.sha256()
     with open_regular_file(path) as (descriptor, size):
         buffer = memoryview(bytearray(max(1, min(CHUNK_BYTES, size))))

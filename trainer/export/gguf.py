@@ -47,10 +47,11 @@ class GgufConverter:
 
 
 def find_converter(converter: str | None, python: str | None) -> GgufConverter:
-    """The command of llama.cpp's converter: the file `converter` if that is given, else the program `convert-hf-to-gguf`.
+    """Find llama.cpp's converter on this machine, before anything is written: the file `converter`, else `convert-hf-to-gguf`.
 
     - a `.py` file: run by `python`, or by this Python;
     - another program: run by `python` if that is given, else by itself.
+
     Raises ConfigError if `python` or the converter is missing, or the converter cannot be run.
     """
     if python is not None and shutil.which(Path(python).expanduser()) is None:
@@ -71,7 +72,7 @@ def find_converter(converter: str | None, python: str | None) -> GgufConverter:
 
 
 def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: GgufConverter) -> tuple[Path, str | None]:
-    """Convert the export in `directory` to a GGUF file, and write a Modelfile for Ollama beside it.
+    """Convert an export to a GGUF file by llama.cpp's converter, and write a Modelfile for Ollama beside it.
 
     Returns (the file `<directory>/gguf/<name>-<type>.gguf`, what the Modelfile lacks or None). Raises ShardtuneError if the
     converter cannot be started, or fails. The export itself stays as it is.
@@ -107,10 +108,10 @@ def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: GgufC
 
 
 def verify_gguf(file: Path, gguf_type: GgufType) -> str:
-    """Compare a GGUF file, read by transformers, with the export that it was made from; returns a line for the screen.
+    """Check that a GGUF file computes what the export computes that it was made from; returns a line for the screen.
 
-    The line begins with "verified: ", or with "not verified: " if transformers cannot read the file. Raises DriftError if logits
-    differ by more than the type allows (`ALLOWED_DIFFERENCE_BY_TYPE`).
+    transformers reads the file. The line begins with "verified: ", or with "not verified: " if transformers cannot. Raises
+    DriftError if logits differ by more than the type allows (`ALLOWED_DIFFERENCE_BY_TYPE`).
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,7 +144,7 @@ def verify_gguf(file: Path, gguf_type: GgufType) -> str:
 
 
 def _relative_logit_difference(logits: Any, reference: Any) -> float:
-    """The largest difference of a logit, relative to the largest one of `reference`; 1 for other shapes, which do not compare."""
+    """The largest difference of a logit, relative to the largest one of `reference`; 1, which is too much, for other shapes."""
     if logits.shape != reference.shape:
         return 1.0
     return float((reference - logits).abs().max()) / float(reference.abs().max())

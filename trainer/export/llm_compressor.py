@@ -31,10 +31,11 @@ class Compressor:
     """Token ids of the rows that the rounding is calibrated on."""
 
     def quantise(self, directory: Path, output_dir: Path, scheme: str, probe_ids: list[int]) -> Tensor:
-        """Quantise the model in `directory` and save it in `output_dir`; returns its logits on the probe, float32 `[T, V]`.
+        """Quantise the model in `directory` by llm-compressor's own Python, and save it in `output_dir`.
 
-        `scheme`: llm-compressor's name of the format, such as "W4A16". `probe_ids`: token ids of the probe, a fixed sentence with
-        which the stored model is compared. Raises ShardtuneError if the program cannot be started, or fails.
+        Returns its logits on the probe, float32 `[T, V]`: a fixed sentence (`probe_ids`), with which the stored model is
+        compared. `scheme`: llm-compressor's name of the format, such as "W4A16". Raises ShardtuneError if the program cannot
+        be started, or fails.
         """
         from safetensors.torch import load_file
 
@@ -59,9 +60,10 @@ class Compressor:
 
 
 def find_llm_compressor_python(python: str | None) -> str:
-    """The path of the Python program `python`, after starting it to see that it has llm-compressor. Nothing is installed.
+    """Check that a Python program has llm-compressor, by starting it; returns its path. Nothing is installed.
 
-    `python`: the setting `bits.python`. Raises ConfigError if it is None, is no program, cannot be started, or does not have it.
+    `python`: the setting `bits.python`. Raises ConfigError if it is None, is no program, cannot be started, or does not have
+    it.
     """
     if python is None:
         raise ConfigError(

@@ -29,12 +29,14 @@ def load_export(
     dtype: Any = torch.float32,
     for_generation: bool = False,
 ) -> Any:
-    """The exported model in eval mode, through nothing but transformers and peft.
+    """Load an exported model as users would, through nothing but transformers and peft; in eval mode.
 
-    `base_path`: where an adapter's base is; default: where the adapter says. `quantised_base`: the base that the adapter was
+    `base_path`: where an adapter's base is; None: where the adapter says. `quantised_base`: the base that the adapter was
     trained on, if that was quantised: its values replace those of the plain model. `dtype`: a torch type, or `auto` for the
-    stored one. `for_generation`: returns the plain model with the adapter inside, and virtual tokens are put before the inputs by
-    our own loader, since peft loses them from the KV cache of `generate`. Raises ConfigError if the directory holds no export.
+    stored one. `for_generation`: returns the plain model with the adapter inside, and virtual tokens are put before the inputs
+    by our own loader, since peft loses them from the KV cache of `generate`.
+
+    Raises ConfigError if the directory holds no export.
     """
     import transformers
 
@@ -83,10 +85,11 @@ def _load_whole_model(directory: Path, dtype: Any) -> Any:
 
 
 def _load_base(directory: Path, settings: dict[str, Any], base_path: str | None, dtype: Any) -> Any:
-    """Load the base of the adapter in a directory, in `dtype`, as a model for the adapter's task.
+    """Load the base of an adapter for its task: as a classifier, an encoder-decoder or a causal model, in `dtype`.
 
     It has the positions of the training, the labels of a classifier, and rows for all tokens of the adapter's tokenizer.
-    `settings`: the adapter's. `base_path`: where the base is; default: where the settings say.
+    `directory`: the adapter's. `settings`: its adapter_config.json. `base_path`: where the base is; None: where the settings
+    say.
     """
     import transformers
 
@@ -114,7 +117,7 @@ def _load_base(directory: Path, settings: dict[str, Any], base_path: str | None,
 
 
 def _adapter_loading_function(settings_file: Path, *, for_generation: bool) -> Callable[[Any, Path], Any]:
-    """The function that takes (a base model, the adapter's directory) and returns the model with the adapter.
+    """Choose how an adapter is put on its base: a function of (base model, the adapter's directory) returns the model.
 
     - a bottleneck adapter: our own loader;
     - virtual tokens, for generation: our own loader, since peft loses them from the KV cache;
@@ -131,7 +134,7 @@ def _adapter_loading_function(settings_file: Path, *, for_generation: bool) -> C
 
 
 def _num_labels_of_adapter(directory: Path) -> int:
-    """Number of labels of a saved adapter: the rows of its classification head (`score` or `classifier`).
+    """How many labels a classifier's adapter has, if its settings do not say: the rows of its head (`score` or `classifier`).
 
     Raises ConfigError if it has no such head.
     """
@@ -149,7 +152,7 @@ def _num_labels_of_adapter(directory: Path) -> int:
 
 
 def _transformers_class_of_export(directory: Path) -> Any:
-    """The class of transformers that loads the whole model in `directory`: for a classifier, encoder-decoder or causal model."""
+    """Which class of transformers loads the whole model in `directory`: for a classifier, encoder-decoder or causal model."""
     import transformers
 
     settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)

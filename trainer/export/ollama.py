@@ -32,7 +32,7 @@ class TurnTexts:
     """The system message that the template writes if there is none."""
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """A conversation and the opening of its answer, as Ollama writes it with `template`."""
+        """Write a conversation, and what opens its answer, as Ollama would, to compare with the model's own template."""
         around_role = {"user": self.user, "assistant": self.assistant, "system": self.system or ("", "")}
         if self.default_system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
@@ -43,7 +43,7 @@ class TurnTexts:
         return "".join(turns) + self.answer_opening
 
     def template(self) -> str:
-        """The chat template in Go's language: one case for each role, with the text around the content of its turn."""
+        """Write the chat template in Go's language, for Ollama: a case for each role, with the text around its turn."""
         roles = [("user", self.user), ("assistant", self.assistant)]
         if self.system:
             roles.append(("system", self.system))
@@ -54,10 +54,11 @@ class TurnTexts:
 
 
 def turn_texts_of_template(tokenizer: Any) -> TurnTexts | None:
-    """What the chat template puts around the turns of each role; None if it does more than join turns of one form each.
+    """Find out what a chat template writes around the turns of each role; None if it does more than join turns.
 
-    Found by rendering short conversations and comparing the texts: around a user's turn may stand `("<|user|>", "<|end|>")`.
-    Without the first token of a text, which llama.cpp adds itself.
+    Its turns must have one form each. Ollama needs the template in another language. Short conversations are rendered and the
+    texts compared: around a user's turn may stand `("<|user|>", "<|end|>")`. Without the first token of a text, which
+    llama.cpp adds itself.
     """
     if tokenizer.chat_template is None:
         return None
@@ -107,10 +108,9 @@ def turn_texts_of_template(tokenizer: Any) -> TurnTexts | None:
 def _render_by_tokenizer(
     tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
 ) -> str | None:
-    """The text that the tokenizer's chat template makes of the messages; None if the template raises an error for them.
+    """Render messages by the tokenizer's own chat template, without BOS; None if the template raises an error for them.
 
-    It is without the beginning-of-sequence token. `add_generation_prompt`: whether the opening of the next answer stands at its
-    end.
+    `add_generation_prompt`: whether the opening of the next answer stands at its end.
     """
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -128,9 +128,10 @@ def leading_bos_text(tokenizer: Any) -> str:
 
 
 def _text_around(shorter: str, longer: str, content: str) -> tuple[str, str] | None:
-    """(text before, text after) `content` in what `longer` adds to `shorter`; None if it does not go on from `shorter`.
+    """What a chat template writes around one turn: the text before and after `content` in what `longer` adds to `shorter`.
 
-    "<u>a", "<u>a<m>b<e>", "b" -> ("<m>", "<e>"). None also if the added text does not have the content.
+    "<u>a", "<u>a<m>b<e>", "b" -> ("<m>", "<e>"). None if `longer` does not begin with `shorter`, or the added text does not
+    have the content.
     """
     if not longer.startswith(shorter):
         return None
@@ -141,9 +142,10 @@ def _text_around(shorter: str, longer: str, content: str) -> tuple[str, str] | N
 
 
 def _renders_like_template(turns: TurnTexts, tokenizer: Any, messages: list[dict[str, str]]) -> bool:
-    """Whether the parts render conversations of one to three questions to the same text as the model's own template.
+    """Check whether the parts that were found render conversations as the model's own template does.
 
-    `messages`: one of the system, a question, an answer and a second question, of which the conversations are made.
+    Conversations of one to three questions are compared. `messages`: one of the system, a question, an answer and a second
+    question, of which the conversations are made.
     """
     system, user, answer, second_user = messages
     conversations = [[user], [user, answer, second_user], [user, answer, second_user, answer, user]]
@@ -164,7 +166,7 @@ class Modelfile(NamedTuple):
 
 
 def modelfile_of(gguf_file: str, tokenizer: Any, generation_config: Any) -> Modelfile:
-    """An Ollama Modelfile for a GGUF file, with these lines:
+    """Write the Modelfile by which Ollama runs a GGUF file, with these lines:
 
     - `FROM`: the file.
     - `TEMPLATE`, and `SYSTEM` for a default system message; left out, with a note, if the chat template cannot be written so.

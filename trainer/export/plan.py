@@ -69,7 +69,7 @@ class ExportPlan:
         return largest_file_bytes + max(self.group_bytes, default=0)
 
     def index_json(self) -> str | None:
-        """The index that names the file of each tensor, as transformers writes it; None for a single file, which needs none."""
+        """The index that says in which file each tensor is, as transformers writes it; None for a single file."""
         if len(self.files) == 1:
             return None
         file_by_tensor = {}
@@ -78,7 +78,7 @@ class ExportPlan:
         return json.dumps({"metadata": {"total_size": self.num_bytes}, "weight_map": file_by_tensor}, indent=1)
 
     def plan_sha256(self) -> str:
-        """SHA-256 of the plan: of the stored type, and of the name, size and file of each tensor."""
+        """A hash of what is written where: of the stored type, and of the name, size and file of each tensor."""
         rows: list[tuple[str, str, int]] = []
         for file in self.files:
             rows += [(file.name, tensor.name, tensor.num_bytes) for tensor in file.tensors]
@@ -86,11 +86,11 @@ class ExportPlan:
 
 
 def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> ExportPlan:
-    """Plan the files of a whole model: each has at most `max_file_bytes`, or one larger tensor.
+    """Plan which tensor of a whole model goes into which file, before any value is read. Every process makes the same plan.
 
-    First come the model's parameters, converted back to the names and shapes of the base's files, group by group; then stored
-    weights that the architecture ignores. Floating-point tensors are stored as `dtype`. Reads only headers of the base's files.
-    Raises ConfigError if a conversion fails.
+    A file has at most `max_file_bytes`, or one larger tensor. First come the model's parameters, converted back to the names
+    and shapes of the base's files; then stored weights that the architecture ignores. Floating-point tensors are stored as
+    `dtype`. Reads only headers of the base's files. Raises ConfigError if a conversion fails.
     """
     conversions = values.base.conversions
     # A group: parameters that are converted together, such as those of all experts of a layer, or mostly a single one.
@@ -98,6 +98,7 @@ def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> 
     group_bytes: list[int] = []
     tensors: list[ExportTensor] = []
     for group_index, group in enumerate(groups):
+        # On the meta device: shapes and types without values.
         meta_members = {name: values.meta_tensor(name) for name in group.members}
         stored_tensors = conversions.convert_back(group, meta_members)
         for name, tensor in stored_tensors.items():
@@ -115,10 +116,11 @@ def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> 
 
 
 def stored_tensors_of_group(plan: ExportPlan, group_index: int, values: ModelValues) -> dict[str, Tensor]:
-    """The stored tensors of a group by name, in full, not yet in the plan's type. Its members are parameters of the model.
+    """Read one group of parameters, and convert it to the tensors that are stored, by name, not yet in the plan's type.
 
-    A group without members is a stored weight that the architecture ignores: it is read as it is.
-    Raises StorageError if the checkpoint cannot be read, ConfigError if a conversion fails.
+    A group is parameters that are converted together, such as those of all experts of a layer. One without members is a stored
+    weight that the architecture ignores: it is read as it is. Raises StorageError if the checkpoint cannot be read,
+    ConfigError if a conversion fails.
     """
     conversions: Conversions = values.base.conversions
     group = plan.groups[group_index]
@@ -137,7 +139,8 @@ def _num_stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
 def _assign_to_files(tensors: list[ExportTensor], max_file_bytes: int) -> list[ExportFile]:
     """Distribute tensors over files in their order: a file ends before the tensor that would make it larger than the limit.
 
-    A tensor larger than `max_file_bytes` has a file of its own. A single file is named `SINGLE_FILE`, several have numbers.
+    A tensor larger than `max_file_bytes` has a file of its own. Names the files: a single one is `SINGLE_FILE`, several have
+    numbers.
     """
     files = [ExportFile()]
     file_bytes = 0

@@ -97,7 +97,10 @@ class QuantisationCost:
 
 
 def parse_quantised_format(name: str) -> QuantisedFormat:
-    """The format of this name, such as "nf4". Raises ConfigError if there is none, or if its library is not installed."""
+    """Read the format that `bits=` names, such as "nf4".
+
+    Raises ConfigError if there is none, or if its library is not installed.
+    """
     if name not in [*QuantisedFormat]:
         raise ConfigError(f"bits={name}: must be one of {', '.join(QuantisedFormat)}")
     quantised_format = QuantisedFormat(name)
@@ -114,12 +117,14 @@ def write_quantised_model(
     split: str,
     compressor: Compressor | None = None,
 ) -> tuple[Path, QuantisationCost]:
-    """Write a quantised copy of an export; returns (`<directory>/<format>`, the cost in loss), which both model cards state.
+    """Write a copy of an export in 4 or 8 bits, and measure its cost: returns (`<directory>/<format>`, the cost in loss).
 
     The copy is loaded again: its logits are compared with those of the quantised model in memory, and its loss is measured on
-    `samples`, which are of `split` (`held-out` or `training`). `compressor`: for formats that another Python computes.
-    Raises ShardtuneError if the library cannot quantise this model, DriftError if the files compute something else than the model
-    in memory. The export itself stays complete.
+    `samples`, which are of `split` (`held-out` or `training`). Both model cards then state the cost. `compressor`: for formats
+    that another Python computes.
+
+    Raises ShardtuneError if the library cannot quantise this model, DriftError if the files compute something else than the
+    model in memory. The export itself stays complete.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -172,7 +177,7 @@ def _quantise_and_save(
     """Quantise the model in `directory` and save it in `staging_dir`; returns its logits on the probe, float32 `[T, V]`.
 
     The probe is a fixed sentence, with which the stored copy is compared afterwards. `compressor`: quantises it in another
-    Python, for the formats that need that; otherwise transformers does so while loading. Raises ShardtuneError if this model
+    Python, for the formats that need that; None: transformers does so while loading. Raises ShardtuneError if this model
     cannot be stored in this format.
     """
     from trainer.export.verify import probe_ids
@@ -194,7 +199,7 @@ def _quantise_and_save(
 
 
 def _quantise_while_loading(directory: Path, quantised_format: QuantisedFormat) -> Any:
-    """Load the model in `directory` quantised, by bitsandbytes or torchao.
+    """Load a whole model so that its matrices are quantised at once, by bitsandbytes or torchao.
 
     Raises ValueError if NVFP4 does not fit its matrices, or if the library left all of them in full precision.
     """
@@ -217,7 +222,7 @@ def _quantise_while_loading(directory: Path, quantised_format: QuantisedFormat) 
 
 
 def _matrices_unsuitable_for_nvfp4(directory: Path) -> list[str]:
-    """The matrices with a side that is not divisible by NVFP4's block: ["model.layers.0.mlp.up_proj (60, 24)", ...].
+    """Find the matrices that NVFP4 cannot store, since its block does not divide a side: ["lm.up_proj (60, 24)", ...].
 
     The output head does not count, since it is not quantised. The weights are not read.
     """
@@ -251,10 +256,10 @@ def _probe_logits(model: Any, tokenizer: Any) -> Tensor:
 def _require_same_logits(
     quantised_logits: Tensor, reloaded_logits: Tensor, quantised_format: QuantisedFormat, copy_dir: Path
 ) -> float:
-    """The largest difference of a logit between the model in memory and its files, relative to the largest logit.
+    """Check that the stored quantised model computes what it computed in memory: returns the largest difference of a logit.
 
-    Raises DriftError if it is larger than rounding in the type that the model computes in explains; `copy_dir`, where the files
-    were to be published, is named in it.
+    The difference is relative to the largest logit. Raises DriftError if it is larger than rounding in the type that the model
+    computes in explains; `copy_dir`, where the files were to be published, is named in it.
     """
     from trainer.export.verify import TOLERANCE_BY_DTYPE, DriftError
 
@@ -311,7 +316,7 @@ def _quantisation_config(quantised_format: QuantisedFormat) -> Any:
 def mean_loss(model: Any, samples: list[Sample]) -> float:
     """Mean cross-entropy over the supervised tokens of all documents, each token weighing the same; 0.0 without any.
 
-    Of each document the first `MAX_DOCUMENT_TOKENS` tokens count.
+    It measures what quantisation costs. Of each document the first `MAX_DOCUMENT_TOKENS` tokens count.
     """
     import torch
     from torch.nn.functional import cross_entropy

@@ -43,7 +43,7 @@ class RoutingReplay(TorchFunctionMode):
         """Whether the calls had the same order and shapes as the recorded ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch, and replace the indices that a `topk` (a router) chooses by the recorded ones.
+        """Run a function of torch; if it is a `topk`, by which a router chooses experts, make it choose as recorded.
 
         - another function: its own output;
         - a `topk` without a recorded call of the same shape: its own output, and `calls_match` becomes False;

@@ -10,7 +10,10 @@ from strategies.small_files import read_json_object
 
 
 def hub_id_and_commit(base_path: str) -> tuple[str, str | None]:
-    """(hub id, commit): ("org/name", "abc123") for a snapshot in the hub's cache; else (`base_path` as it is, None)."""
+    """The hub's name and commit of a base model, which an adapter's settings name instead of a path of this machine.
+
+    ("org/name", "abc123") for a snapshot in the hub's cache; else (`base_path` as it is, None).
+    """
     path = Path(base_path)
     is_hub_snapshot = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
     if is_hub_snapshot:
@@ -19,7 +22,7 @@ def hub_id_and_commit(base_path: str) -> tuple[str, str | None]:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The floating-point dtype in which a checkpoint is stored: that of most tensors in its first file.
+    """The floating-point type in which a checkpoint is stored: that of most tensors in its first file.
 
     bfloat16 for a quantised checkpoint, whose tensors have other types. float32 for a type that is not known here.
     """

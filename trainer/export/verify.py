@@ -76,14 +76,17 @@ class Verification:
 
 
 def probe_ids(tokenizer: Any) -> list[int]:
-    """Token ids of the probe: those of a fixed sentence, and the last token of the vocabulary, which may be an added one."""
+    """Token ids of the probe, on which an export is compared with the trained model: a fixed sentence, and the last token.
+
+    The last token of the vocabulary may be one that was added.
+    """
     ids = tokenizer(PROBE_SENTENCE, add_special_tokens=False)["input_ids"]
     last_token_id = len(tokenizer) - 1
     return [*ids, last_token_id]
 
 
 def shift_right(target_ids: Tensor, start_id: int) -> Tensor:
-    """The decoder's input for the targets `[S, T]`: `start_id`, then all ids but the last."""
+    """The decoder's input of an encoder-decoder model for the targets `[S, T]`: `start_id`, then all ids but the last."""
     return torch.cat([torch.full_like(target_ids[:, :1], start_id), target_ids[:, :-1]], dim=1)
 
 
@@ -97,10 +100,10 @@ class _LogitsObjective:
 
 
 def _no_cache_arguments(model: Any) -> dict[str, bool]:
-    """{"use_cache": False}, by which a model computes without a KV cache, as in training; {} for a model that never has one.
+    """Arguments with which a model computes without a KV cache, as in training; {} if it never has one.
 
-    transformers 5.24 cannot tell how far a cache has come in which no layer is attention, and layers that are called more than
-    once would see their own keys twice.
+    {"use_cache": False}, because transformers 5.24 cannot tell how far a cache has come in which no layer is attention, and
+    layers that are called more than once would see their own keys twice.
     """
     model_without_adapter: Any = unwrap_adapter(model)
     has_cache = getattr(model_without_adapter.config.get_text_config(), "use_cache", None) is not None
@@ -108,9 +111,10 @@ def _no_cache_arguments(model: Any) -> dict[str, bool]:
 
 
 def reference_logits(engine: Engine, built: BuiltModel, token_ids: list[int], runtime: Runtime) -> Tensor | None:
-    """Logits of the trained model `[T, V]` (`[1, labels]` for classifiers), on the CPU; None on other ranks than 0.
+    """Logits of the trained model on the probe, with which an export is compared: `[T, V]`, or `[1, labels]` for classifiers.
 
-    All ranks must call. Until it returns, the objective of the module is replaced by one that returns logits.
+    On the CPU; None on other ranks than 0. All ranks must call. Meanwhile the model's objective is replaced by one that
+    returns logits.
     """
     batch = _batch_of_one_document(built, torch.tensor([token_ids], device=runtime.device))
     with engine.inference() as module, _returning_logits(module) as step_module:
@@ -133,7 +137,7 @@ def _returning_logits(step_module: Any) -> Iterator[Any]:
 
 
 def _batch_of_one_document(built: BuiltModel, ids: Tensor) -> dict[str, Any]:
-    """The token ids `[1, T]` of one document as a batch of training has them, without targets.
+    """The probe's token ids `[1, T]` as a batch of training without targets: the model then computes as in training.
 
     - an encoder-decoder model: the decoder gets the same tokens, shifted;
     - padded layout: an attention mask of ones;
@@ -163,12 +167,14 @@ def verify_export(
     quantised_base: BaseWeights | None = None,
     training_choices: RoutingRecorder | None = None,
 ) -> Verification:
-    """Reload an export and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
+    """Load an export as users would, and check that it computes what was trained: its logits against `reference [T, V]`.
 
     They may differ by `TOLERANCE_BY_DTYPE` of the coarsest type among the reference and the stored tensors. Half precision can
     change which experts a router takes: then an export that differs is compared once more with the experts that the trained
-    model chose (`training_choices`). `base_path`, `quantised_base`: the adapter's base, as `load_export` takes it.
-    `decoder_start`: the first token of an encoder-decoder's decoder. Raises DriftError if shapes or logits differ.
+    model chose (`training_choices`).
+
+    `base_path`, `quantised_base`: the adapter's base, as `load_export` takes it. `token_ids`: of the probe. `decoder_start`:
+    the first token of an encoder-decoder's decoder; None for other models. Raises DriftError if shapes or logits differ.
     """
     model = load_export(directory, base_path, quantised_base)
     tolerance = max(TOLERANCE_BY_DTYPE[reference.dtype], TOLERANCE_BY_DTYPE[stored_dtype(Path(directory))])
@@ -183,6 +189,7 @@ def verify_export(
     has_routers = training_choices is not None and bool(training_choices.indices_by_call)
     if not verification.is_close and has_routers and is_half_precision:
         assert training_choices is not None
+        # Compare again with training's experts; if the calls do not match, the first comparison stays.
         with RoutingReplay(training_choices) as replay:
             logits = _export_logits(model, token_ids, decoder_start)
         if replay.calls_match and replay.num_replaced:
@@ -196,7 +203,7 @@ def verify_export(
 
 
 def _export_logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tensor:
-    """Logits of an export on the T tokens of the probe, float32 `[T, V]`, or `[1, labels]` of a classifier.
+    """Logits of a loaded export on the T tokens of the probe, float32 `[T, V]`, or `[1, labels]` of a classifier.
 
     `decoder_start`: the decoder's first token; None for a model that is no encoder-decoder.
     """
@@ -214,7 +221,7 @@ def _export_logits(model: Any, token_ids: list[int], decoder_start: int | None) 
 
 
 def _compare_logits(logits: Tensor, reference: Tensor, tolerance: float) -> Verification:
-    """Compare float32 logits of the same shape `[T, V]`. `tolerance` is relative to the largest logit of `reference`."""
+    """Compare float32 logits of the same shape `[T, V]`. `tolerance`: relative to the largest logit of `reference`."""
     same_argmax = logits.argmax(-1) == reference.argmax(-1)
     return Verification(
         max_abs_difference=float((logits - reference).abs().max()),
@@ -225,10 +232,10 @@ def _compare_logits(logits: Tensor, reference: Tensor, tolerance: float) -> Veri
 
 
 def _loading_differences(directory: Path, model: Any) -> str:
-    """Which tensors of a whole model differ after loading from what is stored, and in which rows, to append to an error.
+    """Find out why an export computes something else: which tensors are loaded with other values than are stored.
 
-    Such as "; loaded otherwise than stored: lm_head.weight (rows 0, 7)". Empty for an adapter, and if nothing differs. Tensors
-    that are stored under no name, or in another shape, are not compared.
+    A text to append to the error, with their rows: "; loaded otherwise than stored: lm_head.weight (rows 0, 7)". Empty for an
+    adapter, and if nothing differs. Tensors that are stored under no name, or in another shape, are not compared.
     """
     from trainer.model.weights import PretrainedWeights
 
@@ -263,7 +270,7 @@ class ProbeReference:
 
 
 def compute_probe_reference(engine: Engine, built: BuiltModel, tokenizer: Any, runtime: Runtime) -> ProbeReference:
-    """Compute the logits of the trained model on the probe, a fixed sentence. All ranks must call.
+    """Compute what the trained model says to the probe, a fixed sentence, before the model is exported. All ranks must call.
 
     The engine is not needed afterwards.
     """
@@ -276,13 +283,17 @@ def compute_probe_reference(engine: Engine, built: BuiltModel, tokenizer: Any, r
 def verify_against_reference(
     reference: ProbeReference, built: BuiltModel, directory: Path, base_path: str, *, adapter: bool
 ) -> None:
-    """Compare an export that was just written with the trained model, and print the result. Only rank 0 may call.
+    """Check an export that was just written against what the trained model computes, and print the result.
 
-    `built`: the model that was trained. `base_path`: its base. `adapter`: whether the export is an adapter.
-    Raises DriftError if they differ; transformers and peft have error types of their own for files that they cannot load.
+    Only rank 0 may call.
+
+    `reference`: of `compute_probe_reference`. `built`: the model that was trained. `base_path`: its base. `adapter`: whether
+    the export is an adapter. Raises DriftError if they differ; transformers and peft have error types of their own for files
+    that they cannot load.
     """
     assert reference.logits is not None, "rank 0 has them"
     decoder_start = built.encoder_decoder.decoder_start if built.encoder_decoder else None
+    # An adapter of a quantised base is compared on the base's values as they were in training.
     quantised_base = None
     if adapter and built.quantised_shapes:
         quantised_base = built.base_weights(Path(base_path))

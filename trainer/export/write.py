@@ -77,13 +77,20 @@ def write_export(
     runtime: Runtime,
     reference: ProbeReference | None = None,
 ) -> Path:
-    """Write an export to `destination` and return it; an earlier export there is replaced. All ranks must call.
+    """Write the model that a run has trained into a directory that plain transformers (and peft) loads; all ranks must call.
 
-    Full tuning and `config.merge` give a whole model, adapters a peft directory beside the unchanged base. `facts`: what the
-    documents say; completed here. `reference`: what the trained model computes, to compare the export with; None: it is not
-    compared. Raises, on every rank: StorageError (nothing half-written stays), ConfigError for a merge that is not possible or a
-    base that cannot be read, ExportInUse if another process writes there, DriftError for an export that computes something else.
+    Full tuning and `config.merge` give a whole model, which several ranks write; other adapters a peft directory beside the
+    unchanged base. It is written aside, and renamed to `destination` at the end; an earlier export there is replaced. Returns
+    `destination`.
+
+    `facts`: what the model card and documents say; completed here. `reference`: what the trained model computes, to compare
+    the export with; None: it is not compared.
+
+    Raises, on every rank: StorageError (nothing half-written stays), ConfigError for a merge that is not possible or a base
+    that cannot be read, ExportInUse if another process writes there, DriftError if the export computes something else than the
+    trained model.
     """
+    # Only a whole model has a plan and values below: for an adapter both stay None.
     writes_adapter = model.built.tuning.adapter and not config.merge
     staging_dir = destination.with_name(f".{destination.name}.writing")
     values: ModelValues | None = None
@@ -108,6 +115,7 @@ def write_export(
             if runtime.is_main:
                 _write_small_files(model, plan, staging_dir, config, facts)
         with _raising_on_all_ranks(destination, runtime, staging_dir):
+            # Before the export gets its name: one that computes something else is never published.
             if runtime.is_main and reference is not None:
                 verify_against_reference(reference, model.built, staging_dir, model.base_path, adapter=writes_adapter)
         with _raising_on_all_ranks(destination, runtime, staging_dir, caught=OSError):
@@ -119,7 +127,7 @@ def write_export(
 
 @contextmanager
 def _lock_destination(destination: Path, runtime: Runtime) -> Iterator[None]:
-    """Inside the context no other export is written to `destination`. All ranks must call.
+    """Inside the context no other process writes an export to `destination`. All ranks must call; rank 0 holds the lock.
 
     Raises, on every rank: ExportInUse if another process writes there, StorageError if it cannot be locked.
     """
@@ -146,10 +154,10 @@ class _Staging:
 def _write_weights(
     plan: ExportPlan, values: ModelValues, staging_dir: Path, destination: Path, runtime: Runtime
 ) -> None:
-    """Write the files of a plan, each writing rank its share, and close `values`. All ranks must call.
+    """Write the weight files of a whole model, each writing rank its share, and close `values`. All ranks must call.
 
-    Raises, on every rank: StorageError if there is too little space or the disk fails, ConfigError if the base cannot be read.
-    The staging directory is removed then.
+    Files that an earlier start of the same export completed are kept. Raises, on every rank: StorageError if there is too
+    little space or the disk fails, ConfigError if the base cannot be read. The staging directory is removed then.
     """
     writer_ranks = _writer_ranks(plan, runtime)
     staging = _open_staging_on_main(plan, values.model, staging_dir, destination, runtime)
@@ -168,10 +176,10 @@ def _write_weights(
 def _open_staging_on_main(
     plan: ExportPlan, model: TrainedModel, staging_dir: Path, destination: Path, runtime: Runtime
 ) -> _Staging:
-    """Open the staging directory on rank 0, and check its free space; returns what was found, on every rank.
+    """Open the directory that the export is written to before it gets its name, and check its free space, both on rank 0.
 
-    All ranks must call. Raises StorageError on every rank if the directory cannot be opened, or if the export does not fit. Then
-    the directory is removed.
+    Returns what was found, on every rank. All ranks must call. Raises StorageError on every rank if the directory cannot be
+    opened, or if the export does not fit. Then the directory is removed.
     """
     origin = _export_origin(plan, model)
 
@@ -193,11 +201,12 @@ def _open_staging_on_main(
 
 
 def _writer_ranks(plan: ExportPlan, runtime: Runtime) -> list[int]:
-    """The ranks that write, at most one for each file: as many of each host as its memory has room for, at least one.
+    """Choose the ranks that write, at most one for each file: as many of each host as its memory has room for, at least one.
 
     `plan.process_bytes` is the most that a writer holds at a time. All ranks must call.
     """
     free_bytes = free_host_memory_bytes()
+    # Also if the free memory is not known.
     max_writers_of_host = runtime.local_world_size
     if free_bytes is not None:
         max_writers_of_host = max(1, min(max_writers_of_host, free_bytes // max(1, plan.process_bytes)))
@@ -207,7 +216,7 @@ def _writer_ranks(plan: ExportPlan, runtime: Runtime) -> list[int]:
 
 
 def _print_writers(plan: ExportPlan, writer_ranks: list[int], runtime: Runtime) -> None:
-    """Print how much is written, by how many processes, and why not by more; nothing for an export of one file."""
+    """Tell the user how much is written, by how many processes, and why not by more; nothing for an export of one file."""
     num_files = len(plan.files)
     if num_files == 1:
         return
@@ -220,12 +229,12 @@ def _print_writers(plan: ExportPlan, writer_ranks: list[int], runtime: Runtime) 
 
 
 def _export_origin(plan: ExportPlan, model: TrainedModel) -> dict[str, Any]:
-    """All that the files of an export depend on, as JSON values: its `TrainedModel.origin`, the plan and torch's version."""
+    """All that the files of an export depend on, as JSON values: one of the same origin may keep finished files."""
     return {**model.origin, "plan": plan.plan_sha256(), "torch": torch.__version__}
 
 
 def export_bytes(model: TrainedModel, plan: ExportPlan | None) -> int:
-    """About how many bytes an export takes on the disk: its tensors, and `SMALL_FILES_BYTES` for all other files.
+    """About how many bytes an export takes on the disk: its tensors, and `SMALL_FILES_BYTES` for the rest.
 
     `plan`: of a whole model; None for an adapter, whose parameters take at most 4 bytes each.
     """
@@ -243,7 +252,10 @@ def _stored_dtype(config: ExportConfig, base_path: str) -> torch.dtype:
 
 
 def _check_adapter_mergeable(model: TrainedModel) -> None:
-    """Raise ConfigError if the adapter cannot be merged: its method cannot, or merging would change other layers too."""
+    """Refuse a merge that the adapter's method does not allow, or that would change other layers too.
+
+    Raises ConfigError.
+    """
     from trainer.tuning.adapter_files import check_adapters_mergeable
     from trainer.tuning.table import method_of
 
@@ -257,9 +269,10 @@ def _check_adapter_mergeable(model: TrainedModel) -> None:
 
 
 def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) -> None:
-    """Write the adapter's files into a new staging directory. Raises StorageError if there is too little space.
+    """Write the files of an adapter into a new staging directory; only rank 0 calls.
 
-    If training changed the positions of the base, its config.json is written too: loaders of the adapter build the base by that.
+    Raises StorageError if there is too little space. If training changed the positions of the base, its config.json is written
+    too: loaders of the adapter build the base by that.
     """
     from trainer.tuning.adapter import Adapter
 
@@ -283,10 +296,10 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
 
 
 def _write_adapter_by_peft(model: TrainedModel, tuning: Any, trained: dict[str, Tensor], staging_dir: Path) -> None:
-    """Write an adapter's settings and tensors as peft does, from the `trained` tensors by plain name.
+    """Write an adapter's settings and tensors as peft does. `trained`: its tensors, by name in the run's module.
 
-    An adapter that started by rewriting the base (as PiSSA does) is written as a plain LoRA of double rank: its initial values,
-    which are drawn again from the run's seed, are taken off.
+    An adapter that started by rewriting the base (as PiSSA does) is written as a plain LoRA of double rank: its initial
+    values, which are drawn again from the run's seed, are taken off. So it works on the unchanged base.
     """
     from trainer.tuning.adapter_files import as_plain_lora, write_adapter
 
@@ -303,10 +316,10 @@ def _write_adapter_by_peft(model: TrainedModel, tuning: Any, trained: dict[str, 
 def _write_small_files(
     model: TrainedModel, plan: ExportPlan | None, staging_dir: Path, config: ExportConfig, facts: ModelFacts
 ) -> None:
-    """Write the files beside the weights: settings, tokenizer, model card and documents.
+    """Write the files beside the weights: settings, tokenizer, model card and documents; only rank 0 calls.
 
-    `plan`: of a whole model, which also gets its index, config.json and generation settings; None for an adapter.
-    Sets `custom_auto_class` and `resize_to` of `facts`, of which the documents are written.
+    `plan`: of a whole model, which also gets its index, config.json and generation settings; None for an adapter. Sets
+    `custom_auto_class` and `resize_to` of `facts`, which the documents then state.
     """
     is_adapter = plan is None  # only whole models are planned
     if plan is not None:
@@ -328,7 +341,7 @@ def _write_model_config(model: TrainedModel, dtype: torch.dtype, staging_dir: Pa
     """Write the `config.json` of a whole model, and copy the base's generation settings if it has any.
 
     The config is that of the run, with the stored type, the labels of a classifier, and without quantisation: the files hold
-    dequantised numbers.
+    dequantised numbers. `facts`: has the names of the labels.
     """
     model_config = copy.deepcopy(model.built.config)
     # Of the types in TEXT_ONLY_MODEL_TYPES only the text part is in memory, but the files hold the whole model, which the
@@ -349,7 +362,7 @@ def _write_model_config(model: TrainedModel, dtype: torch.dtype, staging_dir: Pa
 
 
 def _num_tokens_to_resize_to(model: TrainedModel) -> int | None:
-    """How many tokens loaders of an adapter must resize the base to, for the model card; None if the base holds the new tokens.
+    """How many tokens loaders of an adapter must resize the base to, for the model card; None if they need not.
 
     A base with spare rows in its embeddings holds new tokens without a resize.
     """
@@ -369,10 +382,10 @@ def _raising_on_all_ranks(
     *,
     caught: type[Exception] | tuple[type[Exception], ...] = Exception,
 ) -> Iterator[None]:
-    """Raise an error of the block on every rank, whichever rank met it. All ranks must call; a rank may have nothing to do.
+    """Around work that may fail on one rank: its error is raised on every rank, so that none waits for another forever.
 
-    safetensors, transformers and peft have error types of their own, so by default every Exception is `caught`. What is raised,
-    and when `staging_dir` is removed: see `raise_if_any_rank_failed`.
+    All ranks must call; a rank may have nothing to do. safetensors, transformers and peft have error types of their own, so by
+    default every Exception is `caught`. What is raised, and when `staging_dir` is removed: see `raise_if_any_rank_failed`.
     """
     error: Exception | None = None
     try:
@@ -385,12 +398,12 @@ def _raising_on_all_ranks(
 def raise_if_any_rank_failed(
     error: BaseException | None, staging_dir: Path | None, destination: Path, runtime: Runtime
 ) -> None:
-    """Raise on every rank the error of any rank (`error`: this rank's, or None); return if no rank has one. All ranks must call.
+    """Raise on every rank the error of any rank; return if no rank has one. All ranks must call.
 
-    - Its own error, on the rank that has one. Errors of reading the base become ConfigError, those of writing StorageError.
-    - On the other ranks, an error with the same text: of the same type for StorageError, ConfigError and ExportInUse, else a
+    `error`: this rank's, or None. Before raising, rank 0 removes `staging_dir`.
+    - The rank with the error raises it. Errors of reading the base become ConfigError, those of writing StorageError.
+    - The other ranks raise an error with the same text: of the same type for StorageError, ConfigError and ExportInUse, else a
       ShardtuneError.
-    Before raising, rank 0 removes `staging_dir`.
     """
     if error is not None:
         error = _as_user_error(error, destination)
@@ -407,10 +420,10 @@ def raise_if_any_rank_failed(
 
 
 def _as_user_error(error: BaseException, destination: Path) -> BaseException:
-    """The error of an export as it is shown to the user.
+    """Turn an error of writing an export into one that tells the user what to do.
 
     - The base cannot be read: ConfigError.
-    - The export cannot be written: StorageError that says what to do. To free space is advised only if that would help.
+    - The export cannot be written: StorageError. To free space is advised only if that would help.
     - Anything else: the error itself.
     """
     shown_error: BaseException
@@ -436,7 +449,7 @@ def _is_error_of_reading_base(error: BaseException) -> bool:
 
 
 def _publish_export(staging_dir: Path, destination: Path) -> None:
-    """Rename the finished export into place. An earlier export there is moved away first, and deleted last.
+    """Give the finished export its name, by a rename. An earlier export there is moved away first, and deleted last.
 
     If the process is killed between the two renames, the earlier one is in `.NAME.old`, and the finished one still in staging.
     """

@@ -1,6 +1,7 @@
 """Our engine as a model of lm-evaluation-harness: ranks share its requests, and every rank gets all answers.
 
-Texts become tokens, and what is too long is cut, as in the harness's own `hf` model (HFLM, 0.4.13), so that the numbers are its.
+Texts become tokens, and what is too long is cut, as in the harness's own `hf` model (HFLM, 0.4.13), so that the numbers are
+its.
 """
 
 from __future__ import annotations

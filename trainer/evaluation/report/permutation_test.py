@@ -1,7 +1,7 @@
 """Significance by exchanging rows between the two models, for several metrics together and for few rows.
 
-If two models do not differ, it does not matter which of them answered a row. Where rows are exchanged, the difference of the row
-changes its sign: this is a sign-flip test.
+If two models do not differ, it does not matter which of them answered a row. Where rows are exchanged, the difference of the
+row changes its sign: this is a sign-flip test.
 
 - Several metrics together, such as the groups of a task: rows are exchanged at random, and each metric's difference is compared
   with the largest one of the family in each exchange (single-step max T of Westfall & Young 1993, on differences over their

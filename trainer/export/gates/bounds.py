@@ -48,7 +48,7 @@ class Bound:
         }[self.sign]
 
     def badness(self, measured: float) -> float:
-        """A number that grows the worse a value is for this bound: of several measurements, the worst one counts.
+        """How far a value is on the bad side for this bound, to find the worst of several measurements; larger is worse.
 
         An upper bound (`<`, `<=`): the value; a lower bound (`>`, `>=`): its negative; an equation: the distance. NaN is the
         worst.
@@ -66,9 +66,9 @@ class Bound:
 
 
 def parse_gate_bounds(gates: Mapping[str, Any]) -> list[Bound]:
-    """The gates of a configuration as bounds, in its order: {"eval/loss": "<2.1"} -> one bound below 2.1.
+    """Read the gates of a configuration, in its order: {"eval/loss": "<2.1"} -> one bound below 2.1.
 
-    The entry `override`, and a value that is no bound, are left out.
+    The entry `override` is no gate, and left out; so is a value that is no bound, which `gate_problems` names.
     """
     bounds = []
     for metric, value in gates.items():
@@ -81,9 +81,9 @@ def parse_gate_bounds(gates: Mapping[str, Any]) -> list[Bound]:
 
 
 def parse_bound(metric: str, value: Any) -> Bound | None:
-    """One gate, which is a metric with its bound, from its value in the configuration; None if the value is no bound.
+    """Read one gate from its value in the configuration: `"<2.1"` is the sign `<` and the limit 2.1; None if it is no bound.
 
-    `"<2.1"` gives the sign `<` and the limit 2.1, `">= 90%"` the limit 0.9, and a bare number, or `==`, the sign `=`.
+    `">= 90%"` has the limit 0.9, and a bare number, or `==`, the sign `=`.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
@@ -103,9 +103,10 @@ def parse_bound(metric: str, value: Any) -> Bound | None:
 
 
 def gate_problems(gates: Mapping[str, Any]) -> list[str]:
-    """Error messages about gates: limits of metrics that a model must keep to be exported, such as {"eval/loss": "<2.1"}.
+    """Check gates, which are limits of metrics that a model must keep to be exported, such as {"eval/loss": "<2.1"}.
 
-    The entry `override` is no gate: it must hold the reason for exporting although gates fail.
+    Returns an error message for each that cannot be read. The entry `override` is no gate: it must hold the reason for
+    exporting although gates fail.
     """
     problems = []
     for metric, value in gates.items():
@@ -126,7 +127,9 @@ def gate_problems(gates: Mapping[str, Any]) -> list[str]:
 
 
 def parse_gate_argument(argument: str) -> dict[str, Any]:
-    """The gates, by name of the metric, that an argument of the command line sets. Raises ConfigError if it cannot be read.
+    """Read the gates, by name of the metric, that one argument of the command line sets.
+
+    Raises ConfigError if it cannot be read.
 
     - one gate, `gates.eval/loss="<2.1"`: `{"eval/loss": "<2.1"}`, quotes removed.
     - several as YAML, `gates={eval/loss: "<2.1", memorised: 0}`: `{"eval/loss": "<2.1", "memorised": 0}`.

@@ -95,10 +95,10 @@ def judge_at_end(
     fallback_dir: str | None,
     runtime: Runtime,
 ) -> JudgedGates:
-    """Judge the gates for the weights that a run ends with at `step`, alike on every rank.
+    """Judge the gates for the weights that a run ends with at `step`, before they are exported; alike on every rank.
 
-    A gate is a metric's bound that weights must keep to be exported. `gates`: bound by metric, such as {"eval/loss": "<2.1"}.
-    `tasks`: the evaluation tasks of the run, by name. All ranks must call if there are gates.
+    A gate is a bound on a metric that weights must keep to be exported. `gates`: bound by metric, such as {"eval/loss":
+    "<2.1"}. `tasks`: the evaluation tasks of the run, by name. All ranks must call if there are gates.
     """
     if not gates:
         return JudgedGates()
@@ -109,10 +109,10 @@ def judge_at_end(
 
 
 def judge_gates_of_weights(gates: Mapping[str, Any], weights: ExportedWeights, tasks: Mapping[str, Any]) -> JudgedGates:
-    """Judge each gate by what the run has measured of these weights. Reads the reports and metrics in the run's directory.
+    """Judge each gate by what the run has measured of these weights, from the reports and metrics in its directory.
 
-    `gates`: bound by metric, such as {"eval/loss": "<2.1"}, and `override` with the reason to export all the
-    same. `tasks`: the evaluation tasks of the run's configuration, by name.
+    `gates`: bound by metric, such as {"eval/loss": "<2.1"}, and `override` with the reason to export all the same. `tasks`:
+    the evaluation tasks of the run's configuration, by name.
     """
     metrics = []
     if gates:  # else nothing is read
@@ -124,7 +124,7 @@ def judge_gates_of_weights(gates: Mapping[str, Any], weights: ExportedWeights, t
 def _judge_gate(
     bound: Bound, metrics: list[MeasuredMetric], weights: ExportedWeights, tasks: Mapping[str, Any]
 ) -> GateVerdict:
-    """The verdict on one gate. `metrics`: all that the run has measured, of these weights and of others, newest first.
+    """Judge one gate. `metrics`: all that the run has measured, of these weights and of others, newest first.
 
     - The metric was measured of these weights: the verdict is by its values.
     - It was measured of other weights only: the gate fails, with the command that measures it.
@@ -149,7 +149,7 @@ def _judge_gate(
 
 
 def _hint_at_measured_metrics(gate_name: str, measured: list[MeasuredMetric]) -> str:
-    """What to append to the text on a metric that was never measured: a similar name, else some names; empty without any."""
+    """Help with a gate's metric that was never measured: a similar name, else some names; "" without any."""
     names = list(dict.fromkeys(metric.name for metric in measured))
     similar = difflib.get_close_matches(gate_name.removeprefix("eval/"), names, n=1)
     if similar:
@@ -165,9 +165,10 @@ def _failed_without_value(bound: Bound, says: str) -> GateVerdict:
 
 
 def _verdict_by_metrics(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
-    """The verdict on a gate by the metrics that its name stands for: all must keep the bound, and the worst one is reported.
+    """Judge a gate by the metrics that its name stands for: all must keep the bound, and the worst one is reported.
 
-    A metric without a value (NaN) is the worst. Its text: `loss: 2.3 (qa/loss), must be below 2.1; <where it was measured>`.
+    `loss` may stand for the loss of every task. A metric without a value (NaN) is the worst. The text: `loss: 2.3 (qa/loss),
+    must be below 2.1; <where it was measured>`.
     """
     worst = max(matched, key=lambda metric: bound.badness(metric.value))
     passed = all(bound.holds(metric.value) for metric in matched)
@@ -205,7 +206,7 @@ def _weights_name(weights: ExportedWeights) -> str:
 
 
 def _measuring_command(metric: str, weights: ExportedWeights, tasks: Mapping[str, Any]) -> str:
-    """The command that measures a gate's metric of the weights, with `<...>` where the user has to fill something in.
+    """The command by which the user measures a gate's metric of the weights, with `<...>` where something is to be filled in.
 
     By the part of the metric's name before a slash (`eval/` aside); the first case that holds:
     - `review`, the test split or `FORGETTING_METRIC`: the command for that.
@@ -255,7 +256,7 @@ def _task_kind_of(name: str) -> str | None:
 
 
 def raise_if_gates_failed(gates: JudgedGates, checkpoint: str) -> None:
-    """Raise GateRefused, with a line for each gate that failed, unless the user overrides them.
+    """Refuse an export whose gates failed, with a line for each, unless the user overrides them. Raises GateRefused.
 
     `checkpoint`: name of the exported checkpoint, for the message.
     """

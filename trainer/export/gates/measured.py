@@ -63,10 +63,11 @@ class MeasuredMetric:
 
 
 def measured_metrics(run_dir: Path, step: int | None, weights_sha256: str | None) -> list[MeasuredMetric]:
-    """All metrics that a run has measured: those of evaluation reports, newest first, then those that training logged.
+    """Collect all metrics that a run has measured, to judge gates by: of evaluation reports, newest first, then of training.
 
-    `step`, `weights_sha256`: of the weights that are to be exported; None if unknown. `is_of_these_weights` is set by the hash
-    for a report, and by the step for training's evaluations and for a test report without a hash.
+    `step`, `weights_sha256`: of the weights that are to be exported; None if unknown. A gate counts only what was measured of
+    these weights: `is_of_these_weights` is set by the hash for a report, and by the step for training's evaluations and for a
+    test report without a hash.
     """
     metrics: list[MeasuredMetric] = []
     read_metrics_by_report_kind = {
@@ -84,7 +85,7 @@ def measured_metrics(run_dir: Path, step: int | None, weights_sha256: str | None
 
 
 def _metrics_of_training(run_dir: Path, step: int | None) -> list[MeasuredMetric]:
-    """The metrics of the evaluations that training logged: those at `step` first, then the others from the newest."""
+    """Collect the metrics of the evaluations that training logged: those at `step` first, then the others from the newest."""
     evaluated_steps = []
     for row in read_metric_rows(run_dir):
         if any(name.startswith("eval/") for name in row):
@@ -105,10 +106,10 @@ def _metrics_of_training(run_dir: Path, step: int | None) -> list[MeasuredMetric
 
 
 def matching_metrics(gate_name: str, metrics: list[MeasuredMetric]) -> list[MeasuredMetric]:
-    """The metrics that a gate's name stands for, the newest of each; empty if none does. `metrics`: newest first.
+    """Find the metrics that a gate's name stands for, the newest of each; empty if none does. `metrics`: newest first.
 
-    The forms of names are tried in the order of `MetricNames`. The first form in which any metric has this name decides: "loss"
-    is a metric of that full name if there is one, else the metric `loss` of every task.
+    The forms of names are tried in the order of `MetricNames`. The first form in which any metric has this name decides:
+    "loss" is a metric of that full name if there is one, else the metric `loss` of every task.
     """
     name = gate_name.removeprefix("eval/") or gate_name
     for form_index in range(len(MetricNames._fields)):
@@ -122,7 +123,10 @@ def matching_metrics(gate_name: str, metrics: list[MeasuredMetric]) -> list[Meas
 
 
 def _metrics_of_evaluation(kept_report: KeptReport, is_of_these_weights: bool) -> Iterator[MeasuredMetric]:
-    """The metrics of an evaluation's report, and how much was forgotten if it was compared with the base."""
+    """Collect the metrics of an evaluation's report, and how much was forgotten if it was compared with the base.
+
+    `is_of_these_weights`: whether the report is of the weights that are to be exported.
+    """
     report = kept_report.report
     comparison_with_base = report.get("against") or {}
     # {"tasks": {task: {"kind": ..., "metrics": {metric: entry}}}, "against": {"what": "base", "tasks": {task: ...}}}
@@ -150,10 +154,11 @@ def _metrics_of_evaluation(kept_report: KeptReport, is_of_these_weights: bool) -
 
 
 def _relative_forgetting(task_report: dict[str, Any], task_comparison: dict[str, Any]) -> dict[str, Any]:
-    """The catastrophic forgetting of a task: how much worse its first metric became by fine-tuning, relative to the base model.
+    """The catastrophic forgetting of a task: how much worse its first metric became by fine-tuning, relative to the base.
 
-    Returns an entry like those of a report's metrics, such as {"value": 0.03, "low": 0.01, "high": 0.05} for 3 % worse; empty if
-    the report does not compare this metric with the base. `task_comparison`: the task in the comparison with the base.
+    `task_report`: the task in the report; `task_comparison`: in its comparison with the base. Returns an entry like those of a
+    report's metrics, such as {"value": 0.03, "low": 0.01, "high": 0.05} for 3 % worse; {} if the report does not compare this
+    metric with the base.
     """
     metric = next(iter(task_report.get("metrics") or {}), None)
     if metric is None:
@@ -178,7 +183,7 @@ def _metrics_of_review(kept_report: KeptReport, is_of_these_weights: bool) -> It
 
 
 def _metrics_of_test(kept_report: KeptReport, is_of_these_weights: bool) -> Iterator[MeasuredMetric]:
-    """The metrics of the test documents. A gate names them in full (`test/loss`): `loss` means that of evaluation documents."""
+    """Collect the metrics of the test documents. A gate names them in full (`test/loss`): `loss` means evaluation documents."""
     for name, value in (kept_report.report.get("metrics") or {}).items():
         yield _metric_of_entry(kept_report, MetricNames(name), {"value": value}, is_of_these_weights)
 
@@ -186,7 +191,11 @@ def _metrics_of_test(kept_report: KeptReport, is_of_these_weights: bool) -> Iter
 def _metric_of_entry(
     kept_report: KeptReport, names: MetricNames, entry: dict[str, Any], is_of_these_weights: bool
 ) -> MeasuredMetric:
-    """A metric from its entry in a report. A value of null is NaN, which passes no gate."""
+    """Read one metric from its entry in a report. A value of null is NaN, which passes no gate.
+
+    `names`: the forms in which a gate can name it. `is_of_these_weights`: whether the report is of the weights that are to be
+    exported.
+    """
     value = float("nan") if entry.get("value") is None else float(entry["value"])
     source = f"{kept_report.kind} of {kept_report.checkpoint} ({kept_report.path.parent.name}/{kept_report.path.name})"
     return MeasuredMetric(
