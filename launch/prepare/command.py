@@ -28,6 +28,7 @@ from strategies.errors import ConfigError, Preempted, key_of_problem
 from strategies.imports import importing_without_gc
 
 if TYPE_CHECKING:
+    from trainer.config.run import RunConfig
     from trainer.data.prepare import PreparedData
 
 
@@ -61,7 +62,8 @@ datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.js
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune prepare` with the arguments `argv`: prepare a run's data, a shard of it, or print it; returns the exit code.
+    """Run `shardtune prepare` with the arguments `argv`: prepare a run's data, a shard of it, or print it; returns the exit
+    code.
 
     A shard is one of n parts, which jobs of an array prepare; a call without `--shard` merges them. Raises ConfigError for
     wrong settings, DataError for data that cannot be used, StorageError.
@@ -105,6 +107,25 @@ def prepare_data_of_run(settings: list[str]) -> PreparedData:
     return data
 
 
+def _compose_config_to_prepare(settings: list[str]) -> RunConfig:
+    """Compose the configuration of the run whose data is prepared, from its settings.
+
+    Raises ConfigError for settings of the data, the model or the objective that cannot be used. Others may be wrong or
+    missing: preparing needs no budget or batch.
+    """
+    # Without looking for garbage meanwhile, which would take a fifth of the time to start.
+    with importing_without_gc("torch"):
+        from launch.config.compose import compose_config
+        from trainer.config.validate import config_problems
+
+    config = compose_config(settings, check=False).config
+    relevant_keys = ("data.", "model.", "objective")
+    problems = [problem for problem in config_problems(config) if key_of_problem(problem).startswith(relevant_keys)]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
 def _prepare_data_or_shard(settings: list[str], *, shard: tuple[int, int] | None) -> PreparedData | None:
     """Prepare the data of a run with these settings, or take it from the cache; with `shard`, write only one part of it to
     the cache.
@@ -114,17 +135,7 @@ def _prepare_data_or_shard(settings: list[str], *, shard: tuple[int, int] | None
 
     Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
-    # Without looking for garbage meanwhile, which would take a fifth of the time to start.
-    with importing_without_gc("torch"):
-        from launch.config.compose import compose_config
-        from trainer.config.validate import config_problems
-
-    config = compose_config(settings, check=False).config
-    # Preparing needs no budget or batch, so what is wrong with other settings does not matter here.
-    relevant_keys = ("data.", "model.", "objective")
-    problems = [problem for problem in config_problems(config) if key_of_problem(problem).startswith(relevant_keys)]
-    if problems:
-        raise ConfigError(problems)
+    config = _compose_config_to_prepare(settings)
     with importing_without_gc("trainer.build.parts"):
         from trainer.build.parts import prepare_data, prepare_shard
         from trainer.model.loading import load_tokenizer

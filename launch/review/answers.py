@@ -40,14 +40,14 @@ class Reviewer:
     """The judgements by item id."""
 
 
-def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Reviewer]:
+def read_reviewers(paths: list[Path], review_id: str, review_key: ReviewKey) -> list[Reviewer]:
     """Read the files that reviewers sent back, one for each reviewer, and check that they answer this review.
 
-    `key`: which model wrote which answer; read for the items and questions of the review. Raises DataError with every file
-    that cannot be used, and why.
+    `review_key`: which model wrote which answer; read for the items and questions of the review. Raises DataError with
+    every file that cannot be used, and why.
     """
-    item_ids = {item["id"] for item in key["items"]}
-    questions = {OVERALL_QUESTION, *key["rubric"]}
+    item_ids = {item["id"] for item in review_key["items"]}
+    questions = {OVERALL_QUESTION, *review_key["rubric"]}
     reviewer_by_name: dict[str, Reviewer] = {}
     problems = []
     for path in paths:

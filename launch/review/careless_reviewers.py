@@ -30,27 +30,28 @@ RULE_TEXT_BY_NAME = {
 }
 
 
-def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority_vote_by_item: dict[str, str]) -> list[str]:
-    """Look for signs that a reviewer answered without reading: a sentence for each rule of `RULE_TEXT_BY_NAME` that is broken.
+def carelessness_flags(reviewer: Reviewer, review_key: ReviewKey, majority_vote_by_item: dict[str, str]) -> list[str]:
+    """Look for signs that a reviewer answered without reading: a sentence for each rule of `RULE_TEXT_BY_NAME` that is
+    broken.
 
-    Empty for a careful reviewer. `key`: which model wrote which answer. `majority_vote_by_item`: the vote of most of the
-    other reviewers (`tuned`, `other` or `tie`), by item id.
+    Empty for a careful reviewer. `review_key`: which model wrote which answer. `majority_vote_by_item`: the vote of most of
+    the other reviewers (`tuned`, `other` or `tie`), by item id.
     """
-    items = {item["id"]: item for item in key["items"]}
+    item_by_id = {item["id"]: item for item in review_key["items"]}
     choices = {}  # `a`, `b` or `tie`, by item id
     for item_id, judgement in reviewer.judgement_by_item.items():
         if OVERALL_QUESTION in judgement.choice_by_question:
             choices[item_id] = judgement.choice_by_question[OVERALL_QUESTION]
     flags = (
-        _inconsistency_flag(choices, items),
+        _inconsistency_flag(choices, item_by_id),
         _same_side_flag(choices),
-        _speed_flag(reviewer, items),
-        _chance_agreement_flag(choices, items, majority_vote_by_item),
+        _speed_flag(reviewer, item_by_id),
+        _chance_agreement_flag(choices, item_by_id, majority_vote_by_item),
     )
     return [flag for flag in flags if flag is not None]
 
 
-def _inconsistency_flag(choices: dict[str, str], items: dict[str, KeyItem]) -> str | None:
+def _inconsistency_flag(choices: dict[str, str], item_by_id: dict[str, KeyItem]) -> str | None:
     """The flag of a reviewer who judges repeated items differently the second time; None if the rule is kept.
 
     Some items come twice, the second time with the sides exchanged. `choices`: `a`, `b` or `tie` by item id.
@@ -58,7 +59,7 @@ def _inconsistency_flag(choices: dict[str, str], items: dict[str, KeyItem]) -> s
     num_repeated = 0
     num_agreed = 0
     for item_id, choice in choices.items():
-        first_id = items[item_id]["repeats"]  # None for an item that repeats no other
+        first_id = item_by_id[item_id]["repeats"]  # None for an item that repeats no other
         if first_id in choices:
             same_judgement = VOTE_WITH_SIDES_EXCHANGED[choices[first_id]]
             num_repeated += 1
@@ -82,7 +83,7 @@ def _same_side_flag(choices: dict[str, str]) -> str | None:
     return f"side: says {choice} in {count} of {len(choices)} items"
 
 
-def _speed_flag(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
+def _speed_flag(reviewer: Reviewer, item_by_id: dict[str, KeyItem]) -> str | None:
     """The flag of a reviewer who chooses faster than anybody can read; None if the rule is kept.
 
     The speed is the words of prompt and answers over the seconds until the choice. Only the page measures these, so a
@@ -91,7 +92,7 @@ def _speed_flag(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
     words_per_s = []
     for item_id, judgement in reviewer.judgement_by_item.items():
         if judgement.seconds is not None and OVERALL_QUESTION in judgement.choice_by_question:
-            words_per_s.append(items[item_id]["words"] / max(judgement.seconds, 1e-3))  # a click may take 0 s
+            words_per_s.append(item_by_id[item_id]["words"] / max(judgement.seconds, 1e-3))  # a click may take 0 s
     if len(words_per_s) < MIN_JUDGED:
         return None
     median_words_per_s = median(words_per_s)
@@ -101,7 +102,7 @@ def _speed_flag(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
 
 
 def _chance_agreement_flag(
-    choices: dict[str, str], items: dict[str, KeyItem], majority_vote_by_item: dict[str, str]
+    choices: dict[str, str], item_by_id: dict[str, KeyItem], majority_vote_by_item: dict[str, str]
 ) -> str | None:
     """The flag of a reviewer who agrees with the majority of the others no better than by chance; None if the rule is kept.
 
@@ -113,7 +114,7 @@ def _chance_agreement_flag(
         return None
     from launch.review.agreement import cohen_kappa, preferred_model
 
-    own_votes = [preferred_model(choices[item_id], items[item_id]) for item_id in shared_item_ids]
+    own_votes = [preferred_model(choices[item_id], item_by_id[item_id]) for item_id in shared_item_ids]
     majority_votes = [majority_vote_by_item[item_id] for item_id in shared_item_ids]
     kappa = cohen_kappa(own_votes, majority_votes)
     if kappa is None or kappa > 0:

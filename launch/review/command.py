@@ -164,8 +164,8 @@ def score_and_record_review(argv: list[str]) -> int:
     arguments = read_score_arguments(argv)
     review_directory = arguments.review
     assert review_directory is not None
-    review_id, key = read_key(review_directory)
-    reviewers = read_reviewers(arguments.answers, review_id, key)
+    review_id, review_key = read_key(review_directory)
+    reviewers = read_reviewers(arguments.answers, review_id, review_key)
     names = [reviewer.name for reviewer in reviewers]
     dropped_names = arguments.drop
     # Whoever is dropped must have sent answers, else a typo would count a vote that should not count.
@@ -176,7 +176,7 @@ def score_and_record_review(argv: list[str]) -> int:
         raise ConfigError("drop: leaves nobody; name fewer")
 
     # The result is written twice: beside the key, and into the run's records, where its model card and its gates find it.
-    scores = score_review(review_id, key, reviewers, dropped_names)
+    scores = score_review(review_id, review_key, reviewers, dropped_names)
     scores_json = json_text(scores, indent=1, ensure_ascii=False)
     write_text_atomic(review_directory / RESULT_FILE, scores_json + "\n")
     record = keep_report(arguments.run, REVIEW_REPORT, scores)

@@ -20,7 +20,7 @@ from launch.review.agreement import (
 )
 from launch.review.answers import Reviewer
 from launch.review.careless_reviewers import RULE_TEXT_BY_NAME, carelessness_flags
-from launch.review.sheet import BASE_ARM, LEFT_SIDE, TUNED_ARM, ReviewKey
+from launch.review.sheet import BASE_ARM, LEFT_SIDE, TUNED_ARM, KeyItem, ReviewKey
 from trainer.config.review import OVERALL_QUESTION
 
 NUM_RESAMPLES = 10_000
@@ -34,69 +34,74 @@ WIN_RATE_METHOD_TEXT = (
 )
 
 
-def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], dropped_names: list[str]) -> dict[str, Any]:
-    """Evaluate a review: how often reviewers preferred the tuned model, how far they agree, and who may have answered carelessly.
+def score_review(
+    review_id: str, review_key: ReviewKey, reviewers: list[Reviewer], dropped_names: list[str]
+) -> dict[str, Any]:
+    """Evaluate a review: how often reviewers preferred the tuned model, how far they agree, and who may have answered
+    carelessly.
 
-    Returns the record of the review, as JSON values. `key`: which model wrote which answer. The models that answered are
-    called arms: `tuned`, and those that it is compared with. The votes of the reviewers in `dropped_names` do not count.
+    Returns the record of the review, as JSON values. `review_key`: which model wrote which answer. The models that answered
+    are called arms: `tuned`, and those that it is compared with. The votes of the reviewers in `dropped_names` do not count.
     """
     counted_reviewers = [reviewer for reviewer in reviewers if reviewer.name not in dropped_names]
     votes_by_question = {
-        question: _votes_on_question(counted_reviewers, key, question)
-        for question in [OVERALL_QUESTION, *key["rubric"]]
+        question: _votes_on_question(counted_reviewers, review_key["items"], question)
+        for question in [OVERALL_QUESTION, *review_key["rubric"]]
     }
-    other_models = [arm for arm in key["arms"] if arm != TUNED_ARM]
+    other_models = [arm for arm in review_key["arms"] if arm != TUNED_ARM]
 
     # Of all reviewers, also of dropped ones: the record shows why they were dropped.
     flags_by_name = {}
     for reviewer in reviewers:
-        majority_vote_by_item = _majority_votes_of_others(reviewer, reviewers, key)
-        flags_by_name[reviewer.name] = carelessness_flags(reviewer, key, majority_vote_by_item)
+        majority_vote_by_item = _majority_votes_of_others(reviewer, reviewers, review_key["items"])
+        flags_by_name[reviewer.name] = carelessness_flags(reviewer, review_key, majority_vote_by_item)
     careful_reviewers = [reviewer for reviewer in counted_reviewers if not flags_by_name[reviewer.name]]
     win_rate_without_flagged = None  # also if nobody is flagged, or everybody
     if 0 < len(careful_reviewers) < len(counted_reviewers):
-        votes = _votes_on_question(careful_reviewers, key, OVERALL_QUESTION)
-        win_rate_without_flagged = _review_metrics({OVERALL_QUESTION: votes}, key, other_models)["win_rate"]
+        votes = _votes_on_question(careful_reviewers, review_key["items"], OVERALL_QUESTION)
+        win_rate_without_flagged = _review_metrics({OVERALL_QUESTION: votes}, review_key, other_models)["win_rate"]
     summaries = []
     for reviewer in reviewers:
         is_dropped = reviewer.name in dropped_names
-        summaries.append(_reviewer_summary(reviewer, key, flags_by_name[reviewer.name], is_dropped))
+        summaries.append(
+            _reviewer_summary(reviewer, len(review_key["items"]), flags_by_name[reviewer.name], is_dropped)
+        )
     return {
         "version": 1,
         "review": review_id,
         "time": time.time(),
-        "model": key["model"],
-        "arms": key["arms"],
+        "model": review_key["model"],
+        "arms": review_key["arms"],
         "method": WIN_RATE_METHOD_TEXT,
-        "num_prompts": key["num_prompts"],
-        "num_same": dict(Counter(pair["other"] for pair in key["same"])),
-        "rubric": key["rubric"],
+        "num_prompts": review_key["num_prompts"],
+        "num_same": dict(Counter(pair["other"] for pair in review_key["same"])),
+        "rubric": review_key["rubric"],
         "reviewers": summaries,
         "rules": RULE_TEXT_BY_NAME,
-        "metrics": _review_metrics(votes_by_question, key, other_models),
+        "metrics": _review_metrics(votes_by_question, review_key, other_models),
         "without_flagged": win_rate_without_flagged,
         "kappa": pairwise_kappas(votes_by_question[OVERALL_QUESTION]),
-        "disagreements": _disputed_items(votes_by_question[OVERALL_QUESTION], counted_reviewers, key),
+        "disagreements": _disputed_items(votes_by_question[OVERALL_QUESTION], counted_reviewers, review_key["items"]),
     }
 
 
-def _votes_on_question(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> VotesOnQuestion:
+def _votes_on_question(reviewers: Iterable[Reviewer], items: Iterable[KeyItem], question: str) -> VotesOnQuestion:
     """Collect the reviewers' votes on one question, by (reviewer, item id): `tuned`, `other` or `tie`.
 
     Repeated items are left out: they only show whether a reviewer is consistent.
     """
-    items = {item["id"]: item for item in key["items"] if item["repeats"] is None}
+    item_by_id = {item["id"]: item for item in items if item["repeats"] is None}
     votes = {}
     for reviewer in reviewers:
         for item_id, judgement in reviewer.judgement_by_item.items():
             choice = judgement.choice_by_question.get(question)
-            if item_id in items and choice is not None:
-                votes[reviewer.name, item_id] = preferred_model(choice, items[item_id])
+            if item_id in item_by_id and choice is not None:
+                votes[reviewer.name, item_id] = preferred_model(choice, item_by_id[item_id])
     return votes
 
 
 def _review_metrics(
-    votes_by_question: dict[str, VotesOnQuestion], key: ReviewKey, other_models: list[str]
+    votes_by_question: dict[str, VotesOnQuestion], review_key: ReviewKey, other_models: list[str]
 ) -> dict[str, dict[str, Any]]:
     """Compute win rates and agreement, by the metric names that gates use: {"win_rate": {"value": 0.6, ...}, "alpha": ...}.
 
@@ -107,8 +112,8 @@ def _review_metrics(
     """
     metrics: dict[str, dict[str, Any]] = {}
     for model in other_models:
-        prompt_by_item = {item["id"]: item["prompt"] for item in key["items"] if item["other"] == model}
-        num_equal = sum(pair["other"] == model for pair in key["same"])
+        prompt_by_item = {item["id"]: item["prompt"] for item in review_key["items"] if item["other"] == model}
+        num_equal = sum(pair["other"] == model for pair in review_key["same"])
         for question, votes in votes_by_question.items():
             name = f"win_rate/{model}{_metric_suffix(question)}"
             metrics[name] = _win_rate_metric(votes, prompt_by_item, num_equal)
@@ -177,14 +182,17 @@ def _bootstrap_interval(prompt_means: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _majority_votes_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
-    """How most of the other reviewers voted, by item id, to compare `reviewer` with; only items that at least two of them judged.
+def _majority_votes_of_others(
+    reviewer: Reviewer, reviewers: list[Reviewer], items: Iterable[KeyItem]
+) -> dict[str, str]:
+    """How most of the other reviewers voted, by item id, to compare `reviewer` with; only items that at least two of them
+    judged.
 
     Of votes that are equally frequent, the one that comes first in the order of `reviewers` is taken.
     """
     other_reviewers = [any_reviewer for any_reviewer in reviewers if any_reviewer is not reviewer]
     counts_by_item: dict[str, Counter[str]] = {}
-    for (_, item_id), vote in _votes_on_question(other_reviewers, key, OVERALL_QUESTION).items():
+    for (_, item_id), vote in _votes_on_question(other_reviewers, items, OVERALL_QUESTION).items():
         counts_by_item.setdefault(item_id, Counter())[vote] += 1
     majority_by_item = {}
     for item_id, counts in counts_by_item.items():
@@ -194,11 +202,11 @@ def _majority_votes_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key
     return majority_by_item
 
 
-def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_dropped: bool) -> dict[str, Any]:
+def _reviewer_summary(reviewer: Reviewer, num_items: int, flags: list[str], is_dropped: bool) -> dict[str, Any]:
     """One reviewer in the record: name, numbers of judged and open items, share of wins of the left answer, minutes, flags.
 
-    An item is open until the overall question is answered. `flags`: signs of careless answers. `is_dropped`: whether the
-    votes do not count.
+    An item is open until the overall question is answered. `num_items`: of the review. `flags`: signs of careless answers.
+    `is_dropped`: whether the votes do not count.
     """
     all_judgements = reviewer.judgement_by_item.values()
     judgements = [judgement for judgement in all_judgements if OVERALL_QUESTION in judgement.choice_by_question]
@@ -207,7 +215,7 @@ def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_d
     return {
         "name": reviewer.name,
         "judged": len(judgements),
-        "open": len(key["items"]) - len(judgements),
+        "open": num_items - len(judgements),
         "left": num_left_wins / max(1, len(judgements)),
         "minutes": sum(seconds) / 60 if seconds else None,
         "comments": sum(bool(judgement.comment) for judgement in all_judgements),
@@ -216,14 +224,17 @@ def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_d
     }
 
 
-def _disputed_items(votes: VotesOnQuestion, reviewers: list[Reviewer], key: ReviewKey) -> list[dict[str, Any]]:
-    """Find the items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes first.
+def _disputed_items(
+    votes: VotesOnQuestion, reviewers: list[Reviewer], items: Iterable[KeyItem]
+) -> list[dict[str, Any]]:
+    """Find the items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes
+    first.
 
     At most `MAX_RECORDED_DISAGREEMENTS` items. In the record, `other` is the model beside the tuned one, and `prompt` an
     index.
     """
     disputed_items: list[dict[str, Any]] = []
-    for item in key["items"]:
+    for item in items:
         vote_by_reviewer = {reviewer: vote for (reviewer, item_id), vote in votes.items() if item_id == item["id"]}
         preferred_models = {vote for vote in vote_by_reviewer.values() if vote != TIE}
         if len(preferred_models) < 2:
