@@ -48,7 +48,7 @@ def comparison_page(
         "comparison.html.j2",
         heading=f"Comparison of {len(comparison.points)} points",
         axes=_axis_texts(comparison.axes),
-        answer=conclusion_texts(conclusion),
+        answer=conclusion_callout(conclusion),
         callouts=worst_first(point_callouts(comparison.points)),
         cards=recommendation_cards(conclusion),
         recommendations=conclusion.recommendations,
@@ -77,14 +77,14 @@ def _axis_texts(axes: Sequence[ComparedAxis]) -> list[tuple[str, str]]:
     return texts
 
 
-def conclusion_texts(conclusion: Conclusion) -> tuple[Tone, str, str]:
-    """Split the answer of a comparison into (tone, heading, text) for a call-out: the headline, and its other sentences."""
+def conclusion_callout(conclusion: Conclusion) -> Callout:
+    """The answer of a comparison as a call-out, to stand first: its headline is the heading, its other sentences the text."""
     if not conclusion.sentences:
-        return "note", "Nothing to compare", ""
+        return Callout("note", "Nothing to compare", text="")
     heading = conclusion.headline
     # Points that are not done have call-outs of their own.
     text_sentences = [sentence for sentence in conclusion.sentences if sentence not in (heading, conclusion.unfinished)]
-    return conclusion.tone, heading, " ".join(text_sentences)
+    return Callout(conclusion.tone, heading, text=" ".join(text_sentences))
 
 
 def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:

@@ -27,6 +27,14 @@ from trainer.reporting.status import RunState
 
 BestDirection = Literal["", "smallest", "largest"]
 """Which number of a column gets the star that marks the best; empty if none does."""
+TONE_BY_STATE: dict[str, Tone] = {
+    "diverged": "bad",
+    RunState.done: "",
+    RunState.failed: "bad",
+    RunState.preempted: "warning",
+    RunState.running: "note",
+}
+"""Colour of the cell with a point's state."""
 HELD_OUT_GROUP = "held-out data"
 MAX_AXIS_COLUMNS = 6
 MAX_METRIC_COLUMNS = 5
@@ -121,7 +129,7 @@ def _columns_with_cells(
 def _name_cell(point: ComparedPoint) -> PageCell:
     """The cell with a point's name; below it stands `failed`, `diverged` or the like if its numbers do not count."""
     has_numbers_that_do_not_count = point.measured.steps > 0 and not is_recommendable(point)
-    note = _state_and_tone(point)[0] if has_numbers_that_do_not_count else ""
+    note = _state_word(point) if has_numbers_that_do_not_count else ""
     return PageCell(point.name, sort_value=point.name, note=note)
 
 
@@ -150,25 +158,15 @@ def _sort_value(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _state_and_tone(point: ComparedPoint) -> tuple[str, Tone]:
-    """How a point ended, as (word for its cell, colour of the cell).
-
-    A diverged point counts as `diverged`, whatever its run says.
-    """
-    if point_has_diverged(point):
-        return "diverged", "bad"
-    tones: dict[str, Tone] = {
-        RunState.done: "",
-        RunState.failed: "bad",
-        RunState.preempted: "warning",
-        RunState.running: "note",
-    }
-    return point.state, tones.get(point.state, "warning")
+def _state_word(point: ComparedPoint) -> str:
+    """How a point ended, in a word for its cell: its state, or `diverged`, whatever its run says."""
+    return "diverged" if point_has_diverged(point) else point.state
 
 
 def _state_cell(point: ComparedPoint) -> PageCell:
     """The cell with a point's state; below it stands why it ended if it is not done."""
-    state, tone = _state_and_tone(point)
+    state = _state_word(point)
+    tone = TONE_BY_STATE.get(state, "warning")  # such as that of a refused point
     reason = point.reason or ""
     return PageCell(state, sort_value=state, tone=tone, note=reason.removeprefix(f"{state}: "))
 

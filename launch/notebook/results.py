@@ -79,13 +79,10 @@ class ComparisonResult:
         return comparison_text(self.comparison)
 
     def _repr_html_(self) -> str:
-        """Show the comparison below a notebook cell: the answer, what to take when, a table of the runs, and their loss
-        curves.
-        """
-        from launch.compare.comparison_page import conclusion_texts, point_callouts, recommendation_cards
+        """Show the comparison below a notebook cell: the answer, what to take when, a table of the runs, and loss curves."""
+        from launch.compare.comparison_page import conclusion_callout, point_callouts, recommendation_cards
 
         conclusion = self.comparison.conclusion
-        tone, heading, text = conclusion_texts(conclusion)
         # The training loss of each run that has begun, of its first repeat.
         curves = []
         for run in self.comparison.begun_points[:MAX_CURVES]:
@@ -94,7 +91,7 @@ class ComparisonResult:
         return notebook_html(
             f"{len(self.comparison.points)} runs, compared with {self.comparison.default_baseline_name}",
             # There is no conclusion of a single run, or of runs that have not begun: then only their numbers are shown.
-            lead=Callout(tone, heading, text) if conclusion.sentences else None,
+            lead=conclusion_callout(conclusion) if conclusion.sentences else None,
             cards=recommendation_cards(conclusion),
             callouts=worst_first(point_callouts(self.comparison.points)),
             lines=_next_command_lines(conclusion.to_learn_more) if conclusion.sentences else self.verdict,
@@ -108,9 +105,7 @@ MAX_CURVES = 16
 
 
 def _next_command_lines(to_learn_more: str) -> list[str]:
-    """The line below the answer that names the command to run next, where the runs show no difference; none if there is
-    none.
-    """
+    """The line below the answer that names the command to run next, if the runs show no difference; else none."""
     return [to_learn_more] if to_learn_more else []
 
 
@@ -366,7 +361,7 @@ class PlanResult:
         return f"{model_on_cards}: {' '.join(self.answer['best'])}"
 
     def _repr_html_(self) -> str:
-        """Show the plan below a notebook cell: cards of the fastest option that fits, its command to copy, a table of all
+        """Show the plan below a notebook cell: cards of the fastest option that fits, its command, and a table of all
         options.
         """
         cards = []

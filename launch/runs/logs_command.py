@@ -112,7 +112,9 @@ def main(argv: list[str]) -> int:
 
 
 def logs_arguments(argv: list[str]) -> LogsArguments:
-    """Read the arguments behind `shardtune logs`. Raises ConfigError with every problem at once."""
+    """Read the arguments behind `shardtune logs`, and check that they name a run. Raises ConfigError with every problem at
+    once.
+    """
     arguments, problems = read_arguments("logs", LogsArguments, argv)
     if arguments.rank is not None and arguments.job is not None:
         problems.append("rank= and job= name different files; give one of the two")
@@ -208,7 +210,11 @@ class FollowedRun:
     """What the run was last reported to wait for; empty if it did not wait then."""
 
     def print_until_done(self) -> None:
-        """Print what is added to the logs until the run is done, or has ended and nothing will start it again."""
+        """Print what is added to the logs until the run is done, or has ended and nothing will start it again.
+
+        The state of the run is read every `STATE_INTERVAL_S` seconds. A run that did not succeed is followed a little
+        longer.
+        """
         from launch.runs.logs import AddedLinesReader
         from launch.runs.queue import JobQueue, read_queue
         from trainer.reporting.status import RunState
@@ -305,7 +311,9 @@ class FollowedRun:
         self._reported_wait = what_it_waits_for
 
     def _print_end(self, run: RunView) -> None:
-        """Print how the run ended: with --json as a last object, else as a line on stderr after a failure's message."""
+        """Print how the followed run ended: with --json a last object, else a line on stderr, after the report of a
+        failure.
+        """
         from trainer.reporting.status import RunState
 
         if isinstance(self.printer, JsonLogPrinter):

@@ -145,7 +145,7 @@ def read_runs_status(root: Path, known_queue: JobQueue | None = None) -> RunsSta
 
 
 def _read_run_details(run_dir: Path) -> RunDetails:
-    """What `status` shows only for a single run: checkpoints, failure, loss curve, logs, and what its jobs used."""
+    """Read what `status` shows only for a single run: checkpoints, failure, loss curve, logs, and what its jobs used."""
     from launch.runs import checkpoints
     from launch.runs.efficiency import recorded_starts
     from launch.runs.metrics_tail import loss_curve
@@ -214,7 +214,8 @@ def runs_status_forever(root: Path) -> Iterator[RunsStatus]:
 
 
 def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, str]:
-    """Check every checkpoint of the runs against its checksums (`--verify`); returns {damaged checkpoint: what is wrong with it}.
+    """Check every checkpoint of the runs against its checksums (`--verify`); returns {damaged checkpoint: what is wrong
+    with it}.
 
     Empty if all are intact. Prints on stderr which checkpoint is being read, unless `quiet`: that takes minutes for a large
     model.
