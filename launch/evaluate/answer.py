@@ -27,10 +27,10 @@ COMPARISON_COLUMNS = (
 
 
 def report_text(report: EvaluationReport) -> str:
-    """An evaluation's report (evaluation.json) as a table of metrics with notes, for people.
+    """Write an evaluation's report (evaluation.json) for people: a table of metrics, the method, and notes.
 
-    What is read of it: {"model": ..., "method": text, "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.8, ...}}}}}, and after
-    a comparison "against": {"what": "base", "tasks": as above}.
+    What is read of it: {"model": ..., "method": text, "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.8, ...}}}}}, and
+    after a comparison "against": {"what": "base", "tasks": as above}.
     """
     baseline = report.get("against")
     comparisons: dict[str, TaskComparison] = baseline["tasks"] if baseline else {}
@@ -54,7 +54,10 @@ def report_text(report: EvaluationReport) -> str:
 
 
 def test_result_text(result: dict[str, Any]) -> str:
-    """What was measured on a run's test documents, for people."""
+    """Write what was measured on a run's test documents, for people, with how often they were looked at so far.
+
+    `result`: {"run": ..., "checkpoint": ..., "documents": 500, "looks": 2, "metrics": {"test/loss": 1.9, ...}}.
+    """
     documents = f"{result['documents']:,} test documents, looked at {format_times(result['looks'])} so far"
     lines = [f"{result['run']}, {result['checkpoint']}: {documents}"]
     metrics = result["metrics"]
@@ -65,7 +68,7 @@ def test_result_text(result: dict[str, Any]) -> str:
 
 
 def _report_notes(report: EvaluationReport, comparisons: dict[str, TaskComparison]) -> list[str]:
-    """What a reader must know about the numbers, a line each.
+    """Collect what a reader must know about the numbers, a line each.
 
     - Differences between the evaluated model and the run that the user has accepted, such as another base.
     - Notes of the tasks.
@@ -95,7 +98,7 @@ def _model_name(model: dict[str, Any]) -> str:
 
 
 def _comparison_cells(difference: DifferenceRecord | None) -> list[str]:
-    """The table cells of `COMPARISON_COLUMNS` for a metric; dashes if it was not compared.
+    """The cells that a comparison adds to a metric's row of the table (`COMPARISON_COLUMNS`); dashes if it was not compared.
 
     {"value": 0.7 of the other model, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict": "better"} -> ["0.7",
     "+0.1", "0.02 to 0.18", "0.01", "better"].

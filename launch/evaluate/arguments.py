@@ -72,8 +72,8 @@ def parse_evaluate_arguments(argv: list[str]) -> EvaluateArguments:
     """Read the command line of `shardtune evaluate`, and check which arguments go together.
 
     `evaluation.server=URL` becomes `evaluation.server.url=URL`. If another run is compared with (`against=runs/x`), arguments
-    with `against.` before them allow what that run uses; they go to `settings_for_other_run`. Raises ConfigError with every
-    problem.
+    with `against.` before them allow what that run's settings reach out to (paths, addresses); they go to
+    `settings_for_other_run`. Raises ConfigError with every problem.
     """
     from launch.config.read_run import split_allowing_arguments
 
@@ -91,7 +91,7 @@ def parse_evaluate_arguments(argv: list[str]) -> EvaluateArguments:
 
 
 def _conflicts(arguments: EvaluateArguments) -> list[str]:
-    """A problem for each combination of arguments that makes no sense, such as a run beside `model.path`."""
+    """Problems with arguments that do not go together, such as a run beside `model.path`."""
     problems: list[str] = []
     # What is evaluated: either a run or model.path=, and a server only with model.path=.
     model_arguments = [setting for setting in arguments.settings if setting.startswith("model.path=")]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def test_split_problems(against: str | None, settings: list[str]) -> Iterator[str]:
-    """A problem for each argument that does not go with `split=test`: comparisons, tasks and a watched metric.
+    """Problems with arguments that do not go with `split=test`: comparisons, tasks and a watched metric.
 
     Nothing may be chosen by the test documents, so only the loss of the run's objective is measured on them.
     """
@@ -35,11 +35,12 @@ def has_held_out(config: RunConfig) -> bool:
 def check_evaluation(
     config: RunConfig, cli_settings: list[str], *, run: Path | None, has_training_data: bool, split: str
 ) -> None:
-    """Check an evaluation before a model is loaded: whether there is something to measure, its settings, the rows of its tasks.
+    """Check an evaluation before a model is loaded: that something is measured, its settings, the rows of its tasks.
 
-    `run`: the evaluated run; None for a model without one. `has_training_data`: whether there is training data that tasks may
-    read. `split`: "eval" runs tasks, "test" measures the run's test documents. Raises ConfigError for settings, DataError for
-    rows.
+    `cli_settings`: those on the command line. `run`: the evaluated run; None for a model without one. `has_training_data`:
+    whether there is training data that tasks may read. `split`: "eval" runs tasks, "test" measures the run's test documents.
+
+    Raises ConfigError for settings, DataError for rows.
     """
     from launch.config.compose import load_frozen_config, start_problems
     from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
@@ -67,9 +68,10 @@ def check_evaluation(
 
 
 def _check_something_is_measured(config: RunConfig, run: Path | None, split: str, *, is_language_model: bool) -> None:
-    """Raise ConfigError without test documents for split=test, and without tasks for any other evaluation.
+    """Refuse an evaluation that would measure nothing: split=test without test documents, any other without tasks.
 
     `is_language_model`: whether the run's loss is that of one. Then there would be default tasks if documents were held out.
+    Raises ConfigError.
     """
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
@@ -91,7 +93,7 @@ def _check_something_is_measured(config: RunConfig, run: Path | None, split: str
 def _quantised_model_problems(config: RunConfig, cli_settings: list[str]) -> Iterator[str]:
     """Problems with settings that a model stored in 4 or 8 bits does not allow. `cli_settings`: those on the command line.
 
-    No problems for a model in full precision, or one that a server answers for.
+    None for a model in full precision, or one that a server answers for.
     """
     from strategies.base import StrategyName
     from trainer.evaluation.tasks.prepared import TaskContext

@@ -93,8 +93,8 @@ def main(argv: list[str]) -> int:
 def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     """Evaluate the model of a plan, and before it the one that it is compared with, if any; print the report.
 
-    Returns the exit code: that of the ranks if they failed, 69 if a metric got worse by more than is allowed,
-    otherwise 0.
+    `as_json`: prints the report as JSON instead of tables. Returns the exit code: that of the ranks if they failed, 69 if a
+    metric got worse by more than is allowed, otherwise 0.
     """
     from launch.evaluate.answer import report_text
     from trainer.evaluation.report.record import PAGE_FILE, REPORT_FILE
@@ -187,6 +187,7 @@ def run_as_rank(arguments: list[str]) -> int:
         from trainer.evaluation.job import EvaluationJob
         from trainer.reporting.status import read_failure
 
+    # srun names ranks by other variables.
     export_torchrun_variables()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -220,7 +221,7 @@ def run_as_rank(arguments: list[str]) -> int:
 
 
 def _print_report_of_ranks(job: EvaluationJob) -> int:
-    """Print the report that the ranks of an evaluation have written; returns 69 if a metric got worse, else 0."""
+    """Print the report of an evaluation whose ranks torchrun or srun has started; returns 69 if a metric got worse, else 0."""
     from launch.evaluate.answer import report_text, test_result_text
     from trainer.evaluation.job import TEST_FILE
     from trainer.evaluation.report.record import REPORT_FILE

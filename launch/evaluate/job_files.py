@@ -14,9 +14,10 @@ JOB_FILE = "job.json"
 
 
 def write_job_files(directory: Path, config: RunConfig, job: dict[str, Any]) -> str:
-    """Write the files that the ranks read: `job.json` with `job`, and `job.yaml`. Returns the configuration's SHA-256, as hex.
+    """Write the files that tell the ranks of an evaluation what to do: `job.json` with `job`, `job.yaml` with `config`.
 
-    With split=test and for a trial of rewards, call `copy_rewards` before, since it changes the configuration.
+    Returns the configuration's SHA-256, as hex. With split=test and for a trial of rewards, call `copy_rewards` before, since
+    it changes the configuration.
     """
     from launch.config.frozen import config_sha256, config_yaml
     from trainer.reporting.status import write_text_atomic

@@ -50,10 +50,11 @@ class EvaluationPlan:
 
 
 def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
-    """Plan an evaluation, with that of the model it is compared with, and check it as far as possible without loading a model.
+    """Turn the arguments of `shardtune evaluate` into a plan, checked as far as possible without loading a model.
 
-    The job (`EvaluationJob`) says what is evaluated beside the configuration: the checkpoint, the directory of the report, what
-    is compared. Raises ConfigError for settings, and DataError for rows of its tasks, that cannot be used.
+    Also plans the evaluation of the model that it is compared with, if any. The job (`EvaluationJob`) says what is evaluated
+    beside the configuration: the checkpoint, the directory of the report, what is compared. Raises ConfigError for settings,
+    and DataError for rows of its tasks, that cannot be used.
     """
     run = evaluate_arguments.run
     if run is not None:
@@ -85,10 +86,11 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
 
 
 def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, EvaluationJob]:
-    """The configuration and job that evaluate a checkpoint of a run. Raises ConfigError if there is none, or it may not be read.
+    """Plan the evaluation of a run's checkpoint: returns the configuration and the job.
 
     The report goes to `to=`, or else into the run's directory. A run that may be somebody else's gets no files, and its
-    metrics are not recorded in it; its report goes to runs/evaluate-<name of the run>.
+    metrics are not recorded in it; its report goes to runs/evaluate-<name of the run>. Raises ConfigError if there is no such
+    checkpoint, or it may not be read.
     """
     from launch.config.read_run import may_write_results
     from trainer.evaluation.job import EvaluationJob
@@ -109,7 +111,10 @@ def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[Run
 
 
 def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, EvaluationJob]:
-    """The configuration and job that evaluate the model of `model.path=`, which belongs to no run. Errors: ConfigError."""
+    """Plan the evaluation of the model of `model.path=`, which belongs to no run: returns the configuration and the job.
+
+    Errors: ConfigError.
+    """
     from trainer.evaluation.job import EvaluationJob
 
     path = next(
@@ -127,10 +132,10 @@ def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, E
 
 
 def _base_differences(adapter: str, base: str, *, accept_other_base: bool) -> list[str]:
-    """How the model `base` differs from the one that the adapter was trained on, as lines for the report; empty if it does not.
+    """Check that an adapter is evaluated on its own base: returns how `base` differs, as lines for the report.
 
-    Raises ConfigError if it differs and the user does not accept that. A model that is not on this machine is not
-    compared: it is refused with all else that is wrong.
+    Raises ConfigError if it differs and the user does not accept that. A model that is not on this machine is not compared,
+    and gives []: it is refused later, with all else that is wrong.
     """
     from trainer.model.base_files import check_adapter_base
     from trainer.model.config import ModelConfig
@@ -144,7 +149,7 @@ def _base_differences(adapter: str, base: str, *, accept_other_base: bool) -> li
 
 
 def _missing_model_problem(config: RunConfig) -> list[str]:
-    """A problem if `model.path` does not exist here, since a mistyped path may be the reason for other problems; else empty."""
+    """A problem if `model.path` does not exist here, since a mistyped path may be the reason for the other problems; else []."""
     path = config.model.path or ""
     if Path(path).expanduser().exists():
         return []
@@ -156,9 +161,11 @@ def _missing_model_problem(config: RunConfig) -> list[str]:
 def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, str, list[str]]:
     """Read the configuration of a run, with the settings of the command line on top, and find the checkpoint to evaluate.
 
-    Returns (configuration, path of the checkpoint, lines on how the base model differs from that of the training). Raises
-    ConfigError if there is no such run or checkpoint, if a setting cannot be used, or if the base model differs and the user does
-    not accept that. Warns if checkpoint=best was worse than the base model.
+    Returns (configuration, path of the checkpoint, lines on how the base model differs from that of the training). Warns if
+    checkpoint=best was worse than the base model.
+
+    Raises ConfigError if there is no such run or checkpoint, if a setting cannot be used, or if the base model differs and the
+    user does not accept that.
     """
     from launch.config.compose import recompose_frozen_config
     from launch.config.read_run import RunReader, read_run, use_trusted_reward_copies
@@ -168,6 +175,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
 
     if not (run / "config.yaml").is_file():
         raise ConfigError(_no_run_message(run))
+    # The evaluation that this run is compared with (`against=`); None if this one is the main evaluation itself.
     main_plan = evaluate_arguments.main_plan
 
     def apply_settings_of_evaluation(run_config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -206,8 +214,8 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
 def _no_run_message(directory: Path) -> str:
     """What to type in place of a first argument that is no run directory.
 
-    An exported adapter is evaluated with its base: `exp0: an adapter, not a run directory; give its base too: model.path=models/a
-    adapter=exp0`.
+    An exported adapter is evaluated with its base: `exp0: an adapter, not a run directory; give its base too:
+    model.path=models/a adapter=exp0`.
     """
     adapter_settings_file = directory / "adapter_config.json"
     if adapter_settings_file.is_file():
@@ -219,14 +227,15 @@ def _no_run_message(directory: Path) -> str:
 
 
 def _is_used_by_evaluation(value: ValueNeedingConsent, config: RunConfig, *, split: str = "eval") -> bool:
-    """Whether an evaluation uses a value of a run that reaches out of it: a path, an address or a tracker.
+    """Whether an evaluation uses a saved setting of a run that reaches out of it: a path, an address or a tracker.
 
-    The user must allow what is used of somebody else's run; what is not used is left out (`RunReader.uses`). `value.settings`:
-    the keys that have this value. The first case that fits decides:
+    Somebody else may have written these settings: the user must allow what is used, and what is not used is left out.
+    `value.settings`: the keys that have this value. The first case that fits decides:
     - rewards: only without tasks, since the rewards themselves are tried then;
     - the judge: if a task asks it, or test answers are scored by rewards;
     - a tracker, or settings in `UNUSED_SETTINGS`: no;
-    - access to remote data, the data cache, streaming: if the run's rows are read (remote data: also if a task's path is there);
+    - access to remote data, the data cache, streaming: if the run's rows are read (remote data: also if a task's path is
+      there);
     - the NVMe directory: if the strategy offloads to it;
     - anything else: yes.
     """
@@ -255,16 +264,18 @@ def _is_used_by_evaluation(value: ValueNeedingConsent, config: RunConfig, *, spl
 
 
 def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory: Path) -> RunConfig:
-    """A configuration that evaluates the model at `path`, which belongs to no run.
+    """A configuration that evaluates the model at `path`, which belongs to no run and so has no settings.
 
-    Its objective follows from the model's config.json if the user sets none: classification, seq2seq, or the default for a causal
-    language model. Every configuration needs training data, so if none is named, a stand-in file is written into `directory`.
+    Its objective follows from the model's config.json if the user sets none: classification, seq2seq, or the default for a
+    causal language model. Every configuration needs training data, so if none is named, a stand-in file is written into
+    `directory`.
     """
     from launch.config.compose import compose_config
     from trainer.model.rules import read_config as read_model_config
     from trainer.reporting.status import write_text_atomic
 
     model_config = read_model_config(path) or {}
+    # None for a model without a classification head; [] if its labels have no names.
     labels = _labels_of_classifier(model_config)
     arguments = ["budget.steps=1", *evaluate_arguments.settings]  # a run needs a budget, and nothing is trained
     if not any(argument.startswith("objective=") for argument in arguments):
@@ -287,7 +298,7 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
 
 
 def _labels_of_classifier(model_config: dict[str, Any]) -> list[str] | None:
-    """The names of a classifier's labels, in the order of their ids, by its config.json; [] if it has no names.
+    """The names of a classifier's labels by its config.json, in the order of their ids; [] if it has no names.
 
     None for a model without a classification head.
     """
@@ -299,7 +310,7 @@ def _labels_of_classifier(model_config: dict[str, Any]) -> list[str] | None:
 
 
 def _stand_in_rows_text(labels: list[str]) -> str:
-    """Lines of JSON that any objective can read as training data: a labelled text for each label, or a prompt and an answer."""
+    """Rows that stand in for training data, as lines of JSON: a labelled text for each label, or a prompt and an answer."""
     rows = [{"text": "a text", "label": label} for label in labels]
     if not rows:
         rows = [{"source": "a text", "target": "another"}]
@@ -307,7 +318,7 @@ def _stand_in_rows_text(labels: list[str]) -> str:
 
 
 def _set_evaluation_defaults(config: RunConfig, evaluate_arguments: EvaluateArguments) -> None:
-    """Change the settings of a run into those of its evaluation.
+    """Change the settings of a run into those of its evaluation, in place.
 
     Sets strategy and parallelism, unless the user has set them; turns off what is only done in training; and chooses tasks if
     none are set. With split=test there are no tasks, because the run's own objective measures the test documents.
@@ -326,6 +337,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_arguments: EvaluateArgu
         return
     # Not with split=test, where the run's own objective measures: answers and precision are those of its evaluations.
     config.evaluation.generate.samples = 0
+    # A CPU cannot compute in fp16.
     if config.run.device is Device.cpu and config.precision is Precision.fp16:
         config.precision = Precision.fp32
     if not config.evaluation.tasks and has_held_out(config):
@@ -335,7 +347,10 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_arguments: EvaluateArgu
 
 
 def _set_strategy_for_evaluation(config: RunConfig, world_size: int, cli_settings: list[str]) -> None:
-    """Set a strategy and parallel settings that fit `world_size` ranks. What the user has set (`cli_settings`) stays."""
+    """Set a strategy and parallel settings that fit `world_size` ranks, in place; the run may have trained on many more.
+
+    What the user has set on the command line (`cli_settings`) stays.
+    """
     from strategies.base import DdpConfig, SingleConfig
     from trainer.config.parallel import parallel_for_evaluation
     from trainer.config.sharding import num_replicas_of
@@ -354,7 +369,7 @@ def _set_strategy_for_evaluation(config: RunConfig, world_size: int, cli_setting
 
 
 def _turn_off_training(config: RunConfig, world_size: int) -> None:
-    """Set the batch to its least size, and turn off what belongs to training: export, early stopping, detectors (`challenges`).
+    """Turn off what belongs to training, in place: export, early stopping, detectors (`challenges`), large batches.
 
     The watched metric becomes the loss, which every objective has, since the run's own may be of a task that is not asked now.
     """
@@ -374,7 +389,7 @@ def _turn_off_training(config: RunConfig, world_size: int) -> None:
 
 
 def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_arguments: EvaluateArguments) -> None:
-    """Set in the plan what it is compared with (`plan_of_compared_model`, and fields of `job`), by the value of `against`:
+    """Plan what the evaluation is compared with, by the value of `against`: sets `plan_of_compared_model` and fields of `job`.
 
     - "base" for a run: its base model is evaluated in the same process;
     - "base" for a model with an adapter: the model without it is evaluated first;
@@ -427,9 +442,10 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
 
 
 def _plan_of_compared_model(main_plan: EvaluationPlan, config: RunConfig) -> EvaluationPlan:
-    """The same evaluation as that of `main_plan`, on the same rows, of another model, that of `config`.
+    """Plan the evaluation of the other model of a comparison, that of `config`: the same as `main_plan`, on the same rows.
 
-    It is asked first, and has no opponent of its own: tasks that compare the answers of two models wait for the main evaluation.
+    It is asked first, and has no opponent of its own: tasks that compare the answers of two models wait for the main
+    evaluation.
     """
     from trainer.evaluation.job import EvaluationJob
 
@@ -449,7 +465,7 @@ def _other_run_arguments(
 ) -> EvaluateArguments:
     """The arguments that evaluate the run of `against=`, with the processes, device, strategy and tasks of `main_plan`.
 
-    Messages name the arguments that allow values of that run with `against.` before them.
+    Messages name the arguments that allow values of that run with `against.` before them, as the user must type them.
     """
     config = main_plan.config
     settings = [

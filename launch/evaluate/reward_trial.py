@@ -34,10 +34,10 @@ NUM_SHOWN_GROUPS = 3
 
 
 def should_try_rewards(arguments: EvaluateArguments) -> bool:
-    """Whether `shardtune evaluate` tries rewards instead of running tasks.
+    """Whether `shardtune evaluate` tries the rewards of a run, which score its answers, instead of running tasks.
 
-    True if its arguments name a run that learns from rewards and has no tasks, or describe such a run (objective=grpo). False if
-    they name something else to evaluate: tasks, a server, against= or split=test.
+    True if its arguments name a run that learns from rewards and has no tasks, or describe such a run (objective=grpo). False
+    if they name something else to evaluate: tasks, a server, against= or split=test.
     """
     from launch.config.compose import compose_config
     from trainer.objectives.registry import FAMILIES, objective_family
@@ -47,6 +47,7 @@ def should_try_rewards(arguments: EvaluateArguments) -> bool:
         return False
     if arguments.run is not None:
         objective = _objective_of_run_without_tasks(arguments.run)
+        # Only objectives that learn from rewards let the model write answers (`rollout`).
         return objective in FAMILIES and FAMILIES[objective].rollout is not None
     if not any(setting.startswith("objective=") for setting in arguments.settings):
         return False
@@ -67,10 +68,11 @@ def _objective_of_run_without_tasks(run: Path) -> str | None:
 
 
 def try_rewards(arguments: EvaluateArguments) -> int:
-    """Generate and score answers for the first prompts of the run's first round, print a report, and return the exit code.
+    """Try the rewards of a run before it starts: the model answers its first prompts, and the answers are scored.
 
-    The ranks write the report and their records into the output directory: `to=`, or the run's directory, or one below runs/ for
-    the run of another user. Raises ConfigError for settings that could not start the run.
+    Prints a report. The ranks write it and their records into the output directory: `to=`, or the run's directory, or one
+    below runs/ for the run of another user. Returns the exit code. Raises ConfigError for settings that could not start the
+    run.
     """
     from launch.cluster.supervisor import record_run_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
@@ -120,7 +122,10 @@ def try_rewards(arguments: EvaluateArguments) -> int:
 
 
 def _trial_of_run(run: Path, arguments: EvaluateArguments) -> tuple[RunConfig, RewardTrialJob]:
-    """The configuration and job that try a checkpoint of a run by its rewards. Errors: ConfigError."""
+    """What is needed to try the rewards of a run with one of its checkpoints: its configuration, and the job.
+
+    Errors: ConfigError.
+    """
     from launch.evaluate.plan import config_and_checkpoint_of_run
     from trainer.reward_trial import RewardTrialJob
 
@@ -129,7 +134,7 @@ def _trial_of_run(run: Path, arguments: EvaluateArguments) -> tuple[RunConfig, R
 
 
 def _config_of_new_run(arguments: EvaluateArguments) -> RunConfig:
-    """The configuration of the run that the arguments describe, without open choices. Raises ConfigError if it cannot start."""
+    """The configuration of a run that the arguments describe, to try its rewards. Raises ConfigError if it cannot start."""
     from launch.config.compose import compose_config
 
     settings = list(arguments.settings)
@@ -139,9 +144,10 @@ def _config_of_new_run(arguments: EvaluateArguments) -> RunConfig:
 
 
 def _settle_choices_for_reward_trial(config: RunConfig) -> RunConfig:
-    """Replace `auto` for strategy and micro-batch in `config`, in place, and remove its evaluation tasks; returns it.
+    """Make a run's configuration fit for a trial of its rewards, in place; returns it.
 
-    Raises ConfigError for launcher=slurm, and if these processes cannot be sharded as the run asks.
+    Replaces `auto` for strategy and micro-batch, and removes its evaluation tasks. Raises ConfigError for launcher=slurm, and
+    if these processes cannot be sharded as the run asks.
     """
     from launch.config.compose import world_size_of
     from strategies.base import AutoConfig, Fsdp2Config, SingleConfig
@@ -163,9 +169,10 @@ def _settle_choices_for_reward_trial(config: RunConfig) -> RunConfig:
 
 
 def reward_trial_text(report: dict[str, Any]) -> str:
-    """The report of a trial of rewards for people: a table of the rewards, advice, and the best and worst answers of some groups.
+    """Write the report of a trial of rewards for people: a table, advice, best and worst answers of some groups.
 
-    `report["groups"]`: [{"where": ..., "prompt": ..., "best": {"reward": 1.0, "answer": ...}, "worst": ...}, ...].
+    `report["groups"]`: [{"where": ..., "prompt": ..., "best": {"reward": 1.0, "answer": ...}, "worst": ...}, ...]. A group is
+    the answers to one prompt.
     """
     lines = [
         f"{report['prompts']} prompts, {report['draws']} answers each, of {report['mean_length']:.0f} tokens on average "
@@ -199,7 +206,7 @@ def reward_trial_text(report: dict[str, Any]) -> str:
 
 
 def _reward_row(name: str, summary: dict[str, Any]) -> TableRow:
-    """A row of the table of rewards. A number that is None in the `summary` of a reward is shown as "-"."""
+    """One row of the table of rewards. `summary`: of the reward's scores; a number that is None is shown as "-"."""
     numbers = ["-" if summary[key] is None else f"{summary[key]:.3g}" for key in ("mean", "least", "most", "spread")]
     return TableRow([name, *numbers, format_percent(summary["idle_share"]), str(summary["unscored"])])
 
@@ -211,10 +218,10 @@ def _shorten_to_line(text: str) -> str:
 
 
 def _advice(report: dict[str, Any]) -> list[str]:
-    """What to change before the run is started; empty if its answers look fit to learn from.
+    """Say what to change before the run is started; [] if its answers look fit to learn from.
 
-    A group (the answers to a prompt) is idle if all of them score alike. report["reward"]: {"mean": 0.4, "idle_share": 0.2, ...}
-    with None as the mean if no answer was scored.
+    A group (the answers to a prompt) is idle if all of them score alike: nothing can be learned from it. report["reward"]:
+    {"mean": 0.4, "idle_share": 0.2, ...} with None as the mean if no answer was scored.
     """
     advice = []
     share_of_idle_groups = report["reward"]["idle_share"]
@@ -238,10 +245,10 @@ def _advice(report: dict[str, Any]) -> list[str]:
 
 
 def run_reward_trial_as_rank() -> int:
-    """Try the rewards as one rank that our launcher has started, with the configuration and job that the command has written.
+    """Run as one rank of a trial of rewards; the launcher has written configuration and job into files.
 
-    Returns the exit code: 0 also if asked to stop, because another code would make the launcher end the other ranks; 70 after an
-    error that the launcher shows.
+    Returns the exit code: 0 also if asked to stop, because another code would make the launcher end the other ranks; 70 after
+    an error that the launcher shows.
     """
     block_signals()
     from launch.cluster.torchrun import die_with_parent

@@ -26,9 +26,9 @@ SCRIPT_FILE = "evaluate.sbatch"
 def evaluation_script(
     evaluation_plan: EvaluationPlan, arguments: list[str], *, clone: Path = CODE_DIRECTORY, cwd: Path | None = None
 ) -> str:
-    """The text of the sbatch script that evaluates on one node with the `arguments` of the command line.
+    """Write the sbatch script of a SLURM job that evaluates on one node, with the `arguments` of the command line.
 
-    `clone`: the directory of shardtune's code. `cwd`: where relative paths start; default: the current directory. Errors:
+    `clone`: the directory of shardtune's code. `cwd`: where relative paths start; None: the current directory. Errors:
     ConfigError for settings that a script cannot carry, or that ask for several nodes.
     """
     launcher = evaluation_plan.config.launcher

@@ -111,9 +111,10 @@ def refuse_no_run(directory: Path) -> None:
 
 
 def export_destination(run_dir: Path, to: str | None, *, holds_this_export: bool = False) -> Path:
-    """The directory that the export is written to: `to`, or `export` in the run directory if that is None.
+    """Choose the directory that an export is written to: `to`, or `export` in the run directory if that is None.
 
-    Raises ConfigError if `to` exists and is not an empty directory, unless it holds this very export already.
+    `holds_this_export`: whether `to` holds this very export already. Otherwise raises ConfigError if `to` exists and is not an
+    empty directory.
     """
     if to is None:
         return run_dir / "export"
@@ -125,7 +126,7 @@ def export_destination(run_dir: Path, to: str | None, *, holds_this_export: bool
 
 
 def unfinished_remark(run_dir: Path, checkpoint: Path | None) -> str:
-    """What the message about an export says of the run, to append to it.
+    """A remark on the run, to append to the message about its export: the user may export too early, or an old checkpoint.
 
     - the run is not done: "; the run is not done: preempted", with its reason if it has one;
     - the run is done, and trained on after `checkpoint`: "; the run ended at step 200";

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> list[Path]:
-    """The checkpoints that `average=` names, oldest first, each checked to be complete.
+    """Find the checkpoints that `average=` names, whose mean is exported: oldest first, each checked to be complete.
 
-    "last:3" -> the newest three; "[100,200]" -> those of steps 100 and 200. `config`: the run's.
-    Raises ConfigError for any other form, a checkpoint that is missing or damaged, and for the schedule-free optimizer.
+    "last:3" -> the newest three; "[100,200]" -> those of steps 100 and 200. `config`: the run's. Raises ConfigError for any
+    other form, a checkpoint that is missing or damaged, and for the schedule-free optimizer.
     """
     from trainer.optim.config import OptimName
 
@@ -32,9 +32,10 @@ def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> li
 
 
 def _steps_to_average(average: str, steps_of_run: list[int], known_steps: str) -> list[int]:
-    """The steps whose checkpoints `average=` names, in their order: "last:3" -> the newest three; "[100,200]" -> those two.
+    """Read the steps that `average=` names, in their order: "last:3" -> the newest three; "[100,200]" -> those two.
 
-    `known_steps`: says which there are, for errors. Raises ConfigError for any other form, or a step without a checkpoint.
+    `steps_of_run`: those with a checkpoint. `known_steps`: says which there are, for errors. Raises ConfigError for any other
+    form, or a step without a checkpoint.
     """
     keyword, _, count_text = average.partition(":")
     names_newest = keyword == "last" and count_text.isdigit() and int(count_text) > 1

@@ -17,7 +17,7 @@ MAX_CHOICES = 10
 
 
 def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, looks: int = MAX_CHOICES) -> Path:
-    """The directory of a run's complete checkpoint `which`: `auto`, `last`, `best` or a step.
+    """Find the checkpoint of a run that a command names: `auto`, `last`, `best` or a step; returns its directory.
 
     `auto` is the one that the run exported at its end, and the last one if it is not done or of an earlier version. A run that
     still trains deletes old checkpoints: if the chosen one disappears while it is verified, the choice is made again, `looks`
@@ -73,10 +73,10 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
 
 
 def best_step(checkpoints: dict[int, Path]) -> int | None:
-    """The best step of a run, as its newest readable checkpoint records it; None if it records none.
+    """Find the best step of a run, as its newest readable checkpoint records it; None if it records none.
 
-    `checkpoints`: directories by step. Prints a line for each newer checkpoint that cannot be read. Errors: ConfigError if none
-    can.
+    `checkpoints`: directories by step. Prints a line for each newer checkpoint that cannot be read. Errors: ConfigError if
+    none can.
     """
     from strategies.saving import PROGRESS_FILE
     from strategies.state import read_state_header
@@ -95,9 +95,9 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
 
 
 def warn_if_training_did_not_help(run_dir: Path, checkpoint: Path, config: RunConfig) -> None:
-    """Print a warning if the model was at least as good before the first step as at its best `checkpoint`.
+    """Warn that training gained nothing, if the model was at least as good before the first step as at its best `checkpoint`.
 
-    Then training gained nothing by the watched metric. Both values come from `metrics.jsonl`; if one is missing, nothing is said.
+    Goes by the watched metric. Both values come from `metrics.jsonl`; if one is missing, nothing is said.
     """
     from trainer.config.evaluation import is_greater_better
     from trainer.reporting.results import held_out_metrics_at_step

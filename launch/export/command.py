@@ -108,7 +108,10 @@ def main(argv: list[str]) -> int:
 
 
 def read_export_arguments(argv: list[str]) -> tuple[ExportArguments, dict[str, Any]]:
-    """Read the command line of `shardtune export`; returns (its arguments, the gates among them by name). Errors: ConfigError."""
+    """Read and check the command line of `shardtune export`; returns (its arguments, the gates among them by metric).
+
+    Errors: ConfigError.
+    """
     arguments, problems = read_arguments("export", ExportArguments, argv)
     gates, unusable_gates = read_gates(arguments.gates)
     problems += unusable_gates
@@ -130,7 +133,7 @@ def read_export_arguments(argv: list[str]) -> tuple[ExportArguments, dict[str, A
 def export_command(argv: list[str]) -> dict[str, Any]:
     """Export a checkpoint of a run as the command line says; returns the answer for `--json`: where everything was written.
 
-    Errors: ConfigError, StorageError, DriftError.
+    Errors: ConfigError, StorageError, DriftError, GateRefused.
     """
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
     from trainer.session.base_files import pin_and_check_recorded_base
@@ -150,6 +153,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     bits = export_gguf.quantised_request(arguments, config)
     hub = export_hub.hub_target(arguments)
     last = averaged[-1] if averaged else find_checkpoint(run_dir, arguments.checkpoint, config.checkpoint)
+    # Whether an earlier start of this command failed only at the GGUF file.
     only_convert = False
     if gguf is not None and bits is None and hub is None and arguments.to is not None:
         only_convert = export_gguf.lacks_only_gguf(Path(arguments.to).expanduser(), arguments, averaged or [last])
@@ -198,7 +202,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
 def _write_and_record_export(
     config: RunConfig, request: ExportRequest, num_processes: int, *, is_written_already: bool
 ) -> PreparedData | None:
-    """Write the model directory, register it in the tracker, and record what the gates decided; prints each step.
+    """Write the model directory, register it in the tracker, and record in the run what the gates decided; prints each step.
 
     `is_written_already`: the directory holds this very export, and only lacks a GGUF file: it is left as it is, and not
     registered. Returns the run's data, or None if nothing needs it. Raises what `write_model_directory` raises.
@@ -226,8 +230,8 @@ def _write_and_record_export(
 def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
     """Register the export in a run's directory as a W&B artifact, if `logging.artifacts` asks for it.
 
-    Only if the run left its export to a job (`export` in `launcher.pipeline`): any other run exports itself, and has registered
-    that. Reads no checkpoint: after the export the run may have deleted it.
+    Only if the run left its export to a job (`export` in `launcher.pipeline`): any other run exports itself, and has
+    registered that. Reads no checkpoint: after the export the run may have deleted it.
     """
     from trainer.config.launching import separate_job_writes_export
     from trainer.session.announcements import track_export
@@ -239,13 +243,13 @@ def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
 
 
 def _is_used_by_export(arguments: ExportArguments, value: ValueNeedingConsent, config: RunConfig) -> bool:
-    """Whether an export uses a value of the run that reaches out of it: a path, an address or a tracker.
+    """Whether an export uses a value of the run's saved settings that reaches out of the run: a path, an address or a tracker.
 
-    The user must allow what is used of somebody else's run; what is not used is left out (`RunReader.uses`).
+    Somebody else may have written these settings: the user must allow what is used, and what is not used is left out.
+    `value.settings`: the keys that have this value.
     - the run's answers for documents: unless the command line names others;
     - the cache and the source of the data: only with `bits=`, whose rounding is calibrated on rows;
     - else: what everything that only uses the model needs.
-    `value.settings`: the keys that have this value.
     """
     from launch.config.read_run import uses_model_alone
 
@@ -257,7 +261,7 @@ def _is_used_by_export(arguments: ExportArguments, value: ValueNeedingConsent, c
 
 
 def _exporting_line(request: ExportRequest) -> str:
-    """The message that says what is exported where, with a remark if the run is not finished or trained on.
+    """The first message of an export: what is exported where, with a remark if the run is not finished or trained on.
 
     "exporting runs/a/checkpoints/step-100 to runs/a/export; the run ended at step 200"
     """
@@ -270,9 +274,11 @@ def _exporting_line(request: ExportRequest) -> str:
 def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest) -> JudgedGates | None:
     """Judge the checkpoint by the gates of the run and those on the command line (`typed`); None if there are no gates.
 
-    A gate is a bound on a metric, such as `eval/loss<2`. `gates.override=<why>` lets a checkpoint pass although one fails.
-    Errors: ConfigError for a typed gate that contradicts the run's. GateRefused, unless there is an override, if a gate fails, or
-    nothing was measured: of a mean of checkpoints, or on another base model.
+    A gate is a bound on a metric that a model must keep to be exported, such as `eval/loss<2`. `gates.override=<why>` lets a
+    checkpoint pass although one fails.
+
+    Errors: ConfigError for a typed gate that contradicts the run's. GateRefused, unless there is an override, if a gate fails,
+    or nothing was measured: of a mean of checkpoints, or on another base model.
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.export.gates.bounds import OVERRIDE_KEY
@@ -322,7 +328,7 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
 
 
 def apply_export_arguments(config: RunConfig, arguments: ExportArguments) -> None:
-    """Change `config`: export settings of the command line replace the run's, and the export runs as one process on the CPU.
+    """Put the settings of the command line into the run's configuration, in place; the export runs as one process on the CPU.
 
     Raises ConfigError for documents (`papers`: what the law asks for, from `answers` of the user) that cannot be written.
     """
@@ -346,7 +352,7 @@ def apply_export_arguments(config: RunConfig, arguments: ExportArguments) -> Non
 
 
 def choose_checkpoint_again(request: ExportRequest, config: RunConfig) -> Path:
-    """The checkpoint to export in place of `request.checkpoint`, which the run, still training, deleted after it was chosen.
+    """Choose another checkpoint to export, because the run, still training, deleted `request.checkpoint` after it was chosen.
 
     Raises ConfigError if there is no other, or if gates judged the deleted one: their verdict holds for no other.
     """
@@ -361,9 +367,9 @@ def choose_checkpoint_again(request: ExportRequest, config: RunConfig) -> Path:
 def write_model_directory(config: RunConfig, request: ExportRequest, num_processes: int) -> PreparedData | None:
     """Write the model directory of an export; returns the run's data, or None if nothing needs it.
 
-    The checkpoints are kept from pruning until it is written. If the run, still training, deleted the checkpoint meanwhile, the
-    choice is made again. Sets `checkpoint` and `trained_wandb_id` of the request. Raises what building the model, reading the
-    checkpoint and writing raise.
+    The run's checkpoints are kept from being deleted until it is written. If the run, still training, deleted the checkpoint
+    before that, the choice is made again. Sets `checkpoint` and `trained_wandb_id` of the request. Raises what building the
+    model, reading the checkpoint and writing raise.
     """
     from strategies.state import read_state_header
     from trainer.checkpoints.in_use import marked_as_in_use

@@ -36,9 +36,9 @@ class GgufRequest:
 
 
 def gguf_request(arguments: ExportArguments, config: RunConfig) -> GgufRequest | None:
-    """The GGUF file that `gguf=` requests on the command line; None without it.
+    """Read which GGUF file `gguf=` asks for, and check that it can be made, before anything is written; None without `gguf=`.
 
-    Raises ConfigError if the export would be an adapter, or if there is no converter, before anything is written.
+    Raises ConfigError if the export would be an adapter, or if there is no converter.
     """
     if arguments.gguf is None:
         return None
@@ -50,7 +50,7 @@ def gguf_request(arguments: ExportArguments, config: RunConfig) -> GgufRequest |
 
 
 def lacks_only_gguf(directory: Path, arguments: ExportArguments, checkpoints: list[Path]) -> bool:
-    """Whether `directory` holds this very export, and only its GGUF file is missing since its conversion failed."""
+    """Whether `directory` holds this very export already, and only its GGUF file is missing, so that it is only converted."""
     try:
         pending_export = json.loads((directory / PENDING_GGUF_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -59,7 +59,7 @@ def lacks_only_gguf(directory: Path, arguments: ExportArguments, checkpoints: li
 
 
 def mark_gguf_missing(directory: Path, arguments: ExportArguments, checkpoints: list[Path]) -> None:
-    """Write into the directory which export it holds, before it is converted, for `lacks_only_gguf`."""
+    """Note in an export that its GGUF file is missing, and which export it is, for `lacks_only_gguf` if converting fails."""
     identity = _export_identity(arguments, checkpoints)
     (directory / PENDING_GGUF_FILE).write_text(json.dumps(identity), encoding="utf-8")
 
@@ -103,7 +103,7 @@ def write_and_verify_gguf(request: GgufRequest, directory: Path, *, verify: bool
 
 
 def _refuse_adapter(argument: str, config: RunConfig) -> None:
-    """Raise ConfigError if the export would be an adapter, for an argument such as "bits=nf4" that needs a whole model."""
+    """Refuse an argument such as "bits=nf4", which needs a whole model, if the export would be an adapter. Raises ConfigError."""
     from trainer.tuning.base import LoraConfig
 
     if isinstance(config.tuning, LoraConfig) and not config.export.merge:
@@ -120,7 +120,10 @@ class QuantisedRequest:
 
 
 def quantised_request(arguments: ExportArguments, config: RunConfig) -> QuantisedRequest | None:
-    """The quantised copy that `bits=` requests, and the Python that computes it; None without it. Errors: ConfigError."""
+    """Read which quantised copy `bits=` asks for, and check that it can be made; None without `bits=`.
+
+    Called before anything is written. Some formats are computed by another Python, which is found here. Errors: ConfigError.
+    """
     if arguments.bits is None:
         return None
     from trainer.export.llm_compressor import find_llm_compressor_python
@@ -136,9 +139,9 @@ def quantised_request(arguments: ExportArguments, config: RunConfig) -> Quantise
 
 
 def refuse_unsupported_nf4_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
-    """Refuse nf4 for a model whose matrices bitsandbytes could not multiply here, before anything is written.
+    """Refuse nf4, before anything is written, for a model whose matrices bitsandbytes could not multiply on this machine.
 
-    Errors: ConfigError.
+    Does nothing for other formats. Errors: ConfigError.
     """
     if kind != "nf4":
         return
@@ -160,7 +163,7 @@ def refuse_unsupported_nf4_sizes(kind: QuantisedFormat, config: RunConfig) -> No
 
 
 def reason_to_read_rows(request: QuantisedRequest) -> ReasonToReadRows:
-    """What a quantised type needs rows of the run for, for the error message if they are gone."""
+    """Say what a quantised copy needs rows of the run for; the error shows it if the rows are gone."""
     from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_MEASURED_DOCUMENTS
     from trainer.session.run_data import ReasonToReadRows
 

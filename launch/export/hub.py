@@ -35,9 +35,10 @@ class HubTarget:
 
 
 def hub_target(arguments: ExportArguments) -> HubTarget | None:
-    """The repository that `to=hub:<owner>/<name>` names; None if `to` is a directory. Asks the hub, unless offline or a dry run.
+    """Read which repository of the hub `to=hub:<owner>/<name>` names, and check it; None if `to` is a directory.
 
-    Errors: ConfigError for a bad name, or a repository that could not be pushed to.
+    Asks the hub whether the repository exists, unless offline or a dry run. Errors: ConfigError for a bad name, or a
+    repository that could not be pushed to.
     """
     to = arguments.to or ""
     if not to.startswith(HUB_PREFIX):
@@ -61,7 +62,7 @@ def hub_target(arguments: ExportArguments) -> HubTarget | None:
 
 
 def parse_benchmark_data_sets(text: str) -> dict[str, str]:
-    """The hub's data sets behind evaluation tasks, by task, for the model card: "{facts: owner/name}" -> {"facts": "owner/name"}.
+    """Read which data sets of the hub stand behind evaluation tasks, for the model card: "{facts: owner/name}" -> by task.
 
     `text`: the value of `benchmarks=`, as YAML. Raises ConfigError if it is anything else.
     """
@@ -89,10 +90,10 @@ def _is_offline() -> bool:
 
 
 def _check_repository(name: str, private: bool) -> bool:
-    """Check on the hub that a repository could be pushed to; returns whether it exists.
+    """Ask the hub, before anything is written, whether a repository could be pushed to; returns whether it exists.
 
-    Raises ConfigError without a token, for a token that the hub refuses (`_hub_error`), or for a public repository if `private`
-    is set; ShardtuneError if the hub cannot be reached.
+    `private`: it must not be public. Raises ConfigError without a token, for a token that the hub refuses (`_hub_error`), or
+    for a public repository if `private` is set; ShardtuneError if the hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -116,7 +117,7 @@ def _check_repository(name: str, private: bool) -> bool:
 
 
 def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
-    """The error to raise for one of the hub's client: ConfigError if the token may not write, else ShardtuneError."""
+    """Turn an error of the hub's client into one for the user: ConfigError if the token may not write, else ShardtuneError."""
     from huggingface_hub.errors import HfHubHTTPError
 
     reason = " ".join(str(error).split())[:200]
@@ -128,10 +129,10 @@ def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
 
 
 def push_export_folder(target: HubTarget) -> str | None:
-    """Print the files of an export's folder, and push them to the hub unless it is a dry run (`--dry-run`, or HF_HUB_OFFLINE).
+    """List the files of an export's folder, and push them to the hub unless it is a dry run (`--dry-run`, or HF_HUB_OFFLINE).
 
-    Returns the address of the commit; None for a dry run. Raises ShardtuneError if the push fails, ConfigError if the token may
-    not write.
+    Returns the address of the commit; None for a dry run. Raises ShardtuneError if the push fails, ConfigError if the token
+    may not write.
     """
     files = sorted(path for path in target.folder.rglob("*") if path.is_file())
     bytes_by_name = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}

@@ -81,8 +81,8 @@ def export_in_this_process(config: RunConfig, job: ExportJob) -> PreparedData:
 def export_in_processes(config: RunConfig, job: ExportJob, num_processes: int) -> None:
     """Write the export in several processes of this host, which read configuration and job from a temporary directory.
 
-    The directory is removed, unless the processes fail: then it has their record of the failure. Raises ExportProcessesFailed if
-    their exit code is not 0, also if they were stopped; their message is on the screen then.
+    The directory is removed, unless the processes fail: then it has their record of the failure. Raises ExportProcessesFailed
+    if their exit code is not 0, also if they were stopped; their message is on the screen then.
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RankProgram
@@ -109,7 +109,7 @@ def is_export_rank(environment: Mapping[str, str]) -> bool:
 
 
 def run_export_as_rank() -> int:
-    """Be one of the processes that write an export; returns its exit code: 0, also when asked to stop, or 70 after an error.
+    """Run as one of the processes that write an export; returns its exit code: 0, also if asked to stop, or 70 for an error.
 
     An error is recorded in the job's directory, where the launcher finds the first failure and shows it.
     """
@@ -196,6 +196,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     facts.accepted = [*job.accepted, *accepted_rows]
     facts.gates = job.gates
     facts.benchmarks = job.benchmarks
+    # What the trained model computes, for `export.verify`; None: the export is not compared.
     reference = None
     if config.export.verify:
         reference = _compute_reference_for_export(config, data, model, precision, runtime)
@@ -208,10 +209,10 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
 def _compute_reference_for_export(
     config: RunConfig, data: PreparedData, model: TrainedModel, precision: Precision, runtime: Runtime
 ) -> ProbeReference:
-    """What the trained model computes on this host's CPU, with the checkpoint's weights: what the export is compared with.
+    """Compute with the checkpoint's weights, on this host's CPU, what the export will be compared with. All ranks must call.
 
     Rank 0 loads the whole model, without the optimizer's moments, and frees it again; the others wait, and get an empty
-    reference, since only rank 0 compares. All ranks must call.
+    reference, since only rank 0 compares.
     """
     from strategies.parameters import num_elements_by_name
     from strategies.runtime import broadcast_object, longer_timeout
@@ -252,8 +253,8 @@ def _compute_reference_for_export(
 def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Precision:
     """The precision in which the export is built and verified: that of the training, if a CPU can compute in it, else fp32.
 
-    A CPU cannot compute in fp16; the parameters that a run in fp16 trains are float32 anyway. `auto` stands in the settings of a
-    run whose record says no more; it becomes fp32. Raises ConfigError if the run's record names no precision.
+    A CPU cannot compute in fp16; the parameters that a run in fp16 trains are float32 anyway. `auto` stands in the settings of
+    a run whose record says no more; it becomes fp32. Raises ConfigError if the run's record names no precision.
     """
     from strategies.base import Precision
 
