@@ -506,6 +506,7 @@ def test_links_are_followed_and_a_file_is_read_once(tmp_path):
     [
         ("train.jsn", r"data\.eval_path=.*train\.jsn does not exist; did you mean .*train\.jsonl\?"),
         ("dat/x.jsonl", r"did you mean .*data\?"),
+        ("abc.jsonl", r"; nothing like it in "),
         ("*.csv", r"does not exist"),
         ("data", r"holds no"),
         ("note.rst", r"must end in .*\.jsonl.*\.parquet and \.arrow"),

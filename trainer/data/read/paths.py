@@ -298,7 +298,8 @@ def _close_name_hint(path: Path) -> str:
     except OSError:
         return ""
     close_names = difflib.get_close_matches(first_missing.name, existing_names, n=1, cutoff=0.5)
-    if close_names:
+    # A common suffix alone makes names look alike: nope.jsonl is not close to one.jsonl.
+    if close_names and difflib.get_close_matches(first_missing.stem, [Path(close_names[0]).stem], cutoff=0.6):
         return f"; did you mean {directory / close_names[0]}?"
     return f"; nothing like it in {directory}"
 
