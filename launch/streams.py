@@ -4,8 +4,6 @@ A cron job or a daemon may start the command with closed standard streams. A min
 ASCII alone, and a terminal an encoding that lacks most characters. None of these may end a run.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

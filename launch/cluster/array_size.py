@@ -1,7 +1,5 @@
 """The largest job array that SLURM allows. It is asked for before hundreds of points are composed."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from collections import Counter

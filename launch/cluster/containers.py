@@ -4,8 +4,6 @@ The job script itself stays on the host: it asks SLURM and requeues the job. Dir
 are mounted under the same paths.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

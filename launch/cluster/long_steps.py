@@ -4,8 +4,6 @@ SLURM tells a job `launcher.signal_lead_s` before its limit. The run saves at th
 that, the job is ended in the middle of it, and the next start repeats everything since the last checkpoint.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

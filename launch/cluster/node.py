@@ -6,8 +6,6 @@ output of the ranks. If nothing comes in for `MESSAGE_TIMEOUT_S` seconds, or the
 outlives the command.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ If it ran out during training, `batch.micro` is halved. If it ran out while `str
 strategy is passed over.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

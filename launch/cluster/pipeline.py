@@ -5,8 +5,6 @@ job fails, SLURM cancels those that depend on it. `<run>/pipeline.json` lists th
 says how each ended.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

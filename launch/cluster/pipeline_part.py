@@ -1,7 +1,5 @@
 """One job of a pipeline: `python -m launch.job part`, called by its job script. Needs no torch itself."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

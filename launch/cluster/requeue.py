@@ -1,7 +1,5 @@
 """Asks SLURM to start a job again, within the job's time limit; and reads how SLURM itself ended a job."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

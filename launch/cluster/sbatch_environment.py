@@ -108,47 +108,47 @@ def _reason_environment_may_not_set(option: str, script_options: Mapping[str, st
     return None
 
 
-def sbatch_environment(script_text: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def sbatch_environment(script_text: str) -> dict[str, str]:
     """The environment variables with which sbatch is called for a job script, so that none overrides the run's settings.
 
     `script_text`: the script. Left out: `SBATCH_*` variables whose option the script decides; within a job, all variables of that
         job.
     """
-    if "SLURM_JOB_ID" in environment:
+    if "SLURM_JOB_ID" in os.environ:
         # Submitted from within a job: the variables of that job would give the new one its limits.
         prefixes = ("SLURM_", "SRUN_", SBATCH_PREFIX)
         env = {}
-        for name, value in environment.items():
+        for name, value in os.environ.items():
             # SLURM_CONF says where the cluster's configuration is, and is no job's.
             if name == "SLURM_CONF" or not name.startswith(prefixes):
                 env[name] = value
         return env
-    dropped_variables = sort_sbatch_variables(script_text, environment).dropped
-    return {name: value for name, value in environment.items() if name not in dropped_variables}
+    dropped_variables = sort_sbatch_variables(script_text).dropped
+    return {name: value for name, value in os.environ.items() if name not in dropped_variables}
 
 
-def sbatch_environment_value(option: str, environment: Mapping[str, str] = os.environ) -> str | None:
+def sbatch_environment_value(option: str) -> str | None:
     """The value that a variable `SBATCH_*` gives an option of sbatch that the run leaves open: "time" -> "1:00:00".
 
     None if no variable sets it, or within a job, whose variables do not count for another.
     """
-    if "SLURM_JOB_ID" in environment:
+    if "SLURM_JOB_ID" in os.environ:
         return None
-    for name, value in environment.items():
+    for name, value in os.environ.items():
         if name.startswith(SBATCH_PREFIX) and _option_of_variable(name) == option:
             return value
     return None
 
 
-def refuse_gpus_of_environment(environment: Mapping[str, str] = os.environ) -> None:
+def refuse_gpus_of_environment() -> None:
     """Raise ConfigError for GPUs that only a variable `SBATCH_*` asks for, since no rank would be counted for them.
 
     Within a job nothing is refused: its variables do not reach the new job (`sbatch_environment`).
     """
-    if "SLURM_JOB_ID" in environment:
+    if "SLURM_JOB_ID" in os.environ:
         return
     gpu_variables = []
-    for name, value in sorted(environment.items()):
+    for name, value in sorted(os.environ.items()):
         if name.startswith(SBATCH_PREFIX) and _option_of_variable(name) in GPU_OPTIONS:
             gpu_variables.append(f"{name}={value}")
     if gpu_variables:

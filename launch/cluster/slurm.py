@@ -4,8 +4,6 @@ Settings that a script cannot carry are refused: line breaks, and backslashes in
 the script does, signal by signal.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -4,8 +4,6 @@
 clone, switching its branch or deleting it changes no job.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

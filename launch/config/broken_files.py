@@ -1,7 +1,5 @@
 """Names the file, the setting and the reason when Hydra cannot compose the files of a user."""
 
-from __future__ import annotations
-
 import yaml
 
 from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS

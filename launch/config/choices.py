@@ -3,8 +3,6 @@
 The choices are the YAML files of `conf/`; reading their names needs neither Hydra nor torch.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Only files that are executed, or that name such files, are hashed; weights, data and pages are not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Writes shell completion scripts. They contain verbs, settings, choices and values, so a Tab starts no process."""
 
-from __future__ import annotations
-
 from enum import Enum
 
 from launch.config.choices import choices_by_group

@@ -1,7 +1,5 @@
 """Overrides that earlier versions accepted and this one refuses. A run that began with such overrides is resumed by them."""
 
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import suppress

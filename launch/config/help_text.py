@@ -1,7 +1,5 @@
 """Folds the help of the verbs to 80 columns when it is printed."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 

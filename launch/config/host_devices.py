@@ -1,7 +1,5 @@
 """The devices of this host: what `auto` means here for device, precision and processes, and which GPUs are missing."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Settles `optim.lr` where nobody has set it: the usual rate, or that with which the run began."""
 
-from __future__ import annotations
-
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.optim.config import OptimName
 from trainer.optim.rates import missing_rate_message, usual_learning_rate

@@ -3,8 +3,6 @@
 `launch.config.hints` looks here before it looks for a similar name, since a similar name may do something else.
 """
 
-from __future__ import annotations
-
 REPLACEMENT_BY_WRONG_KEY = {
     "data.train_path": "data.path={value}",
     "data.train": "data.path={value}",

@@ -1,7 +1,5 @@
 """Price of a GPU per hour, from `conf/hardware`. Needs no torch."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from typing import Any

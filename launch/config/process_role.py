@@ -3,8 +3,6 @@
 SLURM's variables are mapped to torchrun's. A start that would train on one host of many is refused.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -209,6 +207,6 @@ def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
     return numbers
 
 
-def export_torchrun_variables(env: Mapping[str, str] | None = None) -> None:
+def export_torchrun_variables() -> None:
     """Set torchrun's variables in this process's environment, so that torch finds the other ranks of a step of srun."""
-    os.environ.update(torchrun_variables(os.environ if env is None else env))
+    os.environ.update(torchrun_variables(os.environ))

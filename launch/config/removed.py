@@ -1,7 +1,5 @@
 """Settings that are not there on purpose, each with what to do. By similarity, another meaning would be suggested for them."""
 
-from __future__ import annotations
-
 SUCCESSOR_BY_REMOVED_KEY = {
     "launcher.max_restarts": "launcher.retry={preempted:20,node_fail:3} says how often, and after what",
     "data.balance.up_sample": "documents are repeated up to data.balance.max_repeats times; 1 leaves out instead",

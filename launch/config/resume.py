@@ -3,8 +3,6 @@
 The same identity resumes; another one is an error that lists what differs.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """Reward files that are gone, while a run that the overrides name still has its copies of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from launch.config.outside_values import reward_code_identity

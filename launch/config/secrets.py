@@ -1,7 +1,5 @@
 """Finds passwords and tokens among the values of a configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 

@@ -1,7 +1,5 @@
 """The user's own configuration files: a bare `my.yaml` among the overrides, and directories given by `--config-dir`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path

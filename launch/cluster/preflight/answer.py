@@ -1,7 +1,5 @@
 """Prints the result of a preflight, for people and as JSON."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from launch.cluster.preflight.node_facts import PreflightRequest

@@ -429,10 +429,9 @@ def srun_check_command(
     return NodeCommand(argv, environment if environment is not None else os.environ)
 
 
-def local_check_command(env: Mapping[str, str] | None = None) -> NodeCommand:
-    """The command that checks this host, as the only node. `env`: default: the environment of this process."""
-    node_env = dict(os.environ if env is None else env)
-    node_env["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
-    node_env["PYTHONSAFEPATH"] = "1"
-    node_env["SHARDTUNE_NODE"] = "0"
-    return NodeCommand([sys.executable, "-m", "launch.cluster.preflight.node", "node"], node_env, node=0)
+def local_check_command() -> NodeCommand:
+    """The command that checks this host, as the only node of a preflight."""
+    code_directory = str(Path(__file__).resolve().parents[3])
+    # A trainer.py in the current directory must not hide the code's own modules.
+    env = {**os.environ, "PYTHONPATH": code_directory, "PYTHONSAFEPATH": "1", "SHARDTUNE_NODE": "0"}
+    return NodeCommand([sys.executable, "-m", "launch.cluster.preflight.node", "node"], env, node=0)

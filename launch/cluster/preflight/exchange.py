@@ -1,7 +1,5 @@
 """Times all-reduce, all-gather and transfers between each pair of nodes over the job's own backend, within seconds."""
 
-from __future__ import annotations
-
 import os
 import socket
 import statistics

@@ -4,8 +4,6 @@ It reports the facts of the node, starts the ranks, and prints lines that `coord
 lines, so no shared disk and no network connection of ours is needed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

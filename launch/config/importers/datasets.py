@@ -1,7 +1,5 @@
 """Translates lists of data sets as axolotl and LLaMA-Factory write them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

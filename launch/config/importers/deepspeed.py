@@ -1,7 +1,5 @@
 """Translates a DeepSpeed configuration: a file of its own, or a block in another trainer's file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

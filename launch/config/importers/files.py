@@ -1,7 +1,5 @@
 """Translates a whole settings file of another trainer. Needs no torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

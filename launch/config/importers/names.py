@@ -1,7 +1,5 @@
 """Setting names of Hugging Face's Trainer, TRL, axolotl, LLaMA-Factory, accelerate and DeepSpeed, with our names."""
 
-from __future__ import annotations
-
 from launch.config.importers import rules
 from launch.config.importers.equivalent import OtherTrainerSettings, TranslatedSetting, parse_number
 from launch.config.importers.rules import Rule, choice, not_needed, renamed_to, switch, without_equivalent

@@ -3,8 +3,6 @@
 `names.py` says which setting has which rule. A rule returns settings of shardtune as typed, or a note why there are none.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
