@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.helpers.covering import examples
 from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
-from trainer.data.selection.signatures import content_json
+from trainer.data.selection.document_hashes import content_json
 from trainer.data.sources import data_problems
 from trainer.data.transforms.checks import CHECK_KINDS, MIN_REPEATED_CHARACTERS, Checks
 

@@ -17,8 +17,8 @@ import pytest
 
 from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
+from trainer.data.selection.document_hashes import DocumentHasher, compared_text, normalize, prompt_text
 from trainer.data.selection.near_duplicates import MAX_COMPARISONS, NearIndex, jaccard_similarity, ngrams
-from trainer.data.selection.signatures import Signer, compared_text, normalize, prompt_text
 from trainer.data.selection.splits import COPY_KINDS, duplicate_policies, find_duplicates
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def text_document(text, line=1, **more):
 
 
 def decide(documents, config=NEAR):
-    columns, policies = Signer(config).sign(documents), duplicate_policies(config)
+    columns, policies = DocumentHasher(config).hash_documents(documents), duplicate_policies(config)
     found = find_duplicates(config, columns, lambda row: compared_text(documents[row], config.text))
     kinds = {kind: found.copy_kind == 1 + COPY_KINDS.index(kind) for kind in policies}
     dropped = [copies for kind, copies in kinds.items() if policies[kind] is DuplicatePolicy.drop]
@@ -281,7 +281,7 @@ def test_duplicates_compare_document_prompt_or_completion():
     assert prompt_text(text_document("x")) is None and prompt_text(text_document("x", label="l")) == "x"
     by = {which: decide(documents, DuplicatesConfig(text=which)).representative.tolist() for which in ComparedText}
     assert by == {"document": [0, 1, 2], "prompt": [0, 0, 2], "completion": [0, 1, 0]}
-    columns = Signer(DuplicatesConfig()).sign([*documents, text_document("plain")])
+    columns = DocumentHasher(DuplicatesConfig()).hash_documents([*documents, text_document("plain")])
     assert columns["prompt"][0] == columns["prompt"][1] != columns["prompt"][2] and columns["prompt"][3] == 0
     assert "verdict" not in columns
     empty = [Document(file="a", line=1, prompt="", completion=text) for text in ("one", "two")]

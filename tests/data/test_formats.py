@@ -13,7 +13,7 @@ from trainer.data.config import DataFormat
 from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.format_recognition import COLUMN_SETS_BY_FORMAT, REQUIRED_COLUMNS_TEXT_BY_FORMAT, recognise_format
 from trainer.data.formats import RowReader
-from trainer.data.selection.signatures import content_json
+from trainer.data.selection.document_hashes import content_json
 
 F = DataFormat
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

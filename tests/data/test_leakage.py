@@ -19,11 +19,11 @@ from trainer.data.config import (
     LeakagePolicy,
 )
 from trainer.data.document import Document, Tally
+from trainer.data.selection.document_hashes import DocumentHasher, compared_text
 from trainer.data.selection.leakage import LEAK_KINDS, find_leaks, first_matching_documents, train_documents_to_drop
-from trainer.data.selection.signatures import Signer, compared_text
 from trainer.data.transforms.decontamination import Decontaminator, texts_to_decontaminate_from
 
-SIGNER = Signer(DuplicatesConfig(near=DuplicatePolicy.report))
+HASHER = DocumentHasher(DuplicatesConfig(near=DuplicatePolicy.report))
 DRAW = random.Random(1)
 WORDS = ["".join(DRAW.choices("abcdefghijklmnop", k=DRAW.randint(3, 9))) for _ in range(3000)]
 
@@ -41,7 +41,7 @@ def leaks_of(train, held_out, *, near=True):
     both, numbers = [*train, *held_out], np.arange(len(train) + len(held_out))
     config = DataConfig(leakage=LeakageConfig(near=near))
     text_of = lambda number: compared_text(both[number], ComparedText.document)  # noqa: E731
-    return find_leaks(SIGNER.sign(both), numbers[: len(train)], numbers[len(train) :], config, text_of)
+    return find_leaks(HASHER.hash_documents(both), numbers[: len(train)], numbers[len(train) :], config, text_of)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 
 from trainer.data.config import DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
-from trainer.data.selection.signatures import Signer
+from trainer.data.selection.document_hashes import DocumentHasher
 from trainer.data.store.documents import document_schema, to_record_batch
 
 
@@ -47,12 +47,12 @@ def test_rows_are_made_without_pandas():
 
 def test_duplicate_signatures_leave_out_what_nothing_is_compared_with():
     documents = documents_of_every_format()
-    full = Signer(DuplicatesConfig()).sign(documents)
-    alone = Signer(DuplicatesConfig(), has_held_out=False).sign(documents)
+    full = DocumentHasher(DuplicatesConfig()).hash_documents(documents)
+    alone = DocumentHasher(DuplicatesConfig(), has_held_out=False).hash_documents(documents)
     assert full["prompt"].any() and not alone["prompt"].any()
     assert all((full[name] == alone[name]).all() for name in ("digest", "normal"))
     exact = DuplicatesConfig(normalized=DuplicatePolicy.none)
-    only = Signer(exact, has_held_out=False).sign(documents)
+    only = DocumentHasher(exact, has_held_out=False).hash_documents(documents)
     assert (only["digest"] == full["digest"]).all() and len(set(only["normal"].tolist())) == len(documents)
-    kept = Signer(exact).sign(documents)
+    kept = DocumentHasher(exact).hash_documents(documents)
     assert all((full[name] == kept[name]).all() for name in full)

@@ -13,7 +13,7 @@ from tests.helpers.tool_templates import FAMILIES, LLAMA31, MISTRAL3, QWEN25
 from trainer.data.config import DataFormat, LearnConfig, Reasoning
 from trainer.data.document import Document, RejectedRow, SourceRow, message_texts
 from trainer.data.formats import RowReader
-from trainer.data.selection.signatures import content_json
+from trainer.data.selection.document_hashes import content_json
 from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable, document_schema, to_record_batch
 from trainer.data.tokens.encode import Encoder
 

@@ -7,8 +7,8 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
+from trainer.data.selection.document_hashes import DocumentHasher, normal_digest, normalize
 from trainer.data.selection.near_duplicates import MINHASH_SEED, band_recall, choose_bands, ngrams
-from trainer.data.selection.signatures import Signer, normal_digest, normalize
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +43,20 @@ def test_minhash_bands_find_pairs_as_the_formula_says():
 
 def test_minhash_columns_are_the_same_for_every_division_into_blocks(corpus):
     documents = [text_document(text) for text in corpus[:300]]
-    signer = Signer(NEAR)
-    whole = signer.sign(documents)
+    document_hasher = DocumentHasher(NEAR)
+    whole = document_hasher.hash_documents(documents)
     for size in (1, 7, 128):
-        parts = [signer.sign(documents[start : start + size]) for start in range(0, len(documents), size)]
+        parts = [
+            document_hasher.hash_documents(documents[start : start + size]) for start in range(0, len(documents), size)
+        ]
         for name, column in whole.items():
             assert np.array_equal(column, np.concatenate([part[name] for part in parts])), name
 
 
 def test_digests_do_not_change_between_versions():
-    columns = Signer(NEAR).sign([text_document("The quick brown fox jumps over the lazy dog, twice.")])
+    columns = DocumentHasher(NEAR).hash_documents(
+        [text_document("The quick brown fox jumps over the lazy dog, twice.")]
+    )
     assert int(columns["normal"][0]) == 0x1EB7CBF3C1A9DD51, "BLAKE2b of the words"
 
 

@@ -54,7 +54,7 @@ from trainer.data.report.describe import ReportWriter
 from trainer.data.report.progress import PreparationProgress, PrintLine, print_on_rank_0
 from trainer.data.selection.near_duplicates import index_bytes_per_document
 from trainer.data.selection.splits import DocumentColumns, Selection, choose_splits
-from trainer.data.shards import Assembly, PreparedBlock
+from trainer.data.shards import DatasetWriter, PreparedBlock
 from trainer.data.sources import find_inputs, make_row_readers, row_ranges, rows_of_inputs
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequence_numbers
@@ -310,26 +310,26 @@ class Preparation:
         """
         self.raise_if_stopped()
         readers = self._make_readers()
-        assembly = self._new_assembly(target)
-        with closing(assembly):
+        dataset_writer = self._new_dataset_writer(target)
+        with closing(dataset_writer):
             with closing(self._make_blocks(readers) if shards is None else shards.load_blocks()) as blocks:
                 for block in blocks:
                     self.raise_if_stopped()
-                    assembly.append(block)
+                    dataset_writer.append(block)
                     self.progress.add_done_rows(block.num_rows)
 
             # The second pass looks at columns of numbers alone, and at the texts of two documents that are to be compared.
             self.progress.phase = "choosing documents (copies, held-out shares, balance)"
-            columns = assembly.finish_documents()
+            columns = dataset_writer.finish_documents()
             table = DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
                 from trainer.data.transforms.privacy.stage import raise_if_personal_data
 
-                raise_if_personal_data(assembly.totals.tally.findings, self.config.privacy)
+                raise_if_personal_data(dataset_writer.totals.tally.findings, self.config.privacy)
             # Labels have numbers in the order of appearance so far; the objective decides their final ids.
             label_names, label_ids = self.data_spec.number_labels(columns, table)
-            selection = choose_splits(self.config, columns, table, seed=self.seed, log_drop=assembly.log_drop)
-            assembly.finish_store(label_ids)
+            selection = choose_splits(self.config, columns, table, seed=self.seed, log_drop=dataset_writer.log_drop)
+            dataset_writer.finish_store(label_ids)
 
         self.progress.phase = "writing the reports"
         self._write_splits(target, columns, selection)
@@ -337,7 +337,7 @@ class Preparation:
         report_writer = ReportWriter(
             self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digests=self.digests
         )
-        report = report_writer.write(assembly.totals, columns, selection, self.data_spec, label_names)
+        report = report_writer.write(dataset_writer.totals, columns, selection, self.data_spec, label_names)
         if self.template_date is not None:
             report[TEMPLATE_DATE_KEY] = self.template_date.day.isoformat()
         manifest = {
@@ -355,8 +355,8 @@ class Preparation:
         if shards is not None:
             shards.remove()
 
-    def _new_assembly(self, target: Path) -> Assembly:
-        """Make the `Assembly` that joins prepared blocks in the directory `target`.
+    def _new_dataset_writer(self, target: Path) -> DatasetWriter:
+        """Make the `DatasetWriter` that joins prepared blocks in the directory `target`.
 
         If too many rows are rejected, it writes their list beside the cache entries, and advises to split documents if that
         helps.
@@ -364,7 +364,7 @@ class Preparation:
         rejected_file = target.parent / "rejected" / f"{entry_name(self.fingerprint)}.jsonl"
         may_split = OverLength.split in self.data_spec.over_length
         advise_split = may_split and self.config.over_length is not OverLength.split
-        return Assembly(target, self.config.max_bad_share, rejected_file, advise_split=advise_split)
+        return DatasetWriter(target, self.config.max_bad_share, rejected_file, advise_split=advise_split)
 
     def _write_splits(self, target: Path, columns: DocumentColumns, selection: Selection) -> None:
         """Write a directory in `target` for each split: the numbers of its sequences (`index.npy`), and its manifest.

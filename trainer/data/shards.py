@@ -1,4 +1,4 @@
-"""Blocks of prepared rows, and `Assembly`, which joins them into the data set.
+"""Blocks of prepared rows, and `DatasetWriter`, which joins them into the data set.
 
 The result for a block depends on its rows and the settings alone, so any number of workers makes the same data set. Blocks
 arrive in input order. Documents and their origins are written to disk once. Memory holds only columns of numbers, so the data
@@ -57,8 +57,8 @@ class PreparedBlock:
     """Names of columns of the rows that nothing read."""
     label_names: list[str] = field(default_factory=list)
     """By the number that a label has in this block."""
-    signatures: dict[str, np.ndarray] = field(default_factory=dict)
-    """[documents] each, by name: hashes by which copies and leaks are found later, see `selection.signatures.Signer`."""
+    document_hashes: dict[str, np.ndarray] = field(default_factory=dict)
+    """uint64 [documents] each, by name: by these, copies and leaks are found later, see `DocumentHasher`."""
 
 
 LABEL_MARK_COLUMN = MARK_PREFIX + LABEL
@@ -101,7 +101,7 @@ class PreparationTotals:
     """Names of columns that nothing read, in order of appearance (a dict as an ordered set)."""
 
 
-class Assembly:
+class DatasetWriter:
     """Joins the blocks that workers prepared into one data set: writes them into a directory, in the order of the input.
 
     No more blocks come after `finish_documents`.
@@ -207,7 +207,7 @@ class Assembly:
     def _append_document_columns(self, block: PreparedBlock, source: int, label_of_document: np.ndarray) -> None:
         """Remember what is known of a block's documents, one number a document, for decisions that need the whole data set.
 
-        These are split, source, number of sequences, label, and signatures: hashes by which copies and leaks are found.
+        These are split, source, number of sequences, label, and hashes by which copies and leaks are found.
 
         `source`: the number of the block's source. `label_of_document`: int64 [documents], -1 without a label.
         """
@@ -220,7 +220,7 @@ class Assembly:
             "num_sequences": block.num_sequences_by_document,
             "label": label_of_document,
         }
-        for name, column in block.signatures.items():
+        for name, column in block.document_hashes.items():
             document_columns[f"signature.{name}"] = column
         for name, column in document_columns.items():
             self._arrays_by_document_column.setdefault(name, []).append(column)
@@ -329,7 +329,7 @@ class Assembly:
             source_numbers=joined["source"],
             num_sequences_by_document=joined["num_sequences"],
             label_numbers=joined["label"],
-            signatures=columns_with_prefix(joined, "signature."),
+            document_hashes=columns_with_prefix(joined, "signature."),
             split_names=list(self._split_numbers),
             source_names=list(self._source_numbers),
             label_names=list(self._label_numbers),
@@ -387,7 +387,7 @@ def save_block(block: PreparedBlock, path: Path) -> None:
         arrays["weights"] = block.sequences.weights
     for name, column in block.sequences.columns.items():
         arrays[f"column.{name}"] = column
-    for name, column in block.signatures.items():
+    for name, column in block.document_hashes.items():
         arrays[f"signature.{name}"] = column
     np.savez(path, **arrays)
 
@@ -425,5 +425,5 @@ def load_block(path: Path) -> PreparedBlock:
         documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), document_schema()),
         num_sequences_by_document=arrays["pieces"],
         sequences=sequences,
-        signatures=columns_with_prefix(arrays, "signature."),
+        document_hashes=columns_with_prefix(arrays, "signature."),
     )

@@ -25,7 +25,7 @@ from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, Privac
 from trainer.data.document import EXCERPT_CHARACTERS, Document, InputId, RefusedDocument, RejectedRow, Stage, Tally
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
-from trainer.data.selection.signatures import Signer, content_json, group_digest
+from trainer.data.selection.document_hashes import DocumentHasher, content_json, group_digest
 from trainer.data.shards import LOST_REASONS, PreparedBlock
 from trainer.data.sources import RowRange, evaluation_documents
 from trainer.data.store.documents import to_record_batch
@@ -71,7 +71,9 @@ class BlockMaker:
         self.has_replay = any(source.replay for source in config.sources.values())
         # Whether there may be rows that training does not see, with which training rows are compared.
         has_held_out = any((config.eval_path, config.test_path, config.eval_share, config.test_share))
-        self.signer = Signer(config.duplicates, finds_near_leaks=config.leakage.near, has_held_out=has_held_out)
+        self.document_hasher = DocumentHasher(
+            config.duplicates, finds_near_leaks=config.leakage.near, has_held_out=has_held_out
+        )
 
     def __call__(self, row_range: RowRange) -> PreparedBlock:
         """Turn a range of rows into a block: the documents that stay, their tokens, and hashes to find copies by later.
@@ -93,11 +95,11 @@ class BlockMaker:
             documents = self._run_stage(stage, documents, block)
         tokenised_documents = self._tokenise(documents, block)
         block.documents = to_record_batch(tokenised_documents)
-        block.signatures = self.signer.sign(tokenised_documents)
+        block.document_hashes = self.document_hasher.hash_documents(tokenised_documents)
         # By these, documents of a group stay on one side of a split. A digest, because the name may be that of a person.
         if self.config.group_by is not None:
             group_digests = [group_digest(document.group) for document in tokenised_documents]
-            block.signatures["group"] = np.array(group_digests, np.uint64)
+            block.document_hashes["group"] = np.array(group_digests, np.uint64)
         return block
 
     def _read(self, row_range: RowRange, block: PreparedBlock) -> list[Document]:
@@ -187,7 +189,7 @@ class BlockMaker:
         Also sets `block.num_sequences_by_document` and `block.label_names`. A document may become several sequences: a long one
         that is split, or a pair of answers. It becomes none if the objective drops it.
         """
-        # Labels get numbers of the block's own, because no worker knows those of the others; `Assembly` renumbers them.
+        # Labels get numbers of the block's own, because no worker knows those of the others; `DatasetWriter` renumbers them.
         block.label_names = sorted({document.label for document in documents if document.label is not None})
         self.encoder.set_label_names(block.label_names)
         samples: list[Sample] = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.selection.signatures import mix_bits
+from trainer.data.selection.document_hashes import mix_bits
 
 DOCUMENTS_PER_WRITE = 4096
 """Documents whose band keys are made at a time."""

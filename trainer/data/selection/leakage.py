@@ -23,7 +23,7 @@ LEAK_KINDS = ("exact", "normalized", "near", "prompt")
 _DOCUMENT_LEAK_KINDS = ("exact", "normalized", "near")
 """Kinds by which more than the prompt is shared. A shared prompt alone may be a fixed instruction, and is only reported."""
 _DIGEST_COLUMN_BY_KIND = {"exact": "digest", "normalized": "normal", "prompt": "prompt"}
-"""The column of `Signer.sign` in which documents are equal that leak; near ones are found by their texts."""
+"""The column of `DocumentHasher.hash_documents` in which documents are equal that leak; near ones are found by their texts."""
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class LeakedDocuments:
 
 
 def find_leaks(
-    signatures: Mapping[str, np.ndarray],
+    document_hashes: Mapping[str, np.ndarray],
     train: np.ndarray,
     held_out: np.ndarray,
     config: DataConfig,
@@ -84,7 +84,7 @@ def find_leaks(
 ) -> LeakedDocuments:
     """Find the training documents that are in held-out data too, whatever their source: evaluation would measure memory.
 
-    `signatures`: hashes of all documents by name, uint64 each (see `Signer.sign`): "digest" of the content, "normal" of the
+    `document_hashes`: of all documents by name, uint64 each (see `DocumentHasher`): "digest" of the content, "normal" of the
     words, "prompt", "verdict" (label).
     `train` (int64[n]) and `held_out` (int64[m]): numbers of documents.
     `text_of` gives the text of a document; it is called only if near leaks are looked for (`data.leakage.near`), by the threshold
@@ -105,10 +105,10 @@ def find_leaks(
             if not config.leakage.near:
                 continue
             found_partners, num_incomplete = _find_near_partners(
-                documents, held_out, signatures["verdict"], text_of, config.duplicates.threshold, directory
+                documents, held_out, document_hashes["verdict"], text_of, config.duplicates.threshold, directory
             )
         else:
-            digests = signatures[_DIGEST_COLUMN_BY_KIND[kind]]
+            digests = document_hashes[_DIGEST_COLUMN_BY_KIND[kind]]
             found_partners = first_matching_documents(digests[documents], digests[held_out], held_out)
             if kind == "prompt":
                 has_prompt = digests[documents] != 0  # all documents without a prompt have the hash 0

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.data.selection.bands import BYTES_PER_BAND, BandIndex
-from trainer.data.selection.signatures import normalize
+from trainer.data.selection.document_hashes import normalize
 
 WORDS_PER_NGRAM = 5
 """Words in a run, as Lee et al. (2022, arXiv:2107.06499) compare documents."""

@@ -19,9 +19,9 @@ from strategies.errors import DataError
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
 from trainer.data.document import MAX_EXAMPLES, Tally
 from trainer.data.selection.balance import resample_groups
+from trainer.data.selection.document_hashes import NO_GROUP, compared_text, mix_bits
 from trainer.data.selection.leakage import find_leaks, train_documents_to_drop
 from trainer.data.selection.near_duplicates import find_near_copies
-from trainer.data.selection.signatures import NO_GROUP, compared_text, mix_bits
 from trainer.data.store.documents import DocumentTable
 
 LogDrop = Callable[[str, str, str], None]
@@ -43,8 +43,8 @@ class DocumentColumns:
     """int64 [D]."""
     label_numbers: np.ndarray
     """int64 [D], into `label_names`; -1 where there is none."""
-    signatures: dict[str, np.ndarray]
-    """uint64 [D] each: the hashes of `Signer.sign`, and "group" (0 for none) if rows have groups."""
+    document_hashes: dict[str, np.ndarray]
+    """uint64 [D] each: the hashes of `DocumentHasher.hash_documents`, and "group" (0 for none) if rows have groups."""
     split_names: list[str]
     source_names: list[str]
     label_names: list[str]
@@ -114,27 +114,27 @@ def duplicate_policies(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
 
 def find_duplicates(
     config: DuplicatesConfig,
-    signatures: Mapping[str, np.ndarray],
+    document_hashes: Mapping[str, np.ndarray],
     text_of: Callable[[int], str],
     directory: Path | None = None,
 ) -> DuplicateColumns:
     """Find which of n documents, in input order, are copies of an earlier one, and of what kind: exact, normalised or near.
 
-    `signatures`: hashes of the documents by name, uint64 [n] each: "digest" of the content, "normal" of its words, "verdict" of
-    its label (documents with different labels are no near copies). `text_of(row)` gives the text of a document by which near
-    copies are compared. `directory`: where the search for near copies keeps its files while it works.
+    `document_hashes`: by name, uint64 [n] each: "digest" of the content, "normal" of its words, "verdict" of its label (documents
+    with different labels are no near copies). `text_of(row)` gives the text of a document by which near copies are compared.
+    `directory`: where the search for near copies keeps its files while it works.
     """
-    documents = np.arange(len(signatures["digest"]), dtype=np.int64)
+    documents = np.arange(len(document_hashes["digest"]), dtype=np.int64)
     duplicates = DuplicateColumns(representative=documents.copy(), copy_kind=np.full(len(documents), NO_COPY, np.uint8))
     # From the strictest kind on: what is a copy already is not looked at again.
     for kind in duplicate_policies(config):
         is_original_so_far = duplicates.copy_kind == NO_COPY
         if kind == "near":
             representative, duplicates.search_report = find_near_copies(
-                is_original_so_far, text_of, signatures["verdict"], config.threshold, directory
+                is_original_so_far, text_of, document_hashes["verdict"], config.threshold, directory
             )
         else:
-            digests = signatures["digest"] if kind == "exact" else signatures["normal"]
+            digests = document_hashes["digest"] if kind == "exact" else document_hashes["normal"]
             representative = _first_documents_with_equal_digest(digests, is_original_so_far)
         is_copy = representative != documents
         duplicates.representative[is_copy] = representative[is_copy]
@@ -177,9 +177,9 @@ class _SplitChooser:
         self.log_drop = log_drop
         self.is_kept = np.ones(len(columns), bool)
         """bool [D]: whether a document is still in."""
-        self.content_hashes = columns.signatures["digest"].copy()
+        self.content_hashes = columns.document_hashes["digest"].copy()
         """uint64 [D]: what held-out shares are drawn by. A copy has the hash of the document that it copies."""
-        self.group_hashes = columns.signatures.get("group")
+        self.group_hashes = columns.document_hashes.get("group")
         """uint64 [D]: hash of each document's group, `NO_GROUP` for none; None without `data.group_by`."""
         self.selection = Selection({})
 
@@ -213,9 +213,9 @@ class _SplitChooser:
         train = self.columns.of_split("train")
         if not len(train):
             return
-        signatures = {name: column[train] for name, column in self.columns.signatures.items()}
+        document_hashes = {name: column[train] for name, column in self.columns.document_hashes.items()}
         duplicates = find_duplicates(
-            config, signatures, lambda row: self.compared_text(int(train[row])), self.table.directory
+            config, document_hashes, lambda row: self.compared_text(int(train[row])), self.table.directory
         )
         # `duplicates` counts from the first training document; `train` gives the document's number.
         originals = train[duplicates.representative]
@@ -328,8 +328,8 @@ class _SplitChooser:
             train = splits["train"]  # what earlier held-out sets have left
             if not len(train) or not len(held_out):
                 continue
-            signatures = self.columns.signatures
-            leaks = find_leaks(signatures, train, held_out, self.config, self.compared_text, self.table.directory)
+            document_hashes = self.columns.document_hashes
+            leaks = find_leaks(document_hashes, train, held_out, self.config, self.compared_text, self.table.directory)
             leak_counts = leaks.to_report(self.location_of)
             report[set_name] = {"policy": str(policy), **leak_counts}
             dropped = train_documents_to_drop(leaks, policy, len(train), leak_counts)

@@ -15,7 +15,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.document import Document, Tally
-from trainer.data.selection.signatures import mix_bits, normalize
+from trainer.data.selection.document_hashes import mix_bits, normalize
 
 WORDS_PER_RUN = 13
 """Words in a run that counts as evaluation text."""

@@ -1,4 +1,4 @@
-"""Signatures by which documents are compared: digests of their texts and of the normal form of these, as columns.
+"""Hashes by which documents are compared: of their texts and of the normal form of these, as columns.
 
 Each is a pure function of the document: the same in every process and for every division into blocks.
 """
@@ -212,8 +212,8 @@ def _label_digest(document: Document) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Signer:
-    """Makes the columns by which documents are compared. Pure: the same for every block."""
+class DocumentHasher:
+    """Makes the columns of hashes by which documents are compared. Pure: the same for every block."""
 
     config: DuplicatesConfig
     finds_near_leaks: bool = False
@@ -222,7 +222,7 @@ class Signer:
     """Whether there may be held-out data to compare with. Without, "prompt" is 0 for all, and if only exact copies are looked
     for, "normal" is "digest"."""
 
-    def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
+    def hash_documents(self, documents: list[Document]) -> dict[str, np.ndarray]:
         """Hash documents, so that copies are found later without their texts: uint64 [n] each, equal where documents are copies.
 
         - "digest": of the text itself, or of the whole document, by `data.duplicates.text`;
