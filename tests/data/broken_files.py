@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.document import RejectedRow, SourceRow, excerpt
-from trainer.data.fields import Fault
+from trainer.data.fields import UnreadableValue
 
 GOOD = b'{"text": "a"}\n'
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 4
@@ -39,7 +39,9 @@ class TaskCase:
 def whole(row: SourceRow | RejectedRow) -> SourceRow | RejectedRow:
     """The row, or why it cannot be taken by a format that reads all its columns."""
     row = row.parse()
-    if isinstance(row, SourceRow) and (faults := [value for value in row.fields.values() if isinstance(value, Fault)]):
+    if isinstance(row, SourceRow) and (
+        faults := [value for value in row.fields.values() if isinstance(value, UnreadableValue)]
+    ):
         return RejectedRow(row.file, row.line, faults[0].reason, faults[0].message, excerpt(repr(row.fields)))
     return row
 

@@ -7,7 +7,7 @@ import pytest
 from strategies.errors import DataError
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig
-from trainer.data.fields import Fault, show_value
+from trainer.data.fields import UnreadableValue, show_value
 from trainer.data.prepare import Preparation
 from trainer.objectives.registry import data_spec_of
 from trainer.objectives.sft import SftConfig
@@ -87,4 +87,4 @@ def test_without_an_answer_no_length_is_advised(tmp_path):
 
 
 def test_refusal_shows_an_unusable_value_in_words():
-    assert show_value(Fault("binary", "holds a JPEG image")) == "holds a JPEG image"
+    assert show_value(UnreadableValue("binary", "holds a JPEG image")) == "holds a JPEG image"

@@ -198,7 +198,7 @@ class SourceRow:
     line: int
     """Line on which the row starts, from 1; the row's number in Parquet, Arrow and hub data; 1 in text files."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Named values: texts, numbers, true/false, None, lists and objects of these; a `Fault` where a column has none."""
+    """Named values: texts, numbers, true/false, None, lists and objects of these; or an `UnreadableValue`, which says why."""
     unread_columns: tuple[str, ...] = ()
     """Further columns of the file, which nobody asked for: their values were not read."""
     derived_columns: tuple[str, ...] = ()
@@ -257,7 +257,7 @@ class RefusedDocument(DataError):
 
 
 @dataclass(slots=True)
-class Findings:
+class PersonalDataFindings:
     """Personal data seen by the privacy stage. Holds no value that was found, only masks of a few."""
 
     scanned: Counter[str] = field(default_factory=Counter)
@@ -271,7 +271,7 @@ class Findings:
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first few of each type, as `file:line mask`."""
 
-    def merge(self, later: Findings) -> None:
+    def merge(self, later: PersonalDataFindings) -> None:
         """Add the findings of a later block of documents to these."""
         self.scanned.update(later.scanned)
         self.documents.update(later.documents)
@@ -301,7 +301,7 @@ class Tally:
     """Things seen or changed in documents that stay: stage -> what -> number."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """`file:line` of the first few, by "stage/reason"."""
-    findings: Findings = field(default_factory=Findings)
+    findings: PersonalDataFindings = field(default_factory=PersonalDataFindings)
     drops: list[tuple[str, str, str]] = field(default_factory=list)
     """Every drop since the tally was made, as (stage, reason, location). `merge` does not add them up: they are written down."""
 

@@ -35,7 +35,7 @@ _SHORT_REPR.maxlist = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class UnreadableValue:
     """Stands in a row in place of a value that could not be read, and says why."""
 
     reason: str
@@ -74,7 +74,7 @@ class KeptColumns:
                     "missing_reward_column", f"no column {name!r}, which a reward needs; the row has {sorted(fields)}"
                 )
         for name, value in kept_values.items():
-            if isinstance(value, Fault):
+            if isinstance(value, UnreadableValue):
                 raise RowError(value.reason, f'column "{name}": {value.message}')
         return kept_values
 
@@ -90,14 +90,14 @@ class RowError(Exception):
 
 def show_value(value: Any) -> str:
     """A value of a row as error messages show it, shortened."""
-    return value.message if isinstance(value, Fault) else _SHORT_REPR.repr(value)
+    return value.message if isinstance(value, UnreadableValue) else _SHORT_REPR.repr(value)
 
 
 def value_at(fields: dict[str, Any], column: str) -> Any:
     """Find the value of a column in a row. `a.b` is `b` inside the column `a`, and `a.0` the first element of the list in `a`.
 
-    Raises KeyError if there is no such value. A value that could not be read is a `Fault`, which says why; RowError for a value
-    inside of one.
+    Raises KeyError if there is no such value. A value that could not be read is an `UnreadableValue`, which says why; RowError
+    for a value inside of one.
     """
     # A column that is itself called `a.b` goes first.
     path = [column] if column in fields else column.split(".")
@@ -108,7 +108,7 @@ def value_at(fields: dict[str, Any], column: str) -> Any:
             node = node[int(key)]
         elif isinstance(node, dict) and key in node:
             node = node[key]
-        elif isinstance(node, Fault):
+        elif isinstance(node, UnreadableValue):
             raise RowError(node.reason, f'column "{column}": {node.message}')
         else:
             raise KeyError(column)

@@ -14,9 +14,9 @@ from trainer.data.document import Document, Message, RejectedRow, SourceRow
 from trainer.data.fields import (
     MEANINGFUL_COLUMNS,
     VERDICT_SPELLINGS,
-    Fault,
     KeptColumns,
     RowError,
+    UnreadableValue,
     UnreadColumns,
     is_blank_value,
     is_list_of_texts,
@@ -155,10 +155,10 @@ class RowReader:
         # The names of the columns that make the format in this row.
         column_set = self._find_column_set(fields, row.unread_columns)
         read_columns = self._read_columns_by_column_set[column_set]
-        # A `Fault` stands for a value that could not be read, which matters only in a column that is read.
+        # An `UnreadableValue` stands for a value that could not be read, which matters only in a column that is read.
         for name in read_columns:
             value = fields.get(name)
-            if isinstance(value, Fault):
+            if isinstance(value, UnreadableValue):
                 raise RowError(value.reason, f'column "{name}": {value.message}')
         self._fill_document(document, fields, column_set)
         # A system text and tools may stand beside any conversation.

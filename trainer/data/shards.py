@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from strategies.errors import DataError
-from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, Findings, InputId, RejectedRow, Tally
+from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, InputId, PersonalDataFindings, RejectedRow, Tally
 from trainer.data.fields import MAX_REMEMBERED_NAMES
 from trainer.data.selection.splits import DocumentColumns
 from trainer.data.store.documents import DOCUMENTS_FILE, document_schema
@@ -403,7 +403,7 @@ def load_block(path: Path) -> PreparedBlock:
         arrays = {name: file[name] for name in file.files}
     json_fields = orjson.loads(arrays["about"].tobytes())
     tally_fields = json_fields["tally"]
-    tally_fields["findings"] = Findings(**tally_fields["findings"])
+    tally_fields["findings"] = PersonalDataFindings(**tally_fields["findings"])
     sequences = Sequences(
         tokens=arrays["tokens"],
         supervised=arrays["supervised"],

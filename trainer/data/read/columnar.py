@@ -1,10 +1,9 @@
 """Reads Parquet and Arrow files, and Arrow tables: values become those that JSON knows, by one stated rule.
 
-Text, numbers, true/false, lists and structs stay; dictionary columns become their values; a map becomes an object.
-Dates, times and decimals become texts, exactly: dates and times as in RFC 3339 with a blank for the T. NaN, with which
-table libraries mark a missing number, becomes None. Bytes become text if they are UTF-8. A value that JSON has nothing for
-(other bytes, an infinite number, a map with a key twice) becomes a `Fault` in its column. Columns that nobody asked for are not
-read.
+Text, numbers, true/false, lists and structs stay; dictionary columns become their values; a map becomes an object. Dates, times
+and decimals become texts, exactly: dates and times as in RFC 3339 with a blank for the T. NaN, with which table libraries mark a
+missing number, becomes None. Bytes become text if they are UTF-8. A value that JSON has nothing for (other bytes, an infinite
+number, a map with a key twice) becomes an `UnreadableValue` in its column. Columns that nobody asked for are not read.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from strategies.errors import DataError
 from trainer.data.document import RejectedRow, SourceRow
-from trainer.data.fields import Fault, RowError
+from trainer.data.fields import RowError, UnreadableValue
 from trainer.data.read.opening import (
     MAX_ROW_BYTES,
     InputPath,
@@ -234,7 +233,7 @@ def _column_names(schema: pa.Schema, file_name: str) -> list[str]:
 def _column_values(column: pa.Array) -> list[Any]:
     """Turn an Arrow column into Python values as JSON has them: dates as texts, NaN as None.
 
-    A `Fault` stands for each value that JSON has nothing for, such as infinity, and says why.
+    An `UnreadableValue` stands for each value that JSON has nothing for, such as infinity, and says why.
     """
     import pyarrow as pa
 
@@ -244,7 +243,9 @@ def _column_values(column: pa.Array) -> list[Any]:
         if column.type != json_ready_type:
             column = column.cast(json_ready_type)
     except (TypeError, pa.ArrowException) as error:
-        fault = Fault("no_json", f"its type {column.type} cannot be turned into text ({error}); store it as text")
+        fault = UnreadableValue(
+            "no_json", f"its type {column.type} cannot be turned into text ({error}); store it as text"
+        )
         return [fault if valid else None for valid in column.is_valid().to_pylist()]
     if _is_json_native_type(json_ready_type):
         with suppress(UnicodeDecodeError, KeyError):  # these say that some value is faulty: look at each
@@ -255,17 +256,17 @@ def _column_values(column: pa.Array) -> list[Any]:
 def _scalar_value(scalar: pa.Scalar) -> Any:
     """Turn an Arrow scalar into a value as JSON has it.
 
-    A `Fault` for a text that is not UTF-8, a map with a key twice, or what JSON lacks.
+    An `UnreadableValue` for a text that is not UTF-8, a map with a key twice, or what JSON lacks.
     """
     try:
         return _as_json_value(scalar.as_py(maps_as_pydicts="strict"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        return Fault("not_utf8", f"byte 0x{byte:02x} in a text column is not UTF-8; write the column anew")
+        return UnreadableValue("not_utf8", f"byte 0x{byte:02x} in a text column is not UTF-8; write the column anew")
     except KeyError:  # what pyarrow raises for the map
-        return Fault("duplicate_key", "a map has the same key twice; only one can be meant")
+        return UnreadableValue("duplicate_key", "a map has the same key twice; only one can be meant")
     except RowError as refusal:
-        return Fault(refusal.reason, refusal.message)
+        return UnreadableValue(refusal.reason, refusal.message)
 
 
 def _as_json_value(node: Any) -> Any:

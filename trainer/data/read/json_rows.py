@@ -3,7 +3,7 @@
 `orjson` reads a row. It keeps the last of two values of a doubled key without a word, and rounds whole numbers beyond 64
 bits. If a count says that it may have done so, or if `orjson` refuses the row, the json module reads the row again. A value that
 cannot be used (with a doubled key, NaN, numbers that overflow, halves of surrogate pairs, deep nesting) is replaced by a
-`Fault`: it makes the row unusable only if its column is read.
+`UnreadableValue`: it makes the row unusable only if its column is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import orjson
 
 from strategies.errors import DataError
 from trainer.data.document import RejectedRow, SourceRow, excerpt
-from trainer.data.fields import Fault, RowError, show_value
+from trainer.data.fields import RowError, UnreadableValue, show_value
 from trainer.data.read.opening import (
     MAX_ROW_BYTES,
     READ_BYTES,
@@ -35,8 +35,8 @@ MAX_DIGITS = 4300
 """Longest whole number in digits: the limit of Python's own conversion."""
 _LEAST_ROUNDED = 2.0**63
 """From here on `orjson` may have rounded a whole number to a float."""
-_TOO_DEEP = Fault("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
-_LONE_SURROGATE = Fault("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
+_TOO_DEEP = UnreadableValue("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
+_LONE_SURROGATE = UnreadableValue("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
 _TOKEN_REGEX = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)[ \t\r\n]*+|[][{},]', re.DOTALL)
 """A text and the blanks after it, or a sign that nests or separates values.
 
@@ -271,10 +271,10 @@ class _ObjectWithDoubledKeys(dict[str, Any]):
 
 
 def decode_row(raw: bytes) -> dict[str, Any]:
-    """Parse one row of JSON, which must be an object, with a `Fault` in place of each column that cannot be used.
+    """Parse one row of JSON, which must be an object, with an `UnreadableValue` in place of each column that cannot be used.
 
-    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}. So a bad value matters only if its column is read. Raises
-    RowError if the row is not one object, or if the name of a column is faulty.
+    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": UnreadableValue("nan", ...)}. So a bad value matters only if its column is
+    read. Raises RowError if the row is not one object, or if the name of a column is faulty.
     """
     try:
         row = orjson.loads(raw)
@@ -297,8 +297,8 @@ def decode_row(raw: bytes) -> dict[str, Any]:
 def _decode_strictly(text: str) -> dict[str, Any]:
     """Parse a row of JSON by Python's json module, which is slower than orjson and shows what orjson hides.
 
-    Doubled keys become an `_ObjectWithDoubledKeys`, NaN and numbers out of range a `Fault`. Raises RowError for a text that is no
-    JSON, is nested too deeply, or is no object.
+    Doubled keys become an `_ObjectWithDoubledKeys`, NaN and numbers out of range an `UnreadableValue`. Raises RowError for a text
+    that is no JSON, is nested too deeply, or is no object.
     """
     try:
         row = _DECODER.decode(text)
@@ -345,11 +345,11 @@ def _was_read_exactly(fields: dict[str, Any], raw: bytes) -> bool:
     return num_colons == raw.count(b":") and is_shallow and b"\\u003" not in raw
 
 
-def _first_fault(column: Any) -> Fault | None:
+def _first_fault(column: Any) -> UnreadableValue | None:
     """Find why the value of a column cannot be used, searched level by level; None if it is sound.
 
-    Faults: what the decoder left as a `Fault`, a key that is there twice, half a surrogate pair, nesting beyond `MAX_DEPTH`. The
-    row counts as the first level of nesting.
+    Faults: what the decoder left as an `UnreadableValue`, a key that is there twice, half a surrogate pair, nesting beyond
+    `MAX_DEPTH`. The row counts as the first level of nesting.
     """
     level = [column]
     depth = 1
@@ -357,7 +357,7 @@ def _first_fault(column: Any) -> Fault | None:
         next_level: list[Any] = []
         has_containers = False
         for node in level:
-            if isinstance(node, Fault):
+            if isinstance(node, UnreadableValue):
                 return node
             if isinstance(node, _ObjectWithDoubledKeys):
                 return _duplicate_key_fault(node.doubled_keys[0])
@@ -414,28 +414,30 @@ def _json_mistake_hint(row: str, error: json.JSONDecodeError) -> str:
     return ""
 
 
-def _duplicate_key_fault(name: str) -> Fault:
+def _duplicate_key_fault(name: str) -> UnreadableValue:
     """The fault of an object that has a key twice."""
-    return Fault("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
+    return UnreadableValue("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
 
 
-def _parse_constant(name: str) -> Fault:
+def _parse_constant(name: str) -> UnreadableValue:
     """The fault that NaN and Infinity become, which Python's json would read."""
-    return Fault("nan", f"{name} is not a JSON value; use null or a number")
+    return UnreadableValue("nan", f"{name} is not a JSON value; use null or a number")
 
 
-def _parse_float(digits: str) -> float | Fault:
+def _parse_float(digits: str) -> float | UnreadableValue:
     """A number with a point or an exponent; a fault if it is too large."""
     number = float(digits)
     if math.isinf(number):
-        return Fault("number_too_large", f"the number {digits:.24} is beyond what a float can hold (1.8e308)")
+        return UnreadableValue("number_too_large", f"the number {digits:.24} is beyond what a float can hold (1.8e308)")
     return number
 
 
-def _parse_int(digits: str) -> int | Fault:
+def _parse_int(digits: str) -> int | UnreadableValue:
     """A whole number; a fault if it is too large."""
     if len(digits) > MAX_DIGITS:
-        return Fault("number_too_large", f"the whole number {digits:.24}... has more than {MAX_DIGITS} digits")
+        return UnreadableValue(
+            "number_too_large", f"the whole number {digits:.24}... has more than {MAX_DIGITS} digits"
+        )
     return int(digits)
 
 
@@ -459,4 +461,4 @@ _DECODER = json.JSONDecoder(
     parse_int=_parse_int,
     object_pairs_hook=_make_object,
 )
-"""Reads JSON strictly; what it refuses stands as a `Fault` in its place, a doubled object as a `_ObjectWithDoubledKeys`."""
+"""Reads JSON strictly; what it refuses becomes an `UnreadableValue`, or an `_ObjectWithDoubledKeys`."""

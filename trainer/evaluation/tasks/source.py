@@ -14,7 +14,7 @@ from pathlib import Path
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, RejectedRow, SourceRow
-from trainer.data.fields import Fault, RowError, value_at
+from trainer.data.fields import RowError, UnreadableValue, value_at
 from trainer.data.format_recognition import recognise_format
 from trainer.data.formats import RowReader
 from trainer.data.read.origin import Origin
@@ -140,9 +140,9 @@ def _case_with_columns(task: Task, row: SourceRow) -> TaskCase:
                 f"{row.file}:{row.line}: no column {column!r} ({task.config_key}.columns.{name}); the "
                 f"row has {sorted(row.fields)}"
             ) from None
-    # Readers put a Fault in the place of a column that cannot be read.
+    # Readers put an UnreadableValue in the place of a column that cannot be read.
     for field in fields.values():
-        if isinstance(field, Fault):
+        if isinstance(field, UnreadableValue):
             raise DataError(f"{row.file}:{row.line}: {field.message}")
     return TaskCase(f"{row.file}:{row.line}", document=None, fields=fields)
 

@@ -18,7 +18,7 @@ from typing import Any
 from strategies.errors import DataError
 from strategies.extras import install_command
 from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
-from trainer.data.document import Document, Findings, Tally, add_first_examples
+from trainer.data.document import Document, PersonalDataFindings, Tally, add_first_examples
 from trainer.data.transforms.privacy import context, patterns
 from trainer.data.transforms.privacy.context import canonical_phone_number, find_phone_numbers
 from trainer.data.transforms.privacy.patterns import letters_and_digits
@@ -236,7 +236,9 @@ class PrivacyStage:
         return document
 
     @staticmethod
-    def _add_findings(findings: Findings, document: Document, masked_findings: list[tuple[str, str]]) -> None:
+    def _add_findings(
+        findings: PersonalDataFindings, document: Document, masked_findings: list[tuple[str, str]]
+    ) -> None:
         """Count a document's findings of personal data, (type, masked text) each, in `findings`, with the first few as examples.
 
         `findings`: those of all documents of a block so far.
@@ -278,7 +280,7 @@ def _masked_findings(document: Document, findings_by_text: dict[str, list[Privac
     return masked_findings
 
 
-def raise_if_personal_data(findings: Findings, config: PrivacyConfig) -> None:
+def raise_if_personal_data(findings: PersonalDataFindings, config: PrivacyConfig) -> None:
     """Raise DataError if `data.privacy.mode` is `fail` and anything was found, with counts by type and the first place of each.
 
     Called once on the findings of all workers, so that the error names all.
