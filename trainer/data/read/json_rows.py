@@ -2,7 +2,7 @@
 
 `orjson` reads a row. It keeps the last of two values of a doubled key without a word, and rounds whole numbers beyond 64
 bits. If a count says that it may have done so, or if `orjson` refuses the row, the json module reads the row again. A value that
-cannot be used (with a doubled key, NaN, numbers that overflow, halves of surrogate pairs, deep nesting) is replaced by a
+cannot be used (with a doubled key, NaN, numbers that overflow, halves of surrogate pairs, deep nesting) is replaced by an
 `UnreadableValue`: it makes the row unusable only if its column is read.
 """
 
