@@ -150,9 +150,7 @@ class BlockMaker:
             # By `data.checks.quarantine`, a failed check makes a bad row; what other stages drop is only counted.
             elif stage.name == Checks.name:
                 _stage, reason, _location = block.tally.drops[-1]  # which the stage has just counted
-                excerpt = content_json(document)[:EXCERPT_CHARACTERS]
-                message = "quarantined by data.checks"
-                block.rejected_rows.append(RejectedRow(document.file, document.line, reason, message, excerpt))
+                block.rejected_rows.append(_rejected_row(document, reason, "quarantined by data.checks"))
         num_dropped = len(documents) - len(remaining)
         if num_dropped != len(block.tally.drops) - num_drops_before:
             raise AssertionError(f"{block.source}: stage {stage.name} lost count of a document")
@@ -226,8 +224,7 @@ class BlockMaker:
                     yield from self._make_samples([document], block)
                 return
             (document,) = documents
-            row = RejectedRow(document.file, document.line, refused.reason, refused.message, content_json(document))
-            self._quarantine(block, row, "tokenise")
+            self._quarantine(block, _rejected_row(document, refused.reason, refused.message), "tokenise")
             return
         block.tally.merge(tally)
         block.tally.drops += tally.drops  # which `merge` leaves out
@@ -240,8 +237,12 @@ class BlockMaker:
             reason = reason_by_location[document.location]
             if reason in LOST_REASONS:
                 message = LOST_REASONS[reason].format(self.config.max_length)
-                excerpt = content_json(document)[:EXCERPT_CHARACTERS]
-                block.rejected_rows.append(RejectedRow(document.file, document.line, reason, message, excerpt))
+                block.rejected_rows.append(_rejected_row(document, reason, message))
+
+
+def _rejected_row(document: Document, reason: str, message: str) -> RejectedRow:
+    """The rejected row for a document that cannot be used, with the beginning of its content."""
+    return RejectedRow(document.file, document.line, reason, message, content_json(document)[:EXCERPT_CHARACTERS])
 
 
 Argument = TypeVar("Argument")
