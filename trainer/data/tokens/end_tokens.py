@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import takewhile
 from typing import NamedTuple
 
 from trainer.data.tokens.marking import CONTENT_BEGIN_MARK, CONTENT_END_MARK, leading_token_pattern
@@ -41,7 +42,8 @@ def find_end_tokens(render: RenderOrNone, added_tokens: list[str]) -> EndTokens:
 
     # In ChatML `header` is "<|im_start|>user\n", and `after_assistant` is "<|im_end|>\n<|im_start|>user\n": it closes an
     # assistant turn and opens a user turn. What both end with is the opening, and the rest closes the assistant turn.
-    opening_length = _length_of_common_end(header, after_assistant)
+    characters_from_end = zip(reversed(header), reversed(after_assistant), strict=False)
+    opening_length = len(list(takewhile(lambda pair: pair[0] == pair[1], characters_from_end)))
     closing_in_middle = after_assistant[: len(after_assistant) - opening_length]
     any_token = leading_token_pattern(added_tokens)
     of_assistant: set[str] = set()
@@ -69,11 +71,3 @@ def _assistant_turn_opening(render: RenderOrNone) -> str | None:
     if text is None or prompt is None:
         return None
     return prompt[len(text) :] if prompt.startswith(text) else ""
-
-
-def _length_of_common_end(first: str, second: str) -> int:
-    """With how many equal characters two texts end: "abc" and "xbc" -> 2."""
-    length = 0
-    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
-        length += 1
-    return length
