@@ -32,9 +32,10 @@ CHOICE_NAME_COLUMNS = (
 
 
 def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> str:
-    """What `shardtune plan` prints: the run, a table of the choices, the best one in detail, and what was left out.
+    """Write what `shardtune plan` prints: the run, a table of the options, the best one in detail, and what was left out.
 
-    `overrides`: the settings on the command line. `calibration_lines`: on what a run of `from=` has measured; empty without one.
+    `overrides`: the settings on the command line. `calibration_lines`: what a run of `from=` has measured; empty without
+    one.
     """
     job = answer.planned_run
     cost_model = answer.cost_model
@@ -73,9 +74,10 @@ def _plural(noun: str, count: int) -> str:
 
 
 def _choices_table(answer: PlanAnswer) -> list[str]:
-    """A table with a row for the best choice of each variant.
+    """The table of a plan, with a row for each variant of the run (strategy, recomputation, storage) and its best micro-batch.
 
-    Its columns: GiB that it needs, GiB left on the card, largest micro-batch that fits, speed, and the verdict on it.
+    Its columns: what names the option, GiB that it needs, GiB left on the GPU, the largest micro-batch that fits, the speed,
+    and the verdict (`fastest`, `0.85 x`, `too large`).
     """
     columns = (
         *CHOICE_NAME_COLUMNS,
@@ -106,7 +108,10 @@ def _choice_name_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
 
 
 def refused_variants_by_reason(answer: PlanAnswer) -> dict[str, str]:
-    """The names of the variants that were left out, by the reason: {reason: "fsdp2, full; ddp, none"}."""
+    """Group the variants that a plan left out by the reason, so that each reason is printed once.
+
+    {"strategy.replicate=2: must divide the number of ranks, 1": "hsdp, none; hsdp, full"}
+    """
     names_by_reason: dict[str, list[str]] = {}
     for variant, reason in answer.refused_variants:
         mode = str(variant.config.strategy.activation_checkpointing)
@@ -118,9 +123,9 @@ def refused_variants_by_reason(answer: PlanAnswer) -> dict[str, str]:
 def memory_savings_text(variant: RunVariant) -> str:
     """How a variant saves memory, as a cell of a table: `rows/2+offload+nf4`; empty if everything is whole and on the card.
 
-    `experts/N`: the experts of a layer over N ranks. `rows/N`: each row over N ranks (sequence parallelism). `tiles`: MLPs by
-    tiles of tokens. `inputs`: inputs of recomputed blocks in host memory. `offload`: states in host memory. Last, how a frozen
-    base is quantised.
+    `experts/N`: the experts of a layer over N ranks. `rows/N`: each row over N ranks (sequence parallelism). `tiles`: MLPs
+    by tiles of tokens. `inputs`: inputs of recomputed blocks in host memory. `offload`: states in host memory. Last, how a
+    frozen base is quantised.
     """
     parts = []
     config = variant.config
@@ -143,14 +148,14 @@ def memory_savings_text(variant: RunVariant) -> str:
 def _peer_memory_table(answer: PlanAnswer) -> list[str]:
     """A table of the memory that another trainer (the peer) would need for each choice; empty without `plan.theirs`.
 
-    Its columns: GiB of tensors of this trainer (`ours`) and of the peer (`theirs`), whether the peer would fit on the card with
-    all that its process holds, and the peer's peak with its parts. It only informs: no choice or verdict depends on it.
+    Its columns: GiB of tensors of this trainer (`ours`) and of the peer (`theirs`), whether the peer would fit on the card
+    with all that its process holds, and the peer's peak with its parts. It only informs: no choice or verdict depends on it.
     """
     min_shown_bytes = 0.05 * GIB  # less would be shown as 0.0
     rows = []
     for choice in answer.best_choices:
         peer = choice.peer_memory
-        if peer is None:
+        if peer is None:  # plan.theirs was not asked for
             continue
         our_gib = f"{choice.memory_peak.total_bytes / GIB:.1f}"
         peer_gib = f"{peer.total / GIB:.1f}"
@@ -172,11 +177,11 @@ def _peer_memory_table(answer: PlanAnswer) -> list[str]:
 
 
 def peer_memory_gib(choice: PlannedChoice, job: PlannedJob) -> float:
-    """GiB that a choice would take on the card in another trainer (the peer).
+    """GiB of a GPU that an option would take in another trainer (the peer, `plan.theirs`), to see whether it would fit there.
 
     That is the peer's tensors and what a process holds beside them: context, fragmentation, buffers of NCCL.
     """
-    assert choice.peer_memory is not None
+    assert choice.peer_memory is not None  # callers show only options for which it was estimated
     tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
     peer_fit = device_memory_fit(
         tensor_bytes, num_groups=0, memory_gib=job.card.memory_gib, allocator_overhead=job.card.allocator
@@ -185,20 +190,23 @@ def peer_memory_gib(choice: PlannedChoice, job: PlannedJob) -> float:
 
 
 def verdict_on_choice(choice: PlannedChoice, answer: PlanAnswer) -> str:
-    """How a choice compares with the best one: `fastest`, `too large`, `as fast`, or its relative speed (`0.85 x`)."""
+    """What a plan says of an option: `fastest` of those that fit, `as fast` as that, `0.85 x` its speed, or `too large`."""
     best = answer.fastest_fitting_choice
     if choice is best:
         return "fastest"
     if not choice.fits:
         return "too large"
-    assert best is not None
+    assert best is not None  # some choice fits: this one
     relative_speed = choice.tokens_per_s / best.tokens_per_s
     # `as fast` from where two digits would show 1.00 x.
     return "as fast" if relative_speed > 0.995 else f"{relative_speed:.2f} x"
 
 
 def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
-    """Lines with the command of the best choice and where its memory and time go, or with why nothing fits."""
+    """The part of a plan on the fastest option that fits: the command to train so, and where its memory, time and money go.
+
+    If nothing fits: what lacks, and what would help.
+    """
     best, job = answer.fastest_fitting_choice, answer.planned_run
     if best is None:
         return [*_nothing_fits_lines(answer), *wrap_sentences(expert_parallel_notes(answer), indent=0)]
@@ -250,7 +258,7 @@ def enough_cards_text(answer: PlanAnswer) -> str:
 
 
 def _nothing_fits_lines(answer: PlanAnswer) -> list[str]:
-    """Lines on what the smallest choice lacks (host memory or GPU memory), and what would help."""
+    """Say that no option fits, what the smallest one lacks (memory of the host or of the GPU), and what would help."""
     smallest = answer.best_choices[0]  # if nothing fits, the choice that lacks least memory comes first
     overrides = " ".join(smallest.overrides)
     if smallest.node_memory_gib is not None and not smallest.fits_host:
@@ -275,7 +283,10 @@ def _long_step_notes(answer: PlanAnswer, best: PlannedChoice) -> list[str]:
 
 
 def _memory_tables(best: PlannedChoice) -> list[str]:
-    """Two tables of memory at the peak: tensors by kind, largest first, and what the process holds beside them."""
+    """Show where the memory of the best option goes at its peak: tensors by kind, largest first, and what is beside them.
+
+    Tensors are simulated. What the process holds beside them (CUDA's context, the allocator's reserve, NCCL) is estimated.
+    """
     columns = (TableColumn(), TableColumn(is_number=True), TableColumn())
     bytes_by_kind = sorted(best.memory_peak.bytes_by_kind.items(), key=lambda kind_and_size: -kind_and_size[1])
     min_shown_bytes = 0.005 * GIB  # less would be shown as 0.00
@@ -310,7 +321,7 @@ def cards_text(job: PlannedJob) -> str:
 
 
 def budget_and_price_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
-    """Lines on how long the budget takes and what it costs.
+    """Say how long the planned run takes and what it costs, as far as that is known:
 
     - the hours of the budget, with its price; or, for budget.epochs without data, which setting would tell them;
     - without a price of the card: which setting would give it;
@@ -332,7 +343,10 @@ def budget_and_price_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
 
 
 def _budget_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
-    """A line with the hours and the price of the budget, or on what is missing to tell them; empty without a budget."""
+    """How long the run's budget takes: "the budget takes 3.20 hours on 8 cards: $51.20"; empty without a budget.
+
+    For budget.epochs without `data.path`, it says instead that the data is needed to tell.
+    """
     epochs = best.variant.config.budget.epochs
     if best.budget_hours is not None:
         price = "" if best.budget_dollars is None else f": {format_dollars(best.budget_dollars)}"
@@ -343,12 +357,12 @@ def _budget_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
 
 
 def checkpoint_gib(answer: PlanAnswer, best: PlannedChoice) -> float:
-    """GiB of a checkpoint: of the trained parameters, their weights in fp32 and the optimizer's state."""
+    """Size of a checkpoint of the planned run in GiB: weights (fp32) and optimizer state of the parameters that are trained."""
     return checkpoint_bytes(answer.cost_model.num_trained_parameters, str(best.variant.config.optim.name)) / GIB
 
 
 def checkpoint_s(answer: PlanAnswer, best: PlannedChoice) -> float:
-    """Seconds to write a checkpoint, all nodes at once, at the rate that the card's file assumes of a node's disk."""
+    """Seconds to write a checkpoint. All nodes write at once, each at the rate that conf/hardware/ assumes of its disk."""
     bytes_per_s = answer.planned_run.card.disk_gb_s * 1e9 * answer.planned_run.num_nodes
     return checkpoint_gib(answer, best) * GIB / bytes_per_s
 
@@ -358,7 +372,7 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tu
     job = answer.planned_run
     cost_model = answer.cost_model
     best = answer.fastest_fitting_choice
-    first = answer.best_choices[0]
+    first = answer.best_choices[0]  # the best if one fits, else the one that lacks least memory
     return {
         "model": {
             "parameters": cost_model.num_parameters,
@@ -413,7 +427,10 @@ def _gib_by_name(sizes: Mapping[Any, int]) -> dict[str, float]:
 
 
 def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]:
-    """A choice as JSON values. The keys are read by scripts: they stay, whatever the attributes are called."""
+    """An option of a plan as JSON, for `plan --json`. Scripts read the keys: they stay, whatever the attributes are called.
+
+    Sizes are GiB, times seconds but for `hours` of the budget, `price` US dollars.
+    """
     memory_peak = choice.memory_peak
     return {
         "settings": list(choice.overrides),

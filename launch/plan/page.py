@@ -71,9 +71,11 @@ class MemoryBar:
 
 
 def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> str:
-    """The page of a plan as HTML.
+    """Write the page of a plan (plan.html) as HTML, for `shardtune plan to=<directory>`.
 
-    `overrides`: those of the command line. `calibration_lines`: lines on what the run of `from=` has measured; empty without one.
+    A plan lists choices: a variant of the run (strategy, recomputation, ...) with a micro-batch. The page calls them
+    options. `overrides`: those of the command line. `calibration_lines`: what the run of `from=` has measured; empty without
+    one.
     """
     bars = memory_bars(answer)
     refused = [(names, reason) for reason, names in refused_variants_by_reason(answer).items()]
@@ -97,7 +99,7 @@ def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
 
 
 def _colour_legend(bars: list[MemoryBar]) -> list[tuple[int, str]]:
-    """(number of its colour, label) of each part of memory that any bar has, from left to right: [(0, "parameters"), ...]."""
+    """The legend of the memory bars: (number of the colour, label) of each part that any bar has: [(0, "parameters"), ...]."""
     label_by_colour = {}
     for bar in bars:
         for segment in bar.segments:
@@ -128,7 +130,10 @@ def choice_name(choice: PlannedChoice) -> str:
 
 
 def _best_choice_callout(answer: PlanAnswer, overrides: list[str]) -> Callout:
-    """A callout with the command of the best choice; or one that says that nothing fits, by how much, and what would help."""
+    """Tell the reader first what to do: the command of the fastest option that fits, or that nothing fits and what would help.
+
+    `overrides`: those of the command line, with which the command begins.
+    """
     best = answer.fastest_fitting_choice
     if best is None:
         smallest = answer.best_choices[0]  # if nothing fits, the choice that lacks least memory comes first
@@ -147,9 +152,10 @@ def _best_choice_callout(answer: PlanAnswer, overrides: list[str]) -> Callout:
 
 
 def _page_cards(answer: PlanAnswer) -> list[PageCard]:
-    """Cards with memory, speed, time and price of the best choice; of the first of `best_choices` if none fits.
+    """The boxes at the top of the page: memory, speed, time and price of the fastest option that fits.
 
-    "Card" has two meanings here: a `PageCard` is a box on the page, `job.card` is the GPU.
+    If none fits, those of the one that lacks least memory, without speed and time of a step. A `PageCard` is a box on the
+    page; `job.card` is the GPU.
     """
     job = answer.planned_run
     choice = answer.fastest_fitting_choice or answer.best_choices[0]
@@ -172,7 +178,7 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
 
 
 def _memory_card(choice: PlannedChoice, job: PlannedJob) -> PageCard:
-    """The card on the memory that the choice needs of a GPU, and how much is left or lacking."""
+    """The box on the memory that an option needs of a GPU, and how much is left ("3.1 GiB left on each card") or lacking."""
     left_gib = choice.memory_fit.margin_bytes / GIB
     left_text = f"{format_number(left_gib, 3)} GiB left on each card"
     if left_gib < 0:
@@ -183,7 +189,10 @@ def _memory_card(choice: PlannedChoice, job: PlannedJob) -> PageCard:
 
 
 def _round_card(round_time: RoundTime) -> PageCard:
-    """The card on the seconds of a round: generating answers, scoring them (if that was measured), training on them."""
+    """The box on the time of a round of reinforcement learning: the model writes answers, rewards score them, it trains on them.
+
+    `scoring_s` of the round is None if nothing has measured how long the user's rewards take.
+    """
     parts = f"writing {format_duration(round_time.generation_s)}, training {format_duration(round_time.training_s)}"
     rewards = "; rewards not known"
     if round_time.scoring_s is not None:
@@ -192,7 +201,7 @@ def _round_card(round_time: RoundTime) -> PageCard:
 
 
 def _largest_step_part_text(choice: PlannedChoice) -> str:
-    """The largest part of a step's time, with its share: "most: matrix products, 72%"."""
+    """What a planned step spends most of its time on, as the small print of a box: "most: matrix products, 72%"."""
     step = choice.step_time
     parts = {
         "matrix products": step.matmul_s,
@@ -201,11 +210,16 @@ def _largest_step_part_text(choice: PlannedChoice) -> str:
         "the optimizer": step.optimizer_s,
     }
     name = max(parts, key=lambda part: parts[part])
-    return f"most: {name}, {parts[name] / max(step.total_s, 1e-12):.0%}"
+    return f"most: {name}, {parts[name] / max(step.total_s, 1e-12):.0%}"  # a step may be planned to take 0 s
 
 
 def _note_callouts(answer: PlanAnswer) -> list[Callout]:
-    """Callouts on what the plan chose for the user, on the price if it is not known, and on expert parallelism."""
+    """What the reader of a plan's page should know beside the numbers: a note on each of the following that applies.
+
+    - What the plan chose for settings that the user left open (`cost_model.notes`).
+    - What the run costs, if its hours are not known; otherwise a box shows the price.
+    - How experts are distributed over ranks, for a mixture of experts.
+    """
     notes = []
     if answer.cost_model.notes:
         notes.append(Callout("note", "Chosen for you", "; ".join(answer.cost_model.notes)))
@@ -220,11 +234,13 @@ def _note_callouts(answer: PlanAnswer) -> list[Callout]:
 
 
 def gib_by_memory_part(choice: PlannedChoice) -> dict[str, float]:
-    """GiB on a GPU by part, under the keys of `LABEL_BY_MEMORY_PART`: {"parameters": 12.5, ..., "process": 1.8}.
+    """Split the memory that an option needs of a GPU into parts, for the bars and the table of a plan's page.
 
-    Their sum is the memory that the choice needs (`memory_fit`); the kinds of tensors are those of the simulated peak. A run of
-    `from=` may have measured more tensors than the simulation has; each kind of tensor then gets its share of the difference.
+    {"parameters": 12.5, ..., "process": 1.8} in GiB, under the keys of `LABEL_BY_MEMORY_PART`; the sum is what the option
+    needs. Kinds of tensors are those at the simulated peak of a step; "process" is what CUDA, the allocator and NCCL take
+    beside them.
     """
+    # A run of `from=` may have measured more tensors than were simulated: each kind then gets its share of the difference.
     measured_over_simulated = choice.memory_fit.live_bytes / max(choice.memory_peak.total_bytes, 1)
     gib_by_part = {
         str(kind): measured_over_simulated * size / GIB for kind, size in choice.memory_peak.bytes_by_kind.items()
@@ -236,15 +252,20 @@ def gib_by_memory_part(choice: PlannedChoice) -> dict[str, float]:
 
 
 def _axis_end_in_card_memories(answer: PlanAnswer) -> float:
-    """The length of the axis of the bars, as a multiple of the card's memory: from 1.1 to `MAX_BAR_IN_CARD_MEMORIES`."""
+    """How long the common axis of all memory bars is, as a multiple of the GPU's memory.
+
+    At least 1.1, so that the end of the memory is seen; at most `MAX_BAR_IN_CARD_MEMORIES`, so that an option far too large
+    does not make the others tiny.
+    """
     largest = max(choice.memory_fit.needed_bytes for choice in answer.best_choices[:MAX_DRAWN_BARS]) / GIB
     return min(MAX_BAR_IN_CARD_MEMORIES, max(1.1, 1.04 * largest / answer.planned_run.card.memory_gib))
 
 
 def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
-    """A bar for each choice, in the order of the answer: its parts of memory side by side, cut at the end of the axis.
+    """The picture of what fits: for each of the first options a bar of the parts of its memory, on an axis with the GPU's memory.
 
-    Parts too small to see are not drawn, but count in the total.
+    In the order of the answer: the fastest that fits first. A bar longer than the axis is cut at its end (`is_cut`). Parts
+    too small to see are not drawn, but count in the total.
     """
     axis_gib = _axis_end_in_card_memories(answer) * answer.planned_run.card.memory_gib
     bars = []
@@ -275,7 +296,10 @@ def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
 
 
 def _choices_table(answer: PlanAnswer) -> PageTable:
-    """A table of the best choices: memory, speed, and those parts of memory that are large enough to show in some choice."""
+    """The table of all options, each with its best micro-batch: speed, settings, memory, and what the memory consists of.
+
+    A part of memory has a column if it is large enough to show in some option.
+    """
     gib_by_part_of_choices = [gib_by_memory_part(choice) for choice in answer.best_choices]
     shown_parts = []
     for part in LABEL_BY_MEMORY_PART:
@@ -305,9 +329,10 @@ def _choices_table(answer: PlanAnswer) -> PageTable:
 
 
 def _choice_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
-    """The cells of a choice in `_choices_table`, up to its parts of memory.
+    """The cells of an option in `_choices_table`, up to the parts of its memory.
 
-    A cell's second value is the one that it is sorted by; a dash has none, and is sorted last.
+    A cell has the text and the value that the column is sorted by. An option that does not fit has a dash as its speed,
+    without such a value, so that it is sorted last.
     """
     needed_gib = choice.memory_fit.needed_bytes / GIB
     left_gib = choice.memory_fit.margin_bytes / GIB
@@ -331,7 +356,10 @@ def _choice_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
 
 
 def _plan_inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
-    """(name, value) of what the plan was made from, for the folded section at the end: [("rows", "packed"), ...]."""
+    """What the plan was made from, for the folded section at the end of its page: [("typed", "tuning=lora"), ("rows", "packed")].
+
+    Pairs of a label and a text; those without a text are left out.
+    """
     job: PlannedJob = answer.planned_run
     card = job.card
     price = "not known" if card.price_per_hour is None else f"${card.price_per_hour:,.2f} an hour"
@@ -342,7 +370,7 @@ def _plan_inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, st
         (
             "documents",
             f"{format_number(round(job.document_lengths.mean))} tokens on average, "
-            f"{format_number(int(job.document_lengths.longest[0]))} the longest",
+            f"{format_number(int(job.document_lengths.longest[0]))} the longest",  # lengths are sorted, the longest first
         ),
         ("rows", answer.cost_model.layout),
     ]

@@ -1,6 +1,7 @@
 """The tree of settings: every key under every choice of its group, and what its field says.
 
-Settings live beside the code that uses them. This module alone knows all of their classes, so importing it loads the objectives.
+Settings live beside the code that uses them. This module alone knows all of their classes, so importing it loads the
+objectives.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class KeyedField:
 
 
 def nested_settings(field_type: Any) -> NestedSettings | None:
-    """The settings that a field of this type holds; None for a plain value.
+    """Whether a field of a settings class holds further settings, to be visited as well: returns them, or None for a plain value.
 
     OptimConfig -> (OptimConfig, ""), so that the keys are `optim.lr`. dict[str, SourceConfig], a table whose names the user
     chooses -> (SourceConfig, ".*"), so that they are `data.sources.*.path`.
@@ -71,10 +72,11 @@ def nested_settings(field_type: Any) -> NestedSettings | None:
 def keyed_fields(
     settings: type, prefix: str = "", advice_override: Mapping[str, str] | None = None
 ) -> Iterator[KeyedField]:
-    """Every field of a settings class and of the groups in it, each group before what it holds.
+    """Walk through all settings of a settings class, with their full keys: each field, and the fields of the groups in it.
 
-    Keys are full, such as `optim.lr`; `*` in one stands for a name that the user chooses, as in `data.sources.*.path`. `prefix`:
-    the key of the settings themselves. `advice_override`: advice by field, which the group that holds the settings gives.
+    A group comes before what it holds. Keys are full, such as `optim.lr`; `*` in one stands for a name that the user
+    chooses, as in `data.sources.*.path`. `prefix`: the key of the settings themselves. `advice_override`: advice by field,
+    which the group that holds the settings gives.
     """
     hints = get_type_hints(settings)
     for field in fields(settings):
@@ -93,9 +95,10 @@ def keyed_fields(
 
 @cache
 def metadata_by_key() -> dict[str, SettingMetadata]:
-    """What the field of each setting declares, by full key such as `optim.lr`, groups included.
+    """What the declaration of each setting says beside its type: range, advice, what a change means for a resumed run.
 
-    A key that several choices of a group have, such as `optim.lr`, has the metadata of the first one.
+    By full key such as `optim.lr`, groups included. If several choices of a group (optimizers, say) have the same key, the
+    first one counts.
     """
     metadata: dict[str, SettingMetadata] = {}
     for keyed in keyed_fields(RunConfig):
@@ -108,10 +111,10 @@ def metadata_by_key() -> dict[str, SettingMetadata]:
 
 
 def nearest_metadata(key: str, read_attribute: Callable[[SettingMetadata], Attribute | None]) -> Attribute:
-    """An attribute of the metadata of the setting `key`, or else of the nearest table or group above it that has it.
+    """Look up what a setting declares, such as what a change of it means: at the setting, else at the nearest group above it.
 
-    `read_attribute`: reads it from the metadata of a field, None if the field does not declare it. For `optim.lr`: `optim.lr`,
-    then `optim`. Raises KeyError if none of them has it.
+    For `optim.lr` that is `optim.lr`, then `optim`. `read_attribute`: reads the wanted attribute from what a field declares;
+    None if that field does not say. Raises KeyError if none of them says.
     """
     names = key.split(".")
     for length in range(len(names), 0, -1):
@@ -123,9 +126,10 @@ def nearest_metadata(key: str, read_attribute: Callable[[SettingMetadata], Attri
 
 
 def change_kind_of_setting(key: str) -> str | None:
-    """The kind of change (`resuming.KINDS_OF_CHANGE`) that another value of the setting is; None if the setting may change.
+    """What a run that is resumed with another value of this setting changes, such as `data`; None if it may change freely.
 
-    Raises KeyError for a setting that stands in no group of the tree.
+    The kinds are those of `resuming.KINDS_OF_CHANGE`; the user must accept them (`run.accept`). Raises KeyError for an
+    unknown setting.
     """
     kind = nearest_metadata(key, lambda metadata: metadata.resume)
     return None if kind == FREE else kind

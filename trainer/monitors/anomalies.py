@@ -81,9 +81,10 @@ class Outlier:
     def sample_ranges(
         self, num_consumed: int, global_batch: int, position_ranges: Callable[[int, int], list[tuple[int, int]]]
     ) -> list[dict[str, int]]:
-        """The samples that may be the cause, as ranges of the run's order of samples, such as [{"first": 640, "count": 32}].
+        """The samples that may have caused the outlier, for `events.jsonl` and for a rollback, which leaves them out.
 
-        `num_consumed`: samples that the run has consumed so far. `position_ranges`: `SampleOrder.position_ranges`.
+        As ranges of positions in the run's shuffled order, such as [{"first": 640, "count": 32}]. `num_consumed`: samples
+        that the run has consumed so far. `position_ranges`: `SampleOrder.position_ranges`, which maps them to positions.
         """
         # Steps of one round consume its samples once, so that several steps may have fewer than a batch each.
         num_since_first = num_consumed - self.first_sample
@@ -103,8 +104,8 @@ class Guards:
     """Judges each step, alike on all ranks.
 
     If no update may be left out, steps are judged when their numbers are read anyway, once a logging interval. If one may,
-    they are judged before the update and on the device: the loss is summed over the ranks in each step, and nothing is waited
-    for beyond what the optimizer waits for by itself.
+    they are judged before the update and on the device: the loss is summed over the ranks in each step, and nothing is
+    waited for beyond what the optimizer waits for by itself.
     """
 
     def __init__(
@@ -144,11 +145,11 @@ class Guards:
         """The last steps, as far as the updates of all of them were left out."""
 
     def restore_recent_steps(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]] = ()) -> None:
-        """Put the guards where a checkpoint stands, when a run is resumed or rolled back.
+        """Set the guards back to what they knew at a checkpoint, when a run is resumed from it or rolled back to it.
 
-        `recent`: loss and gradient norm of the steps in its window, oldest first, with which later steps are compared, such as
-        [{"loss": 2.1, "grad_norm": 0.8}, ...].
-        `level_rows`: the `rows` of its `LevelShiftDetector`. What was judged after that checkpoint is forgotten.
+        `recent`: loss and gradient norm of the steps in the window at that time, oldest first, with which later steps are
+        compared, such as [{"loss": 2.1, "grad_norm": 0.8}, ...]. `level_rows`: the `rows` of its `LevelShiftDetector`, which
+        looks for numbers that rise and stay. What was judged after that checkpoint is forgotten.
         """
         self.level_shifts = LevelShiftDetector(self.config.threshold, self.config.window, level_rows)
         rows = []
@@ -166,10 +167,10 @@ class Guards:
     # -- in a step -------------------------------------------------------------------------------------------------------
 
     def update_filter(self, local_loss: Tensor, count: float) -> UpdateFilter | None:
-        """The function that decides whether the update of the step that is being taken is left out.
+        """The function by which the engine asks, just before it updates the weights, whether to leave this step's update out.
 
-        The engine calls it with the gradient norm before it updates the weights; all ranks must call. It also keeps the step's
-        deviations for `record_step`. None unless `guards.loss` or `guards.grad_norm` is `skip`.
+        The engine calls it with the gradient norm; all ranks must call. It also keeps how far the step stands out, for
+        `record_step`. None unless `guards.loss` or `guards.grad_norm` is `skip`: no update is left out then.
 
         Arguments:
             local_loss: this rank's sum of the loss over the step.
@@ -180,9 +181,10 @@ class Guards:
         return partial(self._judge_update, local_loss, count)
 
     def _judge_update(self, local_loss: Tensor, count: float, grad_norm: Tensor) -> Tensor:
-        """Whether the update of this step is left out, as 0-d bool on the device; keeps the step's deviations. A collective.
+        """Judge the step that is being taken, before its update: returns whether to leave it out (0-d bool, on the device).
 
-        `local_loss`, `count`: see `update_filter`. `grad_norm`: of the gradients of all ranks.
+        Keeps how far the step stands out in `_deviations_before_update`. A collective: all ranks must call, and all get the
+        same answer. `local_loss`, `count`: see `update_filter`. `grad_norm`: of the gradients of all ranks.
         """
         # Summed over the ranks, the first is the loss a token (or sequence). The second is the mean of the ranks' norms, which
         # should be equal: with their mean, no rank can come to another answer by rounding.
@@ -202,13 +204,13 @@ class Guards:
     def _judge_and_add_to_window(self, values: Tensor) -> JudgedStep:
         """Judge a step against the window of the last steps, and add it to the window unless it is bad.
 
-        `values` (float64 [2]): its loss and gradient norm. A number stands out if it lies more than `guards.threshold` robust
-        standard deviations above the window's median. It is at a level if it stands out in two steps running.
+        `values` (float64 [2]): its loss and gradient norm. A number stands out if it lies more than `guards.threshold`
+        robust standard deviations above the window's median. It is at a level if it stands out in two steps running.
 
         A step joins the window unless its update is left out or its loss is at a level: a run that has become bad must not
         become the measure of its own steps. A level of the gradient norm alone joins, since norms may rise for good reasons.
-        A level is reported once: at its later steps the deviation is NaN, except for a number whose action is to leave out the
-        update. Nothing waits for the device.
+        A level is reported once: at its later steps the deviation is NaN, except for a number whose action is to leave out
+        the update. Nothing waits for the device.
         """
         deviations = self._window.scores(values)
         # NaN compares as false: a step whose deviation is unknown never stands out.
@@ -228,9 +230,9 @@ class Guards:
     def mark_outliers(self, rows: list[dict[str, Any]]) -> None:
         """Judge the steps of a logging interval: add the scores of what stands out to `rows`, and report it.
 
-        `rows`: the metrics of each step since the last call, equal on all ranks. A number gets the key `outlier/NAME` with its
-        score if it stands out in its step (a spike), or has risen and stayed (a level). Each is reported to `on_outlier`. Raises
-        RollBack at the first one whose action is a rollback; the later rows are then not judged.
+        `rows`: the metrics of each step since the last call, equal on all ranks. A number gets the key `outlier/NAME` with
+        its score if it stands out in its step (a spike), or has risen and stayed (a level). Each is reported to
+        `on_outlier`. Raises RollBack at the first one whose action is a rollback; the later rows are then not judged.
         """
         taken_steps = self._unjudged_steps
         self._unjudged_steps = []
@@ -303,7 +305,8 @@ class Guards:
         """An outlier of one step whose action is a rollback, extended to its cause, so that the run goes back to before that.
 
         - The number rose already before this step: the record begins where the rise began.
-        - The run went back to one checkpoint several times, and the very next step stood out each time: the checkpoint itself is
+        - The run went back to one checkpoint several times, and the very next step stood out each time: the checkpoint
+        itself is
           bad. The record includes the update that led to it.
         - Otherwise: the record as it is.
 
@@ -319,8 +322,8 @@ class Guards:
     def _outlier_of_sustained_rise(self, rise: SustainedRise, step: int, first_sample: int) -> Outlier:
         """The record of a loss or gradient norm that has risen and stayed, which was found in this step.
 
-        Its updates are made already, so only a rollback helps, and the action `skip` counts as `note`. It begins with the first
-        step of the rise, and its samples with those of the update that led there.
+        Its updates are made already, so only a rollback helps, and the action `skip` counts as `note`. It begins with the
+        first step of the rise, and its samples with those of the update that led there.
         """
         action = self.action_by_metric[rise.metric]
         outlier = Outlier(
@@ -335,10 +338,10 @@ class Guards:
         return self._outlier_since_step(outlier, rise.first_step)
 
     def _outlier_since_step(self, outlier: Outlier, first_step: int) -> Outlier:
-        """The outlier as one that began at `first_step`, up to its own step.
+        """Extend an outlier back to the step at which the rise began, so that its cause is among the samples that are left out.
 
-        Its samples are those of all steps from the one before `first_step`, whose update led to it. If that step is not
-        remembered, the samples stay those of the outlier's own step.
+        Its samples become those of all steps from the one before `first_step`, whose update led to the rise. If that step is
+        not remembered any more, they stay those of the outlier's own step.
         """
         step_before = self.level_shifts.step_before(first_step)
         if step_before is None:
@@ -365,8 +368,8 @@ class Guards:
         """Raise Diverged, on all ranks, if the run went back too often, or too many updates in a row were left out.
 
         `num_rollbacks`: how often the run went back. `num_consumed`: samples that it has consumed. `position_ranges(first,
-        count)`: the consumed samples as ranges (first, count) in the run's order of samples, such as [(640, 32)]. The two differ
-        once a rollback has passed over some; the error names samples by that order.
+        count)`: the consumed samples as ranges (first, count) in the run's order of samples, such as [(640, 32)]. The two
+        differ once a rollback has passed over some; the error names samples by that order.
         """
         # Too many returns to a checkpoint.
         if num_rollbacks > self.config.max_rollbacks:
@@ -375,13 +378,14 @@ class Guards:
                 "single samples; lower optim.lr, raise guards.threshold, or look at the documents in events.jsonl. Limit: "
                 "guards.max_rollbacks"
             )
-        # Too many updates left out in a row: by the guards, or since gradients were not finite.
+        # Too many updates left out in a row: by the guards, or by the engine, since gradients were not finite.
         num_skipped = len(self._skipped_in_a_row)
         if num_skipped < self.max_skipped_in_a_row:
             return
 
         first_consumed = self._skipped_in_a_row[0].first_sample
         last_consumed = max(first_consumed, num_consumed - 1)  # a round's samples count as consumed after its last step
+        # Users find samples by their position in the order, which differs from their number once a rollback left some out.
         first_position, _ = position_ranges(first_consumed, 1)[0]
         last_position, _ = position_ranges(last_consumed, 1)[0]
         which_samples = f"(samples {first_position} to {last_position} of the run's order)"

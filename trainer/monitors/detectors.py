@@ -92,10 +92,10 @@ class ChallengeDetectors:
     # -- what is seen ----------------------------------------------------------------------------------------------
 
     def prepare_detectors(self, engine: Engine, progress: Progress) -> None:
-        """Before the first step of a start, read what an earlier start of this run kept in its directory.
+        """Get what later evaluations are compared with, once before the first step of a start. All ranks must call.
 
-        That is the rows of the first evaluation, and the held-out metrics from before training. If forgetting is measured, the
-        base model's answers are read or asked for. All ranks must call. Raises Interrupted on all or none.
+        A resumed run reads the rows of its first evaluation and the held-out metrics from before training. If forgetting is
+        measured, the base model's answers are read or asked for. Raises Interrupted on all ranks or none.
         """
         self.first_rows.load_rows_of_earlier_start(progress.step)
         is_resumed = progress.step > 0
@@ -105,9 +105,9 @@ class ChallengeDetectors:
             self.base_results.read_or_measure_base(engine, progress.step)
 
     def restore_findings(self, progress: Progress) -> None:
-        """Take over what earlier starts of this run found, up to the step of the checkpoint it resumes from. All ranks must call.
+        """Take over what earlier starts found, up to the step of the checkpoint that the run resumes from. All ranks must call.
 
-        If overfitting has ended the run at that step, `stopping_finding` is set again: no further step could find it again.
+        Divergence and overfitting are judged again at that step: the run ends again if it had ended for them there.
         """
         for detector, finding_record in findings_of_earlier_starts(self.events_file, progress.step):
             self.findings_by_detector.setdefault(detector, finding_record)
@@ -135,9 +135,9 @@ class ChallengeDetectors:
             self.findings_by_detector[finding.detector] = finding.record()
 
     def _judge_kept_evaluation_again(self, progress: Progress) -> None:
-        """Judge divergence at the step that a run resumes from, by the evaluation in its directory, if that is of this step.
+        """Judge divergence once more at the step that a run resumes from, if its directory keeps the evaluation of this step.
 
-        The findings that were read from `events.jsonl` do not tell whether the run had recovered by then.
+        Needed since `events.jsonl` tells that the run was worse at an earlier step, but not whether it has recovered by now.
         """
         if self.last_evaluation_file is None:
             return
@@ -162,7 +162,7 @@ class ChallengeDetectors:
     def _add_losses(self, progress: Progress, metrics_of_steps: Iterable[dict[str, Any]]) -> None:
         """Add the losses of steps to `progress`. A run without any evaluation is judged by them alone: it may have diverged.
 
-        The loss of a step is `judged_loss_term`, the part of it that is measured as the held-out loss is; else the whole loss.
+        The loss of a step is `judged_loss_term`, the part that is measured as the held-out loss is; else the whole loss.
         """
         new_losses: list[dict[str, float]] = []
         for step_metrics in metrics_of_steps:
@@ -182,10 +182,10 @@ class ChallengeDetectors:
     def _add_rewards(
         self, progress: Progress, metrics_of_steps: Iterable[dict[str, Any]], control_metrics: list[str]
     ) -> None:
-        """Add the rewards of steps to `progress` in place of losses, which are 0 here, and judge each full block of steps.
+        """Add the rewards of steps to `progress` in place of losses, and judge the run at each full block of steps.
 
-        `progress.interval_loss` then sums rewards. `control_metrics`: names of the metrics of rewards of weight 0, which are
-        measured and not trained.
+        `progress.interval_loss` then sums rewards, since the loss of a policy says nothing. `control_metrics`: metrics of
+        the controls, rewards of weight 0 that are measured and not trained, such as ["rewards/ended/mean"].
         """
         for step_metrics in metrics_of_steps:
             # Several steps of a round learn from the same answers, whose reward counts once: with the first step, numbered 0.
@@ -199,9 +199,9 @@ class ChallengeDetectors:
                 self._judge_rewards(progress, int(step_metrics["step"]))
 
     def _judge_rewards(self, progress: Progress, step: int) -> None:
-        """Report what is wrong with the rewards of a run (cheated, collapsed, longer, idle: see rewards.py), each once.
+        """Report each problem of a run that learns from rewards once: cheated, collapsed, longer or idle (see rewards.py).
 
-        A finding may set `stopping_finding`. Nothing is done if the run does not learn from rewards, or the detector is off.
+        With challenges.rewards.action=stop, a problem sets `stopping_finding`. Runs that learn from losses are left alone.
         """
         if self.metrics_of_control_rewards is None or self.config.rewards.action is Reaction.off:
             return
@@ -226,11 +226,11 @@ class ChallengeDetectors:
         self._batch_sums_by_metric = batch_sums
 
     def record_finished_task(self, finished_task: FinishedTask) -> None:
-        """Keep of a finished task what the detectors read at the end of the evaluation.
+        """Take over the result of a task that an evaluation has finished, for the detectors, which run when all tasks are done.
 
-        - A task whose answers are generated: the answers.
+        - A task whose answers are generated: the answers are kept.
         - `CHAT_ANSWERS_TASK`, two questions for people to read, too few to measure forgetting: sets `chat_rows`.
-        - A task that the base model was asked too: how much of its main metric was lost against the base.
+        - A task that the base model was asked too: compares its main metric with the base's, to measure forgetting.
         """
         task = finished_task.prepared.task
         if isinstance(task, GenerationTask):
@@ -250,7 +250,7 @@ class ChallengeDetectors:
         )
 
     def refresh_chat_rows(self, engine: Engine) -> None:
-        """Have the model write its two answers with the weights of `engine`. All ranks must call. Raises Interrupted."""
+        """Let the exported weights, in `engine`, answer the two shown questions. All ranks must call. Raises Interrupted."""
         if self.base_results is None or CHAT_ANSWERS_TASK not in self.base_results.names:
             return
         self.base_results.evaluator.model.engine = engine
@@ -290,9 +290,10 @@ class ChallengeDetectors:
     # -- what is found ---------------------------------------------------------------------------------------------
 
     def run_detectors(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
-        """Run the detectors on an evaluation and the tasks finished since the last one, and record and print their findings.
+        """Look for trouble in an evaluation that has finished: overfitting, forgetting, odd answers, bad rewards, divergence.
 
-        `values`: its metrics by name. Returns the metrics that the detectors add to them, such as {"forgetting": 0.02}.
+        Findings are recorded, printed and written to `events.jsonl`. `values`: the metrics of the evaluation by name, such
+        as {"eval/loss": 2.1}. Returns metrics that the detectors add to them, such as {"forgetting": 0.02}.
         """
         held_out_value = values.get("eval/reward" if self.learns_from_rewards else "eval/loss")
         overfitting.add_to_history(progress, held_out_value)
@@ -357,8 +358,8 @@ class ChallengeDetectors:
     def _judge_divergence(self, progress: Progress, held_out_metrics: dict[str, float]) -> None:
         """Compare training and held-out loss with those at the run's beginning, and record whether the run is worse now.
 
-        `held_out_metrics`: of the evaluation at this step; empty if there is none. Nothing is done if divergence is off, or if it
-        is too early to judge.
+        `held_out_metrics`: of the evaluation at this step; empty if there is none. Nothing is done if divergence is off, or
+        if it is too early to judge.
         """
         if self.config.divergence.action is Reaction.off or progress.step < self.first_judged_step:
             return
@@ -373,9 +374,9 @@ class ChallengeDetectors:
             self._record_divergence(finding)
 
     def _record_divergence(self, finding: Finding) -> None:
-        """Record that the run is worse, since which step, and report a verdict (`diverged`, `worse`) the first time.
+        """Record that the run is worse now than at its beginning, and since which step; print each verdict the first time only.
 
-        It may set `stopping_finding`.
+        The verdicts are `diverged` and `worse than before training`. Sets `stopping_finding` if the finding ends the run.
         """
         first_step = finding.step
         earlier_record = self.findings_by_detector.get(divergence.DETECTOR_NAME, {})
@@ -404,11 +405,10 @@ class ChallengeDetectors:
             self.findings_by_detector[divergence.DETECTOR_NAME] = {"found": False, "step": step}
 
     def _held_out_change(self, progress: Progress, values: dict[str, float]) -> divergence.HeldOutChange | None:
-        """How the held-out margin (of preference objectives) or loss changed since before the first step; None if not known.
+        """How much worse the held-out data is predicted than before the first step; None if it was not evaluated then or now.
 
-        `values`: metrics of the evaluation at this step; empty if there is none. The change comes with a paired test over
-        micro-batches if both evaluations had the same ones. Its significance level is divided by the number of evaluations
-        (Bonferroni).
+        By the margin of preference objectives, else by the loss. `values`: metrics of the evaluation at this step; empty if
+        there is none. If both evaluations had the same micro-batches, a paired test over them says how sure the change is.
         """
         before = dict(self.evaluation_before_training.values)
         if not before and progress.evaluations and progress.evaluations[0]["step"] == 0:
@@ -416,6 +416,7 @@ class ChallengeDetectors:
         for metric in (divergence.MARGIN_METRIC, divergence.LOSS):
             if metric in before and metric in values:
                 pairs = self.evaluation_before_training.paired_batch_sums(metric, self._batch_sums_by_metric)
+                # Bonferroni: false alarms stay rare over the whole run.
                 significance_level = divergence.LEVEL / max(1, self.planned_evaluations)
                 return divergence.held_out_change(metric, before[metric], values[metric], pairs, significance_level)
         return None
@@ -437,11 +438,10 @@ class ChallengeDetectors:
         self.write_findings(self.findings_by_detector)
 
     def _record_and_print_finding(self, finding: Finding, *, is_repeat: bool) -> None:
-        """Record a finding in `findings_by_detector`. If it ends the run, and none did before, set `stopping_finding`.
+        """Record a finding for `run.json`, tell the user if it is new, and let it end the run if it is one that does.
 
-        - `is_repeat`, the detector has reported at an earlier step: only its newest numbers are recorded.
-        - Otherwise: it is recorded and printed. It is appended to `events.jsonl` unless it is there: a process that was killed
-          after writing it, and resumed at the checkpoint before, finds it once more.
+        `is_repeat`: the detector has reported before, so that only its newest numbers are recorded. A new finding is printed,
+        and appended to `events.jsonl` unless it is there: a run killed after writing it, and resumed, finds it once more.
         """
         if finding.ends_run and self.stopping_finding is None:
             self.stopping_finding = finding
@@ -457,9 +457,9 @@ class ChallengeDetectors:
             append_event(self.events_file, finding)
 
     def record_early_stopping(self, progress: Progress, reason: str) -> None:
-        """Record that early stopping ends the run, for this `reason`; the loop prints it. Raises StorageError if that fails.
+        """Record that early stopping (`evaluation.patience`) ends the run, in `run.json` and once in `events.jsonl`.
 
-        It is appended to `events.jsonl` once, also if this start has recorded it or an earlier one has written it.
+        `reason`: the line that the loop prints, "stopping early: eval/loss has not improved ...". Raises StorageError.
         """
         message = reason.removeprefix("stopping early: ")
         numbers = {"best_step": float(progress.best_step or 0)}

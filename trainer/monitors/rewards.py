@@ -1,13 +1,14 @@
 """Runs that learn from rewards (`objective=grpo`): rewards that are cheated, policies that collapse, groups that teach nothing.
 
-Steps are collected in at most `MAX_BLOCKS` blocks of equally many steps. A block has the means of the steps' metrics. If all are
-full, neighbours become one, so that a run of any length is judged by 24 to 48 numbers.
+Steps are collected in at most `MAX_BLOCKS` blocks of equally many steps. A block has the means of the steps' metrics. If all
+are full, neighbours become one, so that a run of any length is judged by 24 to 48 numbers.
 
 - Cheating: what is trained rises while something that was only measured falls. That is a control (a reward of weight 0), or
-  `eval/reward`. Either alone is no sign: rewards rise in every good run, and controls hover. Both are tested for a trend (Mann
-  and Kendall, one-sided); besides, the fall must be larger than the noise of a block. A control that holds and then drops shows
-  no trend: it counts once it lies six standard deviations of its first half below that.
-- Collapse: the entropy fell below a tenth of that of the first block; or answers are twice as long, and the reward did not rise.
+  `eval/reward`. Either alone is no sign: rewards rise in every good run, and controls hover. Both are tested for a trend
+  (Mann and Kendall, one-sided); besides, the fall must be larger than the noise of a block. A control that holds and then
+  drops shows no trend: it counts once it lies six standard deviations of its first half below that.
+- Collapse: the entropy fell below a tenth of that of the first block; or answers are twice as long, and the reward did not
+rise.
 - Idle: in nine of ten groups all answers score alike.
 
 False alarms, by simulation: `tests/monitors/test_rewards.py`, and the table in docs/evidence/detectors-and-remedies.md.
@@ -95,11 +96,12 @@ REMEDIES_BY_VERDICT = {
 def add_step_to_blocks(
     blocks: list[dict[str, float]], step_metrics: Mapping[str, Any], control_metrics: Sequence[str]
 ) -> bool:
-    """Add the metrics of a step to the newest block of steps, in place; returns whether the step has filled that block.
+    """Add a step to the summary by which the rewards of a run are judged; returns whether the step has filled a block.
 
-    `blocks`: sums of metrics over equally many steps each, such as {STEPS: 8.0, REWARD: 3.2}, oldest first, the newest perhaps
-    not full. When all `MAX_BLOCKS` are full, neighbours are joined, so that blocks become twice as long. `control_metrics`: names
-    of the metrics of rewards of weight 0, which are measured and not trained.
+    `blocks`, changed in place: the run so far as at most `MAX_BLOCKS` sums of metrics over equally many steps each, oldest
+    first, such as {"steps": 8.0, "reward": 3.2}. The newest may not be full. When all are full, neighbours are joined, so
+    that blocks become twice as long and a run of any length fits. `control_metrics`: metrics of rewards of weight 0
+    (controls).
     """
     block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
     if not blocks or blocks[-1][STEPS] >= block_size:
@@ -116,7 +118,7 @@ def add_step_to_blocks(
 
 
 def _join_two_blocks(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
-    """Two blocks as one: the sums of both, by metric."""
+    """Join two neighbouring blocks of steps into one: each metric is the sum of both."""
     return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in first | second}
 
 
@@ -138,7 +140,9 @@ def find_problems(
     evaluations: Sequence[Mapping[str, float]],
     controls: Sequence[str],
 ) -> Iterator[Finding]:
-    """Findings about the rewards of a run so far, with one of these verdicts:
+    """Look for what goes wrong in runs that learn from rewards, after each full block of steps and each evaluation.
+
+    Findings have one of these verdicts:
 
     - `cheated`: the trained reward rises while a control (a reward of weight 0) or `eval/reward` falls.
     - `collapsed`: the entropy fell to a tenth, so that the model hardly explores any more.
@@ -148,9 +152,9 @@ def find_problems(
     Nothing is found before `MIN_BLOCKS` full blocks.
 
     Arguments:
-        step: the current step of the run.
-        blocks: sums of metrics over equally many steps each, oldest first, such as {STEPS: 8.0, REWARD: 3.2}.
-        evaluations: rewards at each, such as {"step": 100, "train": 0.4, "held_out": 0.3}; `train` is the mean since the last
+        step: the current step of the run. blocks: sums of metrics over equally many steps each, oldest first, such as
+        {STEPS: 8.0, REWARD: 3.2}. evaluations: rewards at each, such as {"step": 100, "train": 0.4, "held_out": 0.3};
+        `train` is the mean since the last
             one.
         controls: names of the metrics of rewards of weight 0.
     """
@@ -244,7 +248,10 @@ def _make_finding(step: int, ends_run: bool, verdict: str, message: str, **numbe
 
 
 def _is_solved(reward: Sequence[float], recent: float) -> bool:
-    """Whether rewards rose, and are near the best that was seen. `recent`: their mean over the last blocks."""
+    """Whether the model has learned the task, so that idle groups are no fault: rewards rose, and are near the best seen.
+
+    `reward`: the mean reward of each full block of steps. `recent`: their mean over the last blocks.
+    """
     level = max(recent, reward[-1])
     is_near_best = level >= SOLVED_SHARE_OF_BEST_REWARD * max(reward)
     return rising_p_value(reward) < RISING_LEVEL and is_near_best and level >= 1.5 * reward[0]
@@ -255,8 +262,8 @@ def _collapse_findings(
 ) -> Iterator[Finding]:
     """Findings `collapsed` (a policy that stopped exploring) and `longer` (answers that grow without more reward).
 
-    `mean_rewards`, `entropy` (nats a token) and `length` (tokens of an answer): means of each full block of steps, oldest first;
-    empty if not measured. `make_finding(verdict, text, **numbers)` makes a Finding.
+    `mean_rewards`, `entropy` (nats a token) and `length` (tokens of an answer): means of each full block of steps, oldest
+    first; empty if not measured. `make_finding(verdict, text, **numbers)` makes a Finding.
     """
     if entropy and entropy[0] > 0 and entropy[-1] < COLLAPSED_ENTROPY_SHARE * entropy[0]:
         text = f"the entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g} nats a token: the model hardly explores any more"
@@ -299,8 +306,9 @@ def p_value_corrected_for_autocorrelation(p_value: float, values: Sequence[float
 def drops_below_first_half(values: Sequence[float]) -> bool:
     """Whether the last values of a series lie far below its first half: a fall that comes late, which a trend does not show.
 
-    `values`: the mean of a control (a reward of weight 0) in each block of steps, oldest first. Far is six standard deviations of
-    the first half. If the control drifts, that widens the deviation, so that a drop within its usual drift does not count.
+    `values`: the mean of a control (a reward of weight 0) in each block of steps, oldest first. Far is six standard
+    deviations of the first half. If the control drifts, that widens the deviation, so that a drop within its usual drift
+    does not count.
     """
     if len(values) < MIN_BLOCKS:
         return False
@@ -313,8 +321,8 @@ def drops_below_first_half(values: Sequence[float]) -> bool:
 def falls_beyond_noise(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:
     """Whether a series falls: by its trend, and by more than its noise.
 
-    `values`: of a control (a reward of weight 0) or `eval/reward`, oldest first. `level`: of the trend's test. The fall is that
-    from the mean of the first quarter of the values to that of the last.
+    `values`: of a control (a reward of weight 0) or `eval/reward`, oldest first. `level`: of the trend's test. The fall is
+    that from the mean of the first quarter of the values to that of the last.
     """
     if len(values) < MIN_EVALUATIONS:
         return False

@@ -35,7 +35,7 @@ START_TIMEOUT_S = 30
 
 
 def energy_problems(config: LoggingConfig, *, uses_this_host: bool) -> Iterator[str]:
-    """The error message if energy cannot be measured as `logging.energy` asks:
+    """Say before a run starts why energy cannot be measured as `logging.energy` asks; no message if it can:
 
     - `logging.energy` is no code of a country.
     - codecarbon is not installed. It is only looked for if the run uses this host's Python packages (`uses_this_host`).
@@ -52,11 +52,10 @@ def energy_problems(config: LoggingConfig, *, uses_this_host: bool) -> Iterator[
 def measure_energy(
     country: str | None, run_dir: Path, runtime: Runtime, print_line: Callable[[str], None]
 ) -> Iterator[None]:
-    """A context in which codecarbon measures the energy of this host, on its first rank; other ranks measure nothing.
+    """A context around training in which codecarbon measures the energy of this host. One rank of each host measures for it.
 
-    Its `with` block is the training. Writes the totals to a file in `energy/` of the run directory. `country`: three letters
-    (ISO 3166), whose electricity decides the emissions; None measures nothing. If it fails, `print_line` gets a line with the
-    reason, and the run trains on. No collective.
+    Writes the totals to a file in `energy/` of the run directory. `country`: three letters (ISO 3166), whose electricity
+    decides the emissions; None measures nothing. If measuring fails, `print_line` gets the reason, and the run trains on.
     """
     if country is None or runtime.local_rank != 0:
         yield
@@ -71,10 +70,10 @@ def measure_energy(
 
 
 def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
-    """The energy of a run, summed over hosts and starts; None if nobody measured.
+    """The energy that a run took, summed over its hosts and all its starts, for its record; None if nobody measured.
 
-    Such as {"kwh": 1.2, "kg_co2e": 0.4, "hours": 6.0, "country": "DEU", "by": "codecarbon 3.0", "hosts": 2}. `hours` are those of
-    all hosts together; country and measuring library are those of the newest start.
+    Such as {"kwh": 1.2, "kg_co2e": 0.4, "hours": 6.0, "country": "DEU", "by": "codecarbon 3.0", "hosts": 2}. `hours` are
+    those of all hosts together; country and measuring library are those of the newest start.
     """
     measurements: list[dict[str, Any]] = []  # one for each start on each host, such as {"host": "n1", "kwh": 0.6, ...}
     for path in sorted((run_dir / ENERGY_DIR_NAME).glob("*.json")):
@@ -116,7 +115,10 @@ class _Meter(threading.Thread):
             self.print_line(f"energy is not measured on {socket.gethostname()}: {one_line}")
 
     def stop(self) -> None:
-        """Let the tracker measure once more and write its totals; a tracker that is still starting is given `START_TIMEOUT_S`."""
+        """End the measurement: the tracker measures once more and writes its totals. Failures are printed, not raised.
+
+        In a short run the tracker may still be starting: it is given `START_TIMEOUT_S`.
+        """
         self.join(START_TIMEOUT_S)
         if self.is_alive():
             self.print_line(
@@ -130,9 +132,10 @@ class _Meter(threading.Thread):
                 self.print_line(f"energy: the last look failed on {socket.gethostname()}: {one_line}")
 
     def _create_codecarbon_tracker(self) -> Any:
-        """codecarbon's tracker of this host.
+        """Make codecarbon's tracker, which measures this host in threads of its own, without its files and its log.
 
-        It hands its totals to `write_totals` once in `MEASUREMENTS_PER_WRITE` measurements.
+        It hands its totals to `write_totals` once in `MEASUREMENTS_PER_WRITE` measurements, so that a run that is killed
+        loses a minute at most.
         """
         from codecarbon import OfflineEmissionsTracker
         from codecarbon.output import BaseOutput
@@ -160,10 +163,10 @@ class _Meter(threading.Thread):
         )
 
     def write_totals(self, emissions: Any) -> None:
-        """Replace the file of this host by its totals since the start.
+        """Write this host's energy since the start of the run's process, in place of what was written before.
 
-        `emissions`: codecarbon's `EmissionsData`. The file has, for example, {"host": "n1", "kwh": 0.6, "of": "2 x A100, EPYC,
-        memory", "by": "codecarbon 3.0", ...}.
+        Called by codecarbon's thread every minute, and at the end. `emissions`: codecarbon's `EmissionsData`. The file has,
+        for example, {"host": "n1", "kwh": 0.6, "of": "2 x A100, EPYC, memory", "by": "codecarbon 3.0", ...}.
         """
         measured_devices = [emissions.cpu_model, "memory"]
         if emissions.gpu_count:

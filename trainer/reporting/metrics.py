@@ -154,9 +154,10 @@ class Meter:
     """The mean step of each flushed interval, the earliest first."""
 
     def start_clock(self, evaluation_s: float) -> None:
-        """Start the clock of steps, and the measurements of this rank's GPU. Called before the first step of this process.
+        """Start to measure: the clock of steps, and a thread that reads this rank's GPU. Called before the first step of a start.
 
-        `evaluation_s`: seconds that the evaluation before the first step took.
+        `evaluation_s`: seconds that the evaluation before the first step took. They are reported apart from those of
+        starting.
         """
         self.seconds_until_first_step = process_age_s()
         self.evaluation_s = evaluation_s
@@ -166,14 +167,18 @@ class Meter:
         self.restart_clock()
 
     def wrap_with_timing(self, engine: Engine) -> Engine:
-        """Set `part_times`, and return an engine that does the same with its passes and updates timed for the rows."""
+        """Wrap the engine so that the parts of each step are timed (`logging.step_parts`): forward, backward, optimizer.
+
+        Sets `part_times`, from which rows get `forward_s`, `backward_s` and `optimizer_s`.
+        """
         self.part_times = StepPartTimes(self.runtime.device)
         return timed_engine(engine, self.part_times)
 
     def time_blocks(self, blocks: list[nn.Module], *, expert_ranks: int = 1) -> None:
-        """Add hooks that time these blocks' forward passes, if the run has several ranks: they tell which rank is slow.
+        """Time the forward passes of the model's blocks by hooks, so that a rank that computes more slowly is found.
 
-        `expert_ranks`: ranks over which the experts of a layer are distributed.
+        With one rank there is nobody to compare with, and nothing is timed. `expert_ranks`: ranks over which the experts of
+        a layer are distributed, for the metrics of how even their load is.
         """
         self.expert_ranks = expert_ranks
         if self.runtime.world_size > 1:
@@ -182,9 +187,10 @@ class Meter:
 
     @contextmanager
     def measuring_step(self) -> Iterator[None]:
-        """A context around each step: times the blocks in the first step of a logging interval.
+        """A context around each step that switches on what is measured in some steps only, since measuring costs a little.
 
-        Step `COUNTED_STEP` of this process also sets `communication_totals`, if there are several ranks.
+        The blocks are timed in the first step of each logging interval. With several ranks, the collectives of step
+        `COUNTED_STEP` of this process are counted, which sets `communication_totals`.
         """
         self._num_steps += 1
         if self.block_timer is not None:
@@ -214,9 +220,9 @@ class Meter:
         return len(self._records)
 
     def flush(self) -> list[dict[str, Any]]:
-        """The rows of the steps since the last flush, one for each step, equal on all ranks.
+        """Turn the steps since the last flush into rows of `metrics.jsonl`, once a logging interval: one row for each step.
 
-        A collective: all ranks must call, after the same steps. This is where the host waits for the device.
+        Rows are equal on all ranks. A collective: all ranks must call, after the same steps. Here the host waits for the device.
         """
         records = self._records
         self._records = []
@@ -284,10 +290,11 @@ class Meter:
     def _sums_on_device(
         self, records: list[StepRecord], term_names: list[str], expert_tokens_by_step: list[Tensor]
     ) -> Tensor:
-        """This rank's sums of the steps of a logging interval, on the device: float64 [steps, terms + layers * experts].
+        """Put this rank's sums of each step into one table, so that a single reduction sums everything over ranks.
 
-        One table, so that a single reduction sums everything over ranks. `term_names`: the loss terms of the first columns.
-        `expert_tokens_by_step`: tensors [layers, experts]; empty for a model without experts.
+        Returns float64 [steps, terms + layers * experts], on the device: the terms of the loss in the order of `term_names`,
+        then how many tokens chose each expert. `expert_tokens_by_step`: [layers, experts] a step; empty for a model without
+        experts.
         """
         sums_by_step = []
         for record in records:
@@ -299,10 +306,10 @@ class Meter:
         return torch.cat([table, tokens_by_expert], dim=1)
 
     def _host_measurements(self, records: list[StepRecord]) -> Tensor:
-        """What the host knows of each step of this rank: float64 [steps, parts + 2].
+        """What this rank's host measured of each step, to be summed over ranks: float64 [steps, parts + 2], on the CPU.
 
-        The columns are the seconds of the step's parts (`STEP_PARTS`: forward, backward, update; none if they are not timed), of
-        the wait for data, and the tokens.
+        The columns are the seconds of the step's parts (`STEP_PARTS`: forward, backward, update; none if they are not
+        timed), of the wait for data, and the tokens.
         """
         if self.part_times is None:
             part_seconds: list[list[float]] = [[] for _ in records]
@@ -326,9 +333,10 @@ class Meter:
         )
 
     def _sum_and_gather(self, table: Tensor, own: RankMeasurements) -> tuple[Tensor, list[RankMeasurements]]:
-        """(the sum of all ranks' `table`, on the host; each rank's measurements, in rank order). All ranks must call.
+        """Sum `table` over all ranks, and collect what each rank measured of itself (`own`), in one reduction.
 
-        One reduction does both. To gather by a sum, each rank fills its own row of a table of zeros with a row for each rank.
+        Returns the sum, on the host, and the measurements in rank order. All ranks must call. To gather by a sum, each rank
+        fills its own row of a table of zeros that has a row for each rank.
         """
         own_row = own.to_row()
         rows = torch.zeros(self.runtime.world_size, len(own_row), dtype=table.dtype)
@@ -339,7 +347,11 @@ class Meter:
         return summed_table.view(table.shape), measurements_by_rank
 
     def _set_measurements(self, measurements_by_rank: list[RankMeasurements]) -> None:
-        """Set `peaks`, `times_by_rank` and `_gpu_metrics` to what all ranks measured in this interval."""
+        """Keep what the ranks measured of themselves in this interval, in rank order.
+
+        `peaks` gets the largest memory of any rank, `times_by_rank` the computing time of each, `_gpu_metrics` what rows
+        show of the GPUs (empty without).
+        """
         self.peaks = {}
         for name in measurements_by_rank[0].peaks_gib:
             self.peaks[name] = max(measurements.peaks_gib[name] for measurements in measurements_by_rank)
@@ -348,10 +360,10 @@ class Meter:
         self._gpu_metrics = gpu_meters.gpu_metrics_of_row(gpu_means_by_rank) if gpu_means_by_rank[0] else {}
 
     def median_speeds(self) -> dict[str, float]:
-        """Tokens a second, MFU and seconds of a step: medians over logging intervals, of each interval's mean step.
+        """How fast the run trained, for its last lines and its record: medians over logging intervals, of each one's mean step.
 
         {"intervals": 9, "tokens_per_s": 5100.0, "mfu": 0.41, "step_s": 0.8, ...}. Empty before the first flush. The first
-        interval is left out if there are others.
+        interval, which warms up, is left out if there are others.
         """
         mean_steps = self._mean_steps_after_warmup()
         if not mean_steps:
@@ -378,9 +390,10 @@ class Meter:
         return self._mean_steps[1:] or self._mean_steps
 
     def _speeds_of_step(self, tokens: float, step_s: float) -> dict[str, float]:
-        """Speeds of a step with this many tokens, all ranks together, that took `step_s` seconds.
+        """The speeds that a row shows: {"tokens_per_s": 5100.0, "tokens_per_s_per_rank": 1275.0, "mfu": 0.41}.
 
-        `mfu`, the model FLOPs utilisation, is there if the peak of the device is known.
+        `tokens`: of the step, all ranks together. `step_s`: seconds that it took. `mfu` (the share of the device's peak that
+        the model's own arithmetic reaches) is missing if that peak is not known.
         """
         world_size = self.runtime.world_size
         speeds = {"tokens_per_s": tokens / step_s, "tokens_per_s_per_rank": tokens / step_s / world_size}
@@ -392,10 +405,11 @@ class Meter:
     def _row_of_step(
         self, record: StepRecord, sums: dict[str, float], wait_s: float, grad_norm: float, step_s: float
     ) -> dict[str, Any]:
-        """A step's row of `metrics.jsonl`.
+        """Write a step's row of `metrics.jsonl`, which trackers get too: {"step": 40, "loss": 1.7, "lr": 1e-4, ...}.
 
-        `sums`: each term of the loss (`loss`, `kl`, `loss/SOURCE`), summed over tokens and ranks, and the shares `router/...` and
-        `logits/...`. `wait_s`: seconds that all ranks together waited for data. `step_s`: mean seconds of a step in the interval.
+        `sums`: each term of the loss (`loss`, `kl`, `loss/SOURCE`), summed over tokens and ranks, and the shares
+        `router/...` and `logits/...`. `wait_s`: seconds that all ranks together waited for data. `step_s`: mean seconds of a
+        step in the interval.
         """
         loss_count = record.counts["loss"] or 1  # a step without a single target has a loss of 0
         row: dict[str, Any] = {
@@ -430,7 +444,10 @@ class Meter:
 
 
 def process_age_s() -> float | None:
-    """Seconds since this process was started, to a hundredth; None where the system does not tell (it does on Linux)."""
+    """Seconds since this process was started, to a hundredth, to tell how long a run takes to its first step.
+
+    None where the system does not tell; Linux does.
+    """
     try:
         status = Path("/proc/self/stat").read_text(encoding="utf-8")
         # Field 22, `starttime`, in ticks since boot (proc(5)). The second field is a name in brackets that may hold blanks.
@@ -451,7 +468,7 @@ class ReferenceSpeed(NamedTuple):
 
 
 def reference_tflops(configured: float | None, device: torch.device) -> ReferenceSpeed:
-    """The peak speed that MFU is measured against, and where the figure comes from.
+    """The peak speed of one device that MFU (the share of the peak that a run reaches) is measured against, with its source.
 
     - `configured` (`logging.reference_tflops`), if it is set.
     - On a GPU, the figure of its data sheet; None if the GPU is not known, with what to set instead of the source.
@@ -470,7 +487,7 @@ def reference_tflops(configured: float | None, device: torch.device) -> Referenc
 
 
 def measured_matmul_tflops(size: int = 768) -> float:
-    """TFLOP/s of a matrix product [size, size] x [size, size] in fp32 on this CPU, the best of four."""
+    """Measure what this CPU can do at best, as no data sheet says it: TFLOP/s of an fp32 matrix product of size x size."""
     left = torch.randn(size, size)
     right = torch.randn(size, size)
     best_s = float("inf")
@@ -485,10 +502,11 @@ def measured_matmul_tflops(size: int = 768) -> float:
 def flops_per_token(
     *, matmul_parameters: int, trainable_matmul_parameters: int, layers: int, width: int, mean_length: float
 ) -> float:
-    """Model FLOPs of forward and backward for one token, causal attention included (the count of Kaplan et al. 2020).
+    """Arithmetic that training on one token needs, in FLOPs, from which MFU is computed (the count of Kaplan et al. 2020).
 
-    `width`: of the hidden states. `mean_length`: tokens of a document. Each weight costs 2 in the forward pass and 2 in the
-    backward pass for the gradient of its input; a trained one 2 more for its own gradient.
+    Of the forward and the backward pass, causal attention included; recomputation does not count. `width`: of the hidden
+    states. `mean_length`: tokens of a document. Each weight costs 2 in the forward pass and 2 in the backward pass for the
+    gradient of its input; a trained one 2 more for its own gradient.
     """
     frozen_matmul_parameters = matmul_parameters - trainable_matmul_parameters
     # Scores and their product with the values cost 2 each for a pair of tokens, the backward pass twice that, and a token attends

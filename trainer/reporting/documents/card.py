@@ -24,26 +24,28 @@ HUB_TASK_BY_OBJECTIVE = {"classification": "text-classification", "seq2seq": "te
 
 
 def write_documents(directory: Path, papers: list[str], facts: ModelFacts, *, adapter: bool, base_path: str) -> None:
-    """Write the model card (README.md), the papers by these names, and the hub's files of results. Errors: OSError.
+    """Write what stands beside the weights of an export: the model card (README.md), papers, and results for the hub.
 
-    Papers are compliance documents such as `datasheet`. `adapter`: whether the export
-    holds an adapter, not all weights. `base_path`: directory or hub id of the base model, whose card's licence is set in
-    `facts` if they have none.
+    `papers`: names of compliance documents to write, such as `datasheet`. `facts`: what is known of the run; they get the
+    licence in the base model's card if they have none. `adapter`: whether the export holds an adapter, not all weights.
+    `base_path`: directory or hub id of the base model. Raises OSError.
     """
     if not facts.base_licence:
         facts.base_licence = licence_in_model_card(base_path)
     write_papers(directory, papers, facts)
     write_hub_results(directory, facts)
+    # An adapter has no config.json, unless it was trained with other position embeddings than the base's.
     changes_positions = adapter and (directory / "config.json").is_file()
     card = render_card(facts, adapter=adapter, base_path=base_path, changes_positions=changes_positions)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, changes_positions: bool = False) -> str:
-    """The text of README.md, with the hub's metadata block in front and the run's configuration at its end.
+    """Write the model card, the README.md of an export: the hub's metadata, the card, and the run's configuration at the end.
 
-    `adapter`: whether the export holds an adapter, not all weights. `changes_positions`: whether the adapter was trained with
-    other settings of position embeddings than the base's, which its config.json has.
+    `facts`: what the run knows of itself; the card states nothing else. `base_path`: directory or hub id of the base.
+    `adapter`: whether the export holds an adapter, not all weights. `changes_positions`: whether the adapter was trained
+    with other settings of position embeddings than the base's, which its config.json has.
     """
     objective = facts.run.objective
     method = facts.run.tuning or "full"
@@ -68,9 +70,10 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, changes_pos
 
 
 def _loading_library(*, method: str, objective: str, adapter: bool) -> str:
-    """The library that loads the export, as the card names it, such as `peft`.
+    """The library that the card tells readers to load the export with: "transformers", "peft", or "shardtune".
 
-    `method`: of tuning, such as `lora`. `adapter`: whether the export holds an adapter, not all weights.
+    `method`: of tuning, such as `lora`. `adapter`: whether the export holds an adapter, not all weights. With trained
+    vectors before the tokens (`VIRTUAL_TOKEN_METHODS`), peft can load the adapter but not generate: that is said.
     """
     if not adapter:
         return "transformers"
@@ -89,7 +92,10 @@ def _base_name(base_model: str) -> str:
 
 
 def licence_in_model_card(directory: str) -> str | None:
-    """The licence that the model card of a directory states in its metadata block, if it has one."""
+    """The licence of a base model, such as "apache-2.0", as its own README.md states it in its metadata; None if it does not.
+
+    `directory`: of the model. A hub id, which is no directory here, gives None.
+    """
     readme = Path(directory) / "README.md"
     if not readme.is_file():
         return None
@@ -102,7 +108,7 @@ def licence_in_model_card(directory: str) -> str | None:
 
 
 def _metadata_yaml(facts: ModelFacts, *, base_name: str, adapter: bool, method: str) -> str:
-    """The YAML of the card's metadata block, as the Hugging Face hub reads it.
+    """The YAML at the head of a model card, from which the Hugging Face hub shows task, base model, licence and results.
 
     `base_name`: name of the base model. `method`: of tuning, such as `lora`.
     """
@@ -118,7 +124,7 @@ def _metadata_yaml(facts: ModelFacts, *, base_name: str, adapter: bool, method: 
         model_name=model_name,
         eval_results=eval_results or None,
         base_model=base_name,
-        # A bottleneck adapter is loaded into a model of transformers, not by peft.
+        # The hub knows no library `shardtune`, which loads bottleneck adapters into a model of transformers.
         library_name="peft" if adapter and method != BOTTLENECK_METHOD else "transformers",
         pipeline_tag=task,
         license=licence,
