@@ -10,7 +10,6 @@ from typing import Any
 from launch.compare import repeats
 from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
-from launch.compare.curves import LossDifference
 from launch.compare.quality import RankedJobs
 from launch.compare.run_files import RunMeasurements
 
@@ -20,6 +19,7 @@ FIELDS_WITH_SEVERAL_NUMBERS = (
     "tokens_per_s_quartiles",
     "exchanged_bytes",
 )
+LOSS_DIFFERENCE_KEYS = ("early", "early_step", "drift", "drift_step")
 
 
 def comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
@@ -111,7 +111,9 @@ def _point_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
 
 
 def _measurements_as_dict(measured: RunMeasurements) -> dict[str, Any]:
-    """The measurements of a point under their names in `compare.json`, which calls the held-out metrics `before` and `after`."""
+    """The measurements of a point under their names in `compare.json`, which calls the held-out metrics `before` and
+    `after`.
+    """
     values = asdict(measured)
     values["before"] = values.pop("metrics_before_training")
     values["after"] = values.pop("metrics_at_end")
@@ -144,6 +146,7 @@ def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], colle
     point = comparison.points[point_index]
     run_dirs = point.run_dirs
     slowest, fastest = point.summary.spread or (None, None)
+    loss_difference = {} if point.loss_difference is None else point.loss_difference.as_json()
     row = {
         "name": point.name,
         "directory": run_dirs[0] if run_dirs else None,
@@ -155,7 +158,8 @@ def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], colle
         "tokens_per_s_slowest": slowest,
         "tokens_per_s_fastest": fastest,
         "against": point.baseline_name,
-        **_loss_difference_cells(point.loss_difference),
+        # Relative, from the baseline's loss: over the first common steps (`early`), and over all of them (`drift`).
+        **{f"loss_difference_{key}": loss_difference.get(key) for key in LOSS_DIFFERENCE_KEYS},
         "not_comparable": "; ".join(map(str, point.incomparable_settings)),
     }
     for metric in metrics:
@@ -167,18 +171,10 @@ def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], colle
     return row
 
 
-def _loss_difference_cells(difference: LossDifference | None) -> dict[str, Any]:
-    """The cells of `compare.csv` on how far a point's losses are from its baseline's; empty if that is not known.
-
-    `loss_difference_early` is the largest relative difference over the first common steps, `loss_difference_drift` that
-    over all.
-    """
-    values = {} if difference is None else difference.as_json()
-    return {f"loss_difference_{key}": values.get(key) for key in ("early", "early_step", "drift", "drift_step")}
-
-
 def _measured_cells(point: ComparedPoint, collectives: list[str]) -> dict[str, Any]:
-    """The cells of `compare.csv` with a point's measurements; each of the `collectives`, such as `all_gather`, has a column."""
+    """The cells of `compare.csv` with a point's measurements; each of the `collectives`, such as `all_gather`, has a
+    column.
+    """
     cells = asdict(point.measured)
     # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes the held-out metrics, one by one; the other
     # two get their columns below.

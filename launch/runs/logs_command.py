@@ -80,16 +80,12 @@ def main(argv: list[str]) -> int:
         return 0 if argv else ConfigError.exit_code
     arguments = logs_arguments(argv)
     from launch.runs.logs import LogsRequest, choose_log_files
-    from trainer.reporting.status import RunState, read_failure, read_status
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a log may hold characters that the terminal's encoding lacks
     run_dir = arguments.run
     request = LogsRequest(arguments.rank, arguments.job)
-    # If the run was started again after a failure, its failure.json is out of date.
-    failure: dict[str, Any] = {}
-    if read_status(run_dir).get("state") in (None, RunState.failed):
-        failure = read_failure(run_dir)
+    failure = _current_failure(run_dir)
     failed_rank = failure.get("rank")
     files = choose_log_files(run_dir, request, failed_rank if isinstance(failed_rank, int) else None)
     shows_failure = bool(failure) and request.rank in (None, failed_rank) and request.job is None
@@ -109,6 +105,16 @@ def main(argv: list[str]) -> int:
         if shows_failure:
             print(failure_report(run_dir))
     return 0
+
+
+def _current_failure(run_dir: Path) -> dict[str, Any]:
+    """The `failure.json` of a run that has failed, {"rank": 3, "message": ..., ...}; empty if it has not failed.
+
+    The file is out of date if the run was started again since.
+    """
+    from trainer.reporting.status import RunState, read_failure, read_status
+
+    return read_failure(run_dir) if read_status(run_dir).get("state") in (None, RunState.failed) else {}
 
 
 def logs_arguments(argv: list[str]) -> LogsArguments:

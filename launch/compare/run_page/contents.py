@@ -104,17 +104,11 @@ def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
     world_size = run.record.world_size
     if world_size:
         notes.append("1 rank" if world_size == 1 else f"{world_size} ranks together")
-    if measured.mfu is not None and _has_reliable_peak(run):
+    # The MFU is a share of a peak. That of a CPU is measured while other programs may run, unless the settings give one.
+    has_reliable_peak = run.record.device != CPU_DEVICE or run.config.get("logging.reference_tflops") is not None
+    if measured.mfu is not None and has_reliable_peak:
         notes.append(f"MFU {format_percent(measured.mfu)}")
     return PageCard("Speed", format_number(measured.tokens_per_s, digits=3), ", ".join(notes), unit="tokens/s")
-
-
-def _has_reliable_peak(run: RecordedRun) -> bool:
-    """Whether an MFU of the run means something: its peak TFLOP/s is that of a GPU, or one that the settings give.
-
-    The peak of a CPU is measured while other programs may run.
-    """
-    return run.record.device != CPU_DEVICE or run.config.get("logging.reference_tflops") is not None
 
 
 def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:

@@ -104,12 +104,17 @@ def _best_step_part(run: RecordedRun, x_values_by_step: dict[int, Row]) -> _Figu
 
 
 def _notable_steps_part(run: RecordedRun, x_values_by_step: dict[int, Row]) -> _FigurePart:
-    """The part of the plot that marks steps at which a guard or detector found something; empty if there are none."""
-    notable_rows = _notable_step_rows(run, x_values_by_step)
-    if not notable_rows:
+    """The part of the plot that marks the latest steps at which a guard or detector found something; empty if there are none.
+
+    `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}.
+    """
+    rows = []
+    for notable in notable_steps(run)[-MAX_DRAWN_STEPS:]:
+        rows.append({**x_values_of(x_values_by_step, notable.step), "what": notable.text[:200]})
+    if not rows:
         return _FigurePart([], "")
     caption = " Dotted lines: steps that stood out; the pointer says why."
-    return _FigurePart([_notable_steps_layer(notable_rows)], caption)
+    return _FigurePart([_notable_steps_layer(rows)], caption)
 
 
 def _training_loss_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> list[Row]:
@@ -243,16 +248,6 @@ def _best_step_layers(run: RecordedRun, best: BestStep, x_values_by_step: dict[i
         "strokeWidth": 0,
     }
     return [{**shared, "mark": ring}, {**shared, "mark": label}]
-
-
-def _notable_step_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> list[Row]:
-    """Data rows for marking the latest steps at which a guard or detector found something: their x values, and `what` it
-    found.
-    """
-    rows = []
-    for notable in notable_steps(run)[-MAX_DRAWN_STEPS:]:
-        rows.append({**x_values_of(x_values_by_step, notable.step), "what": notable.text[:200]})
-    return rows
 
 
 def _notable_steps_layer(rows: list[Row]) -> Spec:

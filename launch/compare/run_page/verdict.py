@@ -288,6 +288,7 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
         before = monitored.format_value(monitored.value_before) if monitored.value_before is not None else ""
         text = f"{monitored.title} was {before} before training, and {best_value} at best, at step {best.step}."
         heading = "No step is better than the model before training"
+        # The rewards never differed, so no step could learn anything: another learning rate would not help.
         has_no_signal = any(finding.name == NO_SIGNAL for finding in findings_in(run.record.challenges))
         commands = () if has_no_signal else (_lower_learning_rate_command(run),)
         return [Callout("warning", heading, text, commands=commands)]
