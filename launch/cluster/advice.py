@@ -110,18 +110,18 @@ def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]
     slurm = settings_as_submitted(config.launcher)
     refuse_lead_of_whole_time_limit(slurm)
     partitions = query_partitions()
-    candidates = partitions_of_job(slurm, partitions)
-    _refuse_job_that_never_starts(slurm, partitions, candidates)
+    candidate_partitions = partitions_of_job(slurm, partitions)
+    _refuse_job_that_never_starts(slurm, partitions, candidate_partitions)
     # How long a step takes: measured by an earlier start of the run, else computed from its configuration.
     step_s = _measured_step_s(run_dirs)
     if step_s is None:
-        step_s = longest_step_s(config, gpu_kinds_of_job(slurm, candidates))
+        step_s = longest_step_s(config, gpu_kinds_of_job(slurm, candidate_partitions))
     return [
         *rank_layout_notes(slurm),
-        *time_limit_lines(slurm, candidates),
+        *time_limit_lines(slurm, candidate_partitions),
         *(f"note    {note}" for note in long_step_notes(config, step_s)),
         *_restart_lines(slurm, run_dirs),
-        *_price_lines(slurm, candidates, len(run_dirs)),
+        *_price_lines(slurm, candidate_partitions, len(run_dirs)),
     ]
 
 
@@ -138,19 +138,21 @@ def refuse_lead_of_whole_time_limit(slurm: SlurmConfig) -> None:
         )
 
 
-def _refuse_job_that_never_starts(slurm: SlurmConfig, partitions: list[Partition], candidates: list[Partition]) -> None:
+def _refuse_job_that_never_starts(
+    slurm: SlurmConfig, partitions: list[Partition], candidate_partitions: list[Partition]
+) -> None:
     """Raise ConfigError if the job's partition does not exist, or if no partition offers what the job requests.
 
     `partitions`: of the cluster; empty if sinfo cannot tell, and then nothing is checked.
-    `candidates`: those in which the job may run.
+    `candidate_partitions`: those in which the job may run.
     """
     # A QOS, a reservation or an option that is not read here may lift a partition's limits.
     limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
-    if candidates and limits_hold:
-        problems = _never_starting_problems(slurm, candidates)
+    if candidate_partitions and limits_hold:
+        problems = _never_starting_problems(slurm, candidate_partitions)
         if problems:
             raise ConfigError(problems)
-    elif partitions and slurm.partition and not candidates:
+    elif partitions and slurm.partition and not candidate_partitions:
         known = ", ".join(dict.fromkeys(partition.name for partition in partitions))
         raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
 
@@ -200,37 +202,36 @@ def rank_layout_notes(slurm: SlurmConfig) -> list[str]:
     return lines
 
 
-def _never_starting_problems(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
+def _never_starting_problems(slurm: SlurmConfig, candidate_partitions: list[Partition]) -> list[str]:
     """Why SLURM could never start the job in these partitions: it requests more than any of their nodes have.
 
-    `candidates`: groups of like nodes of the partitions in which the job may run. Time, GPUs, CPUs, memory and the number of
-        nodes are compared.
-    Empty if the job can start.
+    `candidate_partitions`: groups of like nodes of the partitions in which the job may run. Time, GPUs, CPUs, memory and the
+        number of nodes are compared. Empty if the job can start.
     """
-    names = "/".join(dict.fromkeys(partition.name for partition in candidates))
+    names = "/".join(dict.fromkeys(partition.name for partition in candidate_partitions))
     # Each resource by itself: what the job requests against the most that any of the partitions has.
     problems = []
-    longest_s = max(partition.limit_s for partition in candidates)
+    longest_s = max(partition.limit_s for partition in candidate_partitions)
     if parse_slurm_time(slurm.time) > longest_s:
         problems.append(
             f"launcher.time={slurm.time}: partition {names} gives {format_slurm_time(longest_s)} at most: it would never start"
         )
     request = slurm.gpus_per_node_request
     gpus = 0 if request is None else request.count
-    most_gpus = max(partition.gpus for partition in candidates)
+    most_gpus = max(partition.gpus for partition in candidate_partitions)
     if request is not None and gpus > most_gpus:
         problems.append(
             f"{request.setting}: the nodes of partition {names} have {most_gpus or 'none'}: it would never start"
         )
     cpus = slurm.cpus_per_task or 0
-    most_cpus = max(partition.cpus for partition in candidates)
+    most_cpus = max(partition.cpus for partition in candidate_partitions)
     if cpus > most_cpus:
         problems.append(
             f"launcher.cpus_per_task={cpus}: the nodes of partition {names} have {most_cpus or 'none'}: "
             "it would never start"
         )
     memory_mib = memory_mib_of_setting(slurm.mem)
-    most_mib = max(partition.memory_mb for partition in candidates)
+    most_mib = max(partition.memory_mb for partition in candidate_partitions)
     if memory_mib > most_mib:
         problems.append(
             f"launcher.mem={slurm.mem}: the nodes of partition {names} have {most_mib}M at most: it would never start"
@@ -238,7 +239,7 @@ def _never_starting_problems(slurm: SlurmConfig, candidates: list[Partition]) ->
 
     # All resources together: nodes that have as many GPUs, and CPUs, and as much memory as the job requests.
     fitting_nodes = 0
-    for partition in candidates:
+    for partition in candidate_partitions:
         has_all = partition.gpus >= gpus and partition.cpus >= cpus and partition.memory_mb >= memory_mib
         if has_all:
             fitting_nodes += partition.nodes
@@ -263,11 +264,12 @@ def memory_mib_of_setting(memory: str | None) -> float:
     return kibibytes / 1024
 
 
-def time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
+def time_limit_lines(slurm: SlurmConfig, candidate_partitions: list[Partition]) -> list[str]:
     """Notes for the user on what happens at the job's time limit, on a partition that is down, and on a long `signal_lead_s`.
 
     The first is always there: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued".
-    `candidates`: groups of nodes of the partitions in which the job may run; the first one's name stands for all in the text.
+    `candidate_partitions`: groups of nodes of the partitions in which the job may run; the first one's name stands for all in the
+        text.
     """
     limit_s = parse_slurm_time(slurm.time)
     consequence = "is requeued"
@@ -276,13 +278,14 @@ def time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[st
     line = f"time    {format_slurm_time(limit_s)} a start, {slurm.signal_lead_s} s before its end it saves and {consequence}"
     if not slurm.signal_lead_s:
         line = f"time    {format_slurm_time(limit_s)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"
-    if candidates:
-        longest_s = max(partition.limit_s for partition in candidates)
-        line += f"; partition {candidates[0].name} gives {format_slurm_time(longest_s)} at most"
+    if candidate_partitions:
+        longest_s = max(partition.limit_s for partition in candidate_partitions)
+        line += f"; partition {candidate_partitions[0].name} gives {format_slurm_time(longest_s)} at most"
     lines = [line]
-    if candidates and not any(partition.is_up for partition in candidates):
+    if candidate_partitions and not any(partition.is_up for partition in candidate_partitions):
         lines.append(
-            f"note    partition {candidates[0].name} is not up: no job starts there until it is; or set launcher.partition"
+            f"note    partition {candidate_partitions[0].name} is not up: no job starts there until it is; or set "
+            "launcher.partition"
         )
     if slurm.signal_lead_s * 2 > limit_s:
         lines.append(
@@ -339,7 +342,7 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     return [line]
 
 
-def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str]:
+def gpu_kinds_of_job(slurm: SlurmConfig, candidate_partitions: list[Partition]) -> set[str]:
     """The cluster's own names for the kinds of GPU that the job may get, such as {"a100", "h100"}.
 
     Empty if the job requests no GPUs, or if neither its settings nor sinfo name a kind.
@@ -350,20 +353,20 @@ def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str
     if request.kind:
         return {request.kind}
     # Any card of the partitions may be given.
-    return {kind for partition in candidates for kind in partition.gpu_kinds}
+    return {kind for partition in candidate_partitions for kind in partition.gpu_kinds}
 
 
-def _price_lines(slurm: SlurmConfig, candidates: list[Partition], num_runs: int) -> list[str]:
+def _price_lines(slurm: SlurmConfig, candidate_partitions: list[Partition], num_runs: int) -> list[str]:
     """A note for the user on the most that one start costs, in GPU hours and US dollars; empty for a job without GPUs.
 
     `num_runs`: runs submitted together, which are the tasks of one job array; each starts once.
-    `candidates`: partitions in which the job may run. The price of a GPU hour is known only if all kinds of GPU that the job may
-        get cost the same.
+    `candidate_partitions`: partitions in which the job may run. The price of a GPU hour is known only if all kinds of GPU that
+        the job may get cost the same.
     """
     gpu_request = slurm.gpus_per_node_request
     if gpu_request is None:
         return []
-    gpu_kinds = gpu_kinds_of_job(slurm, candidates)
+    gpu_kinds = gpu_kinds_of_job(slurm, candidate_partitions)
     gpu_hour_prices: set[float | None] = {gpu_hour_price_of_kind(kind) for kind in gpu_kinds}
     gpu_hour_price = gpu_hour_prices.pop() if len(gpu_hour_prices) == 1 else None
     gpu_hours = gpu_request.count * slurm.nodes * num_runs * parse_slurm_time(slurm.time) / 3600

@@ -141,30 +141,33 @@ def _resolve_addresses(host: str, setting: str) -> list[str]:
     return list(dict.fromkeys(addresses))
 
 
-def local_address_towards(address: str, rdzv: str) -> str:
+def local_address_towards(address: str, configured_rendezvous: str) -> str:
     """The IP address of this host from which packets to `address` leave, so that others can answer to it.
 
-    `rdzv`: the value of `launcher.rdzv` that named the address, for the message. Raises ConfigError if there is no route.
+    `configured_rendezvous`: the value of `launcher.rdzv` that named the address, for the message. Raises ConfigError if there is
+        no route.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # a datagram socket only looks its route up: nothing is sent
         except OSError as error:
-            raise ConfigError(f"launcher.rdzv={rdzv}: this host has no way to {address} ({error.strerror})") from error
+            raise ConfigError(
+                f"launcher.rdzv={configured_rendezvous}: this host has no way to {address} ({error.strerror})"
+            ) from error
         return str(probe.getsockname()[0]).partition("%")[0]
 
 
-def _only_ipv4_address(rdzv_host: str, own_interfaces: dict[str, str]) -> str:
+def _only_ipv4_address(first_host: str, own_interfaces: dict[str, str]) -> str:
     """The one IPv4 address of this host that is no loopback; ConfigError if there are several, or none, so that it is unclear.
 
-    `rdzv_host`: the host in `launcher.rdzv`, which resolves to a loopback here; for the message.
+    `first_host`: the host in `launcher.rdzv`, which resolves to a loopback here; for the message.
     `own_interfaces`: interface name by address, {"10.0.0.3": "eth0"}.
     """
     candidates = [address for address in own_interfaces if ":" not in address and not is_loopback(address)]
     if len(candidates) != 1:
         raise ConfigError(
-            f"launcher.rdzv: {rdzv_host} means this host by a loopback address here, and so no interface; set launcher.address "
+            f"launcher.rdzv: {first_host} means this host by a loopback address here, and so no interface; set launcher.address "
             f"to one of {', '.join(candidates) or 'its addresses'}, or name an address in launcher.rdzv"
         )
     return candidates[0]

@@ -79,20 +79,20 @@ def run_supervised(
         while True:
             # For what the ranks, and this process, write into `status.json`.
             os.environ[RESTART_COUNT_VARIABLE] = str(num_restarts)
-            before = state_before_start(run_dir)
+            earlier_state = state_before_start(run_dir)
             run_id = f"{sha256[:8]}-{num_restarts}" if num_restarts else sha256[:8]
             ranks_end = run_ranks(config, run_dir, run_id, redirected, program=program)
             verb = program.module.rpartition(".")[2]
-            code = record_run_outcome(run_dir, ranks_end.exit_code, before, verb=verb)
+            exit_code = record_run_outcome(run_dir, ranks_end.exit_code, earlier_state, verb=verb)
 
-            cause = _retry_cause_key(run_dir, code, ranks_end.received_signals)
+            cause = _retry_cause_key(run_dir, exit_code, ranks_end.received_signals)
             if cause is None or retries_left.get(cause, 0) < 1:
-                return code
+                return exit_code
             change_text = ""
             if cause == "out_of_memory":
                 settings_change = _write_smaller_settings(run_dir) if program is TRAIN else None
                 if settings_change is None:
-                    return code
+                    return exit_code
                 change_text = f", {settings_change}"
             retries_left[cause] -= 1
             num_restarts += 1
@@ -117,7 +117,7 @@ def state_before_start(run_dir: Path) -> StateBeforeStart:
     return StateBeforeStart(directory, read_status(run_dir), read_failure(run_dir))
 
 
-def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: str = "train") -> int:
+def record_run_outcome(run_dir: Path, exit_code: int, earlier_state: StateBeforeStart, *, verb: str = "train") -> int:
     """Print how a run ended, and write `status.json` if the ranks could not; returns the exit code of the command.
 
     The ranks' own exit codes are lost by torchrun, so what they recorded in the run directory decides. The first case that holds:
@@ -131,22 +131,22 @@ def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, ve
 
     After Ctrl-C the code is 130 in every case but `done`.
 
-    `code`: torchrun's, which is 0, 130 for Ctrl-C, or a failure about which the run directory says more.
-    `before`: from `state_before_start`; a record that has not changed since is of an earlier attempt.
+    `exit_code`: torchrun's, which is 0, 130 for Ctrl-C, or a failure about which the run directory says more.
+    `earlier_state`: from `state_before_start`; a record that has not changed since is of an earlier attempt.
     `verb`: for messages.
     """
-    was_interrupted = code == exit_codes.INTERRUPTED
-    directory = find_run_directory(run_dir, before)
+    was_interrupted = exit_code == exit_codes.INTERRUPTED
+    directory = find_run_directory(run_dir, earlier_state)
     if directory is None:
         print(
             f"{run_dir}: the directory was deleted while the run was under way; nothing of it is left", file=sys.stderr
         )
         return exit_codes.INTERRUPTED if was_interrupted else StorageError.exit_code
     status = read_status(directory)
-    if status == before.status:
+    if status == earlier_state.status:
         status = {}
     failure = read_failure(directory)
-    if failure == before.failure:
+    if failure == earlier_state.failure:
         failure = {}
     if status.get("state") == RunState.done:
         return 0
@@ -171,14 +171,14 @@ def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, ve
             message = EXPORT_STOPPED_MESSAGE
     else:
         # A run that nobody reports as ended has failed, even if torchrun returned 0.
-        code = failure.get("exit_code", exit_codes.FAILED)
+        exit_code = failure.get("exit_code", exit_codes.FAILED)
         reason = failure.get("message") or "the ranks ended without a report"
         message = (
             _failure_message(directory, failure, verb) if failure else f"{directory}: {reason}; see the output above"
         )
     write_status(directory, RunState.failed, reason=reason, step=failure.get("step") or step)
     print(message, file=sys.stderr, flush=True)
-    return code
+    return exit_code
 
 
 def _stopped_message(directory: Path, former_dir: Path, step: int | None, verb: str) -> str:
@@ -199,18 +199,18 @@ def _stopped_message(directory: Path, former_dir: Path, step: int | None, verb: 
     return f"{directory}: {reached}; the same command continues it"
 
 
-def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
+def find_run_directory(run_dir: Path, earlier_state: StateBeforeStart) -> Path | None:
     """Where the run directory is now, which may have been renamed while the run was under way; None if it was deleted.
 
     `run_dir`: where it was when the run started.
-    `before`: has that directory open, so that it is found under another name. `run_dir` is returned too if the directory could
-        not be opened then.
+    `earlier_state`: has that directory open, so that it is found under another name. `run_dir` is returned too if the directory
+        could not be opened then.
     """
-    if before.directory is None:
+    if earlier_state.directory is None:
         return run_dir
     found_dir = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide how the run ended
-        found_dir = before.directory.find_directory()
+        found_dir = earlier_state.directory.find_directory()
     # A file system may give a directory another inode number: then the directory under its name is the run's.
     if found_dir is None and (run_dir / "config.yaml").exists():
         return run_dir
@@ -230,7 +230,7 @@ def _write_smaller_settings(run_dir: Path) -> str | None:
     return settings_change
 
 
-def _retry_cause_key(run_dir: Path, code: int, signals: set[int]) -> str | None:
+def _retry_cause_key(run_dir: Path, exit_code: int, received_signals: set[int]) -> str | None:
     """Why a run may be started again, as a key of `launcher.retry` such as "node_fail"; None if it may not.
 
     - Ctrl-C, or a signal that ends the run for good: None, also if a rank was lost meanwhile;
@@ -238,13 +238,13 @@ def _retry_cause_key(run_dir: Path, code: int, signals: set[int]) -> str | None:
     - done: None;
     - failed: the cause that the record of the failure names, if any: an error of the user names none.
 
-    `code`: the exit code of the run. `signals`: numbers of those that this process received.
+    `exit_code`: of the run. `received_signals`: numbers of those that this process received.
     """
-    if code == exit_codes.INTERRUPTED or signals & FINAL_SIGNALS:
+    if exit_code == exit_codes.INTERRUPTED or received_signals & FINAL_SIGNALS:
         return None
-    if code == exit_codes.PREEMPTED:
-        return "preempted" if signals else None
-    if code == 0:
+    if exit_code == exit_codes.PREEMPTED:
+        return "preempted" if received_signals else None
+    if exit_code == 0:
         return None
     return read_failure(run_dir).get("retry")
 

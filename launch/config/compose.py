@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launch.config import hints, overrides
+from launch.config import hints
 from launch.config.broken_files import composition_problem_line, suspected_files_text
 from launch.config.choices import (
     CONF_DIR,
@@ -30,6 +30,7 @@ from launch.config.frozen import ComposedConfig, default_run_dir, is_finished, l
 from launch.config.host_devices import device_problems, resolve_auto_for_this_host
 from launch.config.known_settings import Setting, find_setting
 from launch.config.learning_rate import keep_learning_rate_of_run, learning_rate_problems, set_usual_learning_rate
+from launch.config.overrides import ParsedOverrides, SettingValue, describe_type, parse_overrides
 from launch.config.resume import keep_learning_rate_of_checkpoint
 from launch.config.reward_copies import use_copies_of_missing_reward_files
 from launch.config.secrets import secret_problems
@@ -50,16 +51,16 @@ if TYPE_CHECKING:
 __all__ = ["ComposedConfig", "compose_config", "default_run_dir", "is_finished", "load_frozen_config"]
 
 
-def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
+def compose_config(overrides: list[str], *, check: bool = True) -> ComposedConfig:
     """Compose the command line of a run into its configuration, fill in what depends on this host, and validate it.
 
-    `argv`: overrides `key=value` and settings files.
+    `overrides`: `key=value` as typed, and settings files such as `my.yaml`.
     `check`: whether to validate; values of a wrong type are refused in any case.
     Raises ConfigError with every problem found.
     """
-    use_copies_of_missing_reward_files(argv)  # first, because a missing file would be a problem of its override
+    use_copies_of_missing_reward_files(overrides)  # first, because a missing file would be a problem of its override
     # Every stage adds to the problems instead of raising, so that the user sees all of them at once.
-    parsed = overrides.parse_overrides(argv)
+    parsed = parse_overrides(overrides)
     tree, problems = _compose_choices(parsed.choices)
     problems = parsed.problems + problems
     problems += _apply_values(tree, parsed)
@@ -68,13 +69,13 @@ def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
         resolve_auto_for_this_host(config)
         _set_dependent_defaults(config, keys_set_by_user={value.key for value in parsed.values})
         if check:
-            for problem in _start_problems_adopting_earlier_defaults(config, argv):
+            for problem in _start_problems_adopting_earlier_defaults(config, overrides):
                 # `buget.steps=10` is one mistake; that no budget is set follows from it.
                 if not repeats_problem_of_override(problem, parsed.probably_meant_keys):
                     problems.append(problem)
     if problems or config is None:
         raise ConfigError(problems)
-    return ComposedConfig(config, list(argv))
+    return ComposedConfig(config, list(overrides))
 
 
 def _set_dependent_defaults(config: RunConfig, keys_set_by_user: set[str]) -> None:
@@ -104,7 +105,7 @@ def repeats_problem_of_override(problem: str, probably_meant_keys: set[str]) -> 
     return problem_key in probably_meant_keys or problem_key in groups or is_below_meant_key
 
 
-def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: frozenset[str]) -> RunConfig:
+def recompose_frozen_config(config: RunConfig, overrides: list[str], allowed_groups: frozenset[str]) -> RunConfig:
     """Put command-line overrides on top of the configuration of a run that exists, for this process with its own devices.
 
     For commands that use a run, such as an evaluation, perhaps on another machine than it trained on.
@@ -113,7 +114,7 @@ def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: 
     `allowed_groups`: the groups of settings that overrides may set, such as `launcher`.
     Raises ConfigError with every problem, also for an override of another group. The values are not validated against each other.
     """
-    parsed = overrides.parse_overrides(argv)
+    parsed = parse_overrides(overrides)
     composed_tree, problems = _compose_choices(parsed.choices)
     problems += _problems_of_groups(parsed, allowed_groups)
 
@@ -136,7 +137,7 @@ def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: 
     return recomposed
 
 
-def _problems_of_groups(parsed: overrides.ParsedOverrides, allowed_groups: frozenset[str]) -> list[str]:
+def _problems_of_groups(parsed: ParsedOverrides, allowed_groups: frozenset[str]) -> list[str]:
     """A problem for each override beside an existing run that would set something the run has decided already.
 
     `parsed`: the overrides, as values and choices. `allowed_groups`: the groups that may be set, such as `launcher`.
@@ -150,9 +151,9 @@ def _problems_of_groups(parsed: overrides.ParsedOverrides, allowed_groups: froze
     return problems
 
 
-def apply_overrides(config: RunConfig, argv: list[str]) -> RunConfig:
+def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A copy of a run's configuration with overrides on top; everything else stays. Raises ConfigError with every problem."""
-    parsed = overrides.parse_overrides(argv)
+    parsed = parse_overrides(overrides)
     tree = _frozen_config_as_tree(config)
     problems = parsed.problems or _apply_values(tree, parsed)
     changed_config = _config_from_tree(tree, problems)
@@ -174,9 +175,9 @@ def _frozen_config_as_tree(config: RunConfig) -> Any:
     return OmegaConf.merge(tree, escape_interpolations(settings_as_dict(config)))
 
 
-def keys_set_by(argv: list[str]) -> set[str]:
+def keys_set_by(overrides: list[str]) -> set[str]:
     """The full keys that command-line overrides set: settings, such as {"optim.lr"}, and tables that they replace or reset."""
-    parsed = overrides.parse_overrides(argv)
+    parsed = parse_overrides(overrides)
     value_keys = {value.key for value in parsed.values}
     reset_keys = {key for key, _ in parsed.resets}
     return value_keys | parsed.replaced_tables | reset_keys
@@ -194,8 +195,8 @@ def _unsettable_override_problem(key: str, override: str, allowed_groups: frozen
     )
 
 
-def _start_problems_adopting_earlier_defaults(config: RunConfig, argv: list[str]) -> list[str]:
-    """Why a run of these overrides (`argv`) would be refused; empty if it may start.
+def _start_problems_adopting_earlier_defaults(config: RunConfig, overrides: list[str]) -> list[str]:
+    """Why a run of these overrides would be refused; empty if it may start.
 
     If an earlier version began a run of the same overrides in this directory, the budget and the learning rate of that run are
     set in `config` before it is judged again: the run is resumed with them, although this version would refuse to begin it.
@@ -203,7 +204,7 @@ def _start_problems_adopting_earlier_defaults(config: RunConfig, argv: list[str]
     problems = start_problems(config)
     if not problems:
         return []
-    earlier_config = earlier_config_of_same_overrides(argv, config.run.dir)
+    earlier_config = earlier_config_of_same_overrides(overrides, config.run.dir)
     if earlier_config is None:
         return problems
     keep_first_budget(config, earlier_config)
@@ -299,7 +300,7 @@ def hydra_arguments(choices: dict[str, str]) -> list[str]:
     return arguments
 
 
-def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[str]:
+def _apply_values(tree: DictConfig, parsed: ParsedOverrides) -> list[str]:
     """Set the values of the command line and the user's files in the composed `tree`, in their order.
 
     Tables that were typed as a whole and settings that were set back (`~key`) come first, so that an override of one entry is set
@@ -325,7 +326,7 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
 
 
 def _apply_value(
-    tree: DictConfig, setting_value: overrides.SettingValue, choice_by_group: dict[str, str], *, run_has_begun: bool
+    tree: DictConfig, setting_value: SettingValue, choice_by_group: dict[str, str], *, run_has_begun: bool
 ) -> hints.RefusedOverride | None:
     """Set one value of the command line or a user's file in the composed `tree`; returns why that cannot be, or None.
 
@@ -355,7 +356,7 @@ def _apply_value(
     try:
         _set_value(tree, key, setting_value.value)
     except (OmegaConfBaseException, ValueError):
-        reason = f"{key} must be {overrides.describe_type(setting.type)}"
+        reason = f"{key} must be {describe_type(setting.type)}"
         return hints.RefusedOverride(source_text, reason, probably_meant_keys=frozenset({key}))
     return None
 
@@ -378,7 +379,7 @@ def _reset_to_default(tree: DictConfig, key: str, choice_by_group: dict[str, str
         OmegaConf.update(tree, key, default, merge=False)
 
 
-def _drop_outranked_budgets(tree: DictConfig, parsed: overrides.ParsedOverrides) -> None:
+def _drop_outranked_budgets(tree: DictConfig, parsed: ParsedOverrides) -> None:
     """Leave one budget in `tree`, that of the highest precedence, since a run has one of steps, epochs and tokens.
 
     The command line goes before a file of the user, and that before an experiment; the others become None. Two budgets of the
@@ -414,7 +415,7 @@ def _needs_another_choice(
     return not run_has_begun and not is_default
 
 
-def _run_has_begun(parsed: overrides.ParsedOverrides) -> bool:
+def _run_has_begun(parsed: ParsedOverrides) -> bool:
     """Whether the overrides name a run directory (`run.dir`) that holds a frozen configuration already."""
     for value in parsed.values:
         is_run_dir = value.key == "run.dir" and value.value is not None

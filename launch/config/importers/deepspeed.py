@@ -193,8 +193,8 @@ def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSetting
         translation = TranslatedSetting(note="strategy is ddp, zero1, zero2 or zero3; type one")
     conversion.add_translation(f"{block_name}.stage", stage_text, translation)
 
-    other_settings = {key: value for key, value in block.items() if key != "stage"}
-    for key, full_name, value in _settings_with_value(other_settings, block_name, conversion):
+    settings_beside_stage = {key: value for key, value in block.items() if key != "stage"}
+    for key, full_name, value in _settings_with_value(settings_beside_stage, block_name, conversion):
         if key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
             _translate_offload_block(key, value, zero_overrides, conversion, full_name)
         else:

@@ -205,31 +205,31 @@ def _translate_settings(
     # Such as {"lr": "1e-4"}.
     written_values = {normalised_name(key): value for key, value in scalar_settings(file_settings).items()}
     defaults = _defaults_in_effect(conversion.trainer, written_values)
-    other_trainer = OtherTrainerSettings({**defaults, **written_values}, num_ranks)
+    other_settings = OtherTrainerSettings({**defaults, **written_values}, num_ranks)
     # axolotl trains all weights unless the file names an adapter.
     if conversion.trainer == AXOLOTL and "adapter" not in written_values:
         conversion.add_translation("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
     # In this order, because the first of two contradicting settings stays.
     for key in sorted(file_settings, key=_translation_order):
-        _add_setting(str(key), file_settings, other_trainer, conversion, file_dir)
+        _add_setting(str(key), file_settings, other_settings, conversion, file_dir)
     # The defaults last, so that they do not go before what the file says.
     for key, value in defaults.items():
-        translation = translate_by_rule(key, other_trainer) or TranslatedSetting(not_needed=True)
+        translation = translate_by_rule(key, other_settings) or TranslatedSetting(not_needed=True)
         conversion.add_translation(key, f"{value} (what {conversion.trainer} does)", translation)
     if conversion.trainer == LLAMA_FACTORY and conversion.overrides.get("tuning") == "lora":
-        _add_llama_factory_lora_defaults(other_trainer, conversion, has_alpha="lora_alpha" in written_values)
+        _add_llama_factory_lora_defaults(other_settings, conversion, has_alpha="lora_alpha" in written_values)
 
 
 def _add_llama_factory_lora_defaults(
-    other_trainer: OtherTrainerSettings, conversion: ConvertedSettings, *, has_alpha: bool
+    other_settings: OtherTrainerSettings, conversion: ConvertedSettings, *, has_alpha: bool
 ) -> None:
     """Add LLaMA-Factory's LoRA defaults to `conversion`, since shardtune's differ: rank 8, and an alpha of twice the rank.
 
-    Called after everything in the file, if the run uses LoRA. `other_trainer`: the settings of the file as text, of which
+    Called after everything in the file, if the run uses LoRA. `other_settings`: the settings of the file as text, of which
     `lora_rank` is read. `has_alpha`: the file sets `lora_alpha`, so only the rank is added.
     """
     # A rank in the file gives the same setting once more, which `add_translation` recognises.
-    rank = parse_number(other_trainer.get("lora_rank")) or 8
+    rank = parse_number(other_settings.get("lora_rank")) or 8
     rank_text = format_number(rank)
     conversion.add_translation("lora_rank", rank_text, TranslatedSetting({"tuning.rank": rank_text}))
     if not has_alpha:
@@ -269,7 +269,7 @@ def _defaults_in_effect(trainer: str, written_values: Mapping[str, str]) -> dict
 def _add_setting(
     key: str,
     file_settings: Mapping[str, Any],
-    other_trainer: OtherTrainerSettings,
+    other_settings: OtherTrainerSettings,
     conversion: ConvertedSettings,
     file_dir: Path,
 ) -> None:
@@ -277,7 +277,7 @@ def _add_setting(
 
     `key`: the setting, as the file spells it at its outermost level.
     `file_settings`: the whole file; a data set's or FSDP's setting is read together with others.
-    `other_trainer`: all settings of the file as text by normalised name, on which a rule may depend, such as the batch size.
+    `other_settings`: all settings of the file as text by normalised name, on which a rule may depend, such as the batch size.
     `file_dir`: the directory of the file, from which relative paths start.
 
     Data sets, DeepSpeed and FSDP are blocks with structure, which have functions of their own. All others are one value with one
@@ -294,22 +294,24 @@ def _add_setting(
         dataset_directory = str(file_settings.get("dataset_dir", "data"))
         datasets.translate_llama_factory_datasets(dataset_names, name, dataset_directory, conversion, file_dir)
     elif name == "deepspeed":
-        _add_deepspeed_settings(value, other_trainer, conversion, file_dir)
+        _add_deepspeed_settings(value, other_settings, conversion, file_dir)
     elif name in ("fsdp", "fsdp_config"):
-        _add_fsdp(key, file_settings, other_trainer, conversion)
+        _add_fsdp(key, file_settings, other_settings, conversion)
     elif name == "deepspeed_config" and isinstance(value, dict):
-        _add_accelerate_deepspeed(value, other_trainer, conversion, file_dir)
+        _add_accelerate_deepspeed(value, other_settings, conversion, file_dir)
     else:
-        conversion.add_translation(key, value, _translate_setting(name, value, other_trainer, file_dir))
+        conversion.add_translation(key, value, _translate_setting(name, value, other_settings, file_dir))
 
 
-def _translate_setting(name: str, value: Any, other_trainer: OtherTrainerSettings, file_dir: Path) -> TranslatedSetting:
+def _translate_setting(
+    name: str, value: Any, other_settings: OtherTrainerSettings, file_dir: Path
+) -> TranslatedSetting:
     """Translate one setting of another trainer's file, other than data-set lists, DeepSpeed and FSDP, into settings of shardtune.
 
     Such as `learning_rate`, 1e-4 -> {"optim.lr": "1e-4"}; a translation with a note alone says why there is no equivalent. Most
     settings have a rule in `RULE_BY_NORMALISED_NAME`.
 
-    `name`: its normalised name. `value`: as read from YAML. `other_trainer`: all settings of the file as text, on which a rule
+    `name`: its normalised name. `value`: as read from YAML. `other_settings`: all settings of the file as text, on which a rule
     may depend. `file_dir`: the directory of the file, from which relative paths start.
     """
     # Cases that a rule cannot decide, because it knows neither the file's directory nor the type of the value in the file.
@@ -327,22 +329,22 @@ def _translate_setting(name: str, value: Any, other_trainer: OtherTrainerSetting
     if name not in RULE_BY_NORMALISED_NAME:
         return TranslatedSetting(note=UNKNOWN_SETTING_REASON)
     if not isinstance(value, dict):
-        return translate_by_rule(name, other_trainer) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
-    return _translate_block_by_rule(name, value, other_trainer)
+        return translate_by_rule(name, other_settings) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
+    return _translate_block_by_rule(name, value, other_settings)
 
 
 def _translate_block_by_rule(
-    name: str, block: dict[str, Any], other_trainer: OtherTrainerSettings
+    name: str, block: dict[str, Any], other_settings: OtherTrainerSettings
 ) -> TranslatedSetting:
     """The note on a block where one value was expected, such as `warmup_steps: {a: 1}`: a translation without settings.
 
     The rule of the name is asked all the same, since it may say that the setting has no equivalent, or needs none, whatever its
     value. Settings that it gives are dropped, since they would contain the text of the whole block.
 
-    `other_trainer`: all settings of the file as text, to which the block is added as text.
+    `other_settings`: all settings of the file as text, to which the block is added as text.
     """
     translation = translate_by_rule(
-        name, OtherTrainerSettings({**other_trainer.value_by_name, name: to_cli_text(block)})
+        name, OtherTrainerSettings({**other_settings.value_by_name, name: to_cli_text(block)})
     )
     if translation is None:
         return TranslatedSetting(note=NO_EQUIVALENT_OF_BLOCK_REASON)
@@ -350,7 +352,7 @@ def _translate_block_by_rule(
 
 
 def _add_deepspeed_settings(
-    value: Any, other_trainer: OtherTrainerSettings, conversion: ConvertedSettings, file_dir: Path
+    value: Any, other_settings: OtherTrainerSettings, conversion: ConvertedSettings, file_dir: Path
 ) -> None:
     """Translate the setting `deepspeed` of another trainer into `conversion`, by what its value is:
 
@@ -358,18 +360,18 @@ def _add_deepspeed_settings(
     - the path of a file of such settings: each setting in the file;
     - a file that is not here: the ZeRO stage, if the file's name says it.
 
-    `other_trainer`: that trainer's settings as text; they override those of DeepSpeed. `file_dir`: the directory of its file.
+    `other_settings`: that trainer's settings as text; they override those of DeepSpeed. `file_dir`: the directory of its file.
     """
     if isinstance(value, dict):
         deepspeed.translate_deepspeed_settings(
-            value, conversion, outer_values=other_trainer.value_by_name, prefix="deepspeed."
+            value, conversion, outer_values=other_settings.value_by_name, prefix="deepspeed."
         )
         return
     candidates = (Path(str(value)).expanduser(), file_dir / str(value))
     # `exists` first, because `is_file` alone raises for text that can be no path.
     existing_files = [path for path in candidates if datasets.exists(path) and path.is_file()]
     if not existing_files:
-        conversion.add_translation("deepspeed", value, rules.deepspeed_stage(to_cli_text(value), other_trainer))
+        conversion.add_translation("deepspeed", value, rules.deepspeed_stage(to_cli_text(value), other_settings))
         return
     deepspeed_file = existing_files[0]
     conversion.add_translation(
@@ -378,13 +380,13 @@ def _add_deepspeed_settings(
     deepspeed.translate_deepspeed_settings(
         read_settings_tree(deepspeed_file),
         conversion,
-        outer_values=other_trainer.value_by_name,
+        outer_values=other_settings.value_by_name,
         prefix=f"{deepspeed_file.name}: ",
     )
 
 
 def _add_accelerate_deepspeed(
-    block: dict[str, Any], other_trainer: OtherTrainerSettings, conversion: ConvertedSettings, file_dir: Path
+    block: dict[str, Any], other_settings: OtherTrainerSettings, conversion: ConvertedSettings, file_dir: Path
 ) -> None:
     """Translate accelerate's block `deepspeed_config` into `conversion`: {"zero_stage": 3, "offload_optimizer_device": "cpu"}.
 
@@ -395,17 +397,17 @@ def _add_accelerate_deepspeed(
     - a name that other trainers have too, such as `gradient_accumulation_steps`: by its rule;
     - anything else is noted as unsupported.
 
-    `other_trainer`: all settings of accelerate's file as text. `file_dir`: its directory, from which relative paths start.
+    `other_settings`: all settings of accelerate's file as text. `file_dir`: its directory, from which relative paths start.
     """
     for key, value in block.items():
         setting_name = f"deepspeed_config.{key}"
         if key == "deepspeed_config_file":
-            _add_deepspeed_settings(value, other_trainer, conversion, file_dir)
+            _add_deepspeed_settings(value, other_settings, conversion, file_dir)
         elif key in ZERO_KEY_BY_ACCELERATE_KEY:
             overrides = _overrides_of_accelerate_zero_setting(key, value, block)
             conversion.add_translation(setting_name, value, TranslatedSetting(overrides, not_needed=not overrides))
         elif normalised_name(key) in RULE_BY_NORMALISED_NAME:
-            settings = OtherTrainerSettings({**other_trainer.value_by_name, normalised_name(key): to_cli_text(value)})
+            settings = OtherTrainerSettings({**other_settings.value_by_name, normalised_name(key): to_cli_text(value)})
             translation = translate_by_rule(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
             conversion.add_translation(setting_name, value, translation)
         else:
@@ -428,14 +430,14 @@ def _overrides_of_accelerate_zero_setting(key: str, value: Any, block: Mapping[s
 
 
 def _add_fsdp(
-    key: str, file_settings: Mapping[str, Any], other_trainer: OtherTrainerSettings, conversion: ConvertedSettings
+    key: str, file_settings: Mapping[str, Any], other_settings: OtherTrainerSettings, conversion: ConvertedSettings
 ) -> None:
     """Translate `fsdp` or `fsdp_config` of Hugging Face's Trainer or accelerate into `conversion`, as a sharding strategy.
 
     Called once for each of the two that the file has. The strategy follows from both together, so it is added once: with `fsdp`
     if that is set, otherwise with `fsdp_config`. The settings within `fsdp_config` are translated or noted one by one.
 
-    `key`: which of the two. `file_settings`: the whole file. `other_trainer`: its settings as text, for the rule.
+    `key`: which of the two. `file_settings`: the whole file. `other_settings`: its settings as text, for the rule.
     """
     has_fsdp = file_settings.get("fsdp") not in (None, "", [])
     block = file_settings.get("fsdp_config")
@@ -443,7 +445,7 @@ def _add_fsdp(
         block = {}
     if key == "fsdp" or not has_fsdp:
         conversion.add_translation(
-            key, file_settings[key], rules.fsdp_strategy(_fsdp_option_text(file_settings, block), other_trainer)
+            key, file_settings[key], rules.fsdp_strategy(_fsdp_option_text(file_settings, block), other_settings)
         )
     if key == "fsdp_config":
         _add_fsdp_block(block, conversion)

@@ -24,7 +24,7 @@ RUN_RULES = {
     **_rules("nproc_per_node num_processes n_gpu num_gpus", renamed_to("launcher.processes")),
     **_rules("nnodes num_machines", renamed_to("launcher.nodes")),
     **_rules("machine_rank", renamed_to("launcher.node_rank")),
-    **_rules("main_process_ip main_process_port", lambda value, other_trainer: _rendezvous(other_trainer)),
+    **_rules("main_process_ip main_process_port", lambda value, other_settings: _rendezvous(other_settings)),
     **_rules("use_cpu", switch({"run.device": "cpu"})),
     **_rules("ddp_timeout", renamed_to("run.timeout_s")),
     **_rules("max_steps", rules.step_budget),
@@ -219,7 +219,7 @@ REPORTING_RULES = {
     ),
     **_rules("eval_steps", rules.step_interval("evaluation.every_steps", "set evaluation.every_steps")),
     **_rules("evals_per_epoch", without_equivalent("evaluation.every_steps says how often")),
-    **_rules("eval_strategy evaluation_strategy", lambda value, other_trainer: _evaluation_strategy(value)),
+    **_rules("eval_strategy evaluation_strategy", lambda value, other_settings: _evaluation_strategy(value)),
     **_rules("per_device_eval_batch_size eval_batch_size", renamed_to("evaluation.batch")),
     **_rules(
         "metric_for_best_model",
@@ -252,14 +252,14 @@ def normalised_name(name: str) -> str:
     return name.lstrip("-+~").replace("-", "_").rsplit(".", 1)[-1].lower()
 
 
-def translate_by_rule(name: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting | None:
+def translate_by_rule(name: str, other_settings: OtherTrainerSettings) -> TranslatedSetting | None:
     """Translate the setting `name` of another trainer by its rule: `learning_rate` -> {"optim.lr": "1e-4"}; None without a rule.
 
-    `other_trainer`: all settings of the other trainer as text; this one's value is taken from there, so it must be among them.
+    `other_settings`: all settings of the other trainer as text; this one's value is taken from there, so it must be among them.
     """
     key = normalised_name(name)
     rule = RULE_BY_NORMALISED_NAME.get(key)
-    return None if rule is None else rule(other_trainer.value_by_name[key], other_trainer)
+    return None if rule is None else rule(other_settings.value_by_name[key], other_settings)
 
 
 def _pair_loss(value: str) -> TranslatedSetting:
@@ -287,12 +287,12 @@ def _saving_strategy(value: str) -> TranslatedSetting:
     return TranslatedSetting(note="checkpoint.every_steps or checkpoint.every_minutes says how often")
 
 
-def _rendezvous(other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def _rendezvous(other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `launcher.rdzv` from the address and port of accelerate's main process; one host alone finds a free port."""
-    if (parse_number(other_trainer.get("num_machines")) or 1) < 2:
+    if (parse_number(other_settings.get("num_machines")) or 1) < 2:
         return TranslatedSetting(note="one host alone finds a free port", not_needed=True)
-    host = other_trainer.get("main_process_ip")
-    port = other_trainer.get("main_process_port")
+    host = other_settings.get("main_process_ip")
+    port = other_settings.get("main_process_port")
     if not host or not port:
         return TranslatedSetting(note="launcher.rdzv=<host>:<port> says where several hosts meet")
     return TranslatedSetting({"launcher.rdzv": f"{host}:{port}"})

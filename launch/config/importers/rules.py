@@ -146,18 +146,18 @@ def not_needed(why: str) -> Rule:
     return lambda value, _: TranslatedSetting(note=why, not_needed=True)
 
 
-def batch_sizes(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def batch_sizes(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `batch.micro` and `batch.global` from another trainer's batch size per device, accumulation steps and ranks.
 
     2 per device, 8 accumulation steps and 4 ranks are batch.micro=2 batch.global=64. If the other trainer's settings have a
     global batch, that is taken instead of the product. Without a batch per device and a global one there is only a note.
 
     `value` is not read: this is the rule of each of these settings, and each gives the same result.
-    `other_trainer`: all settings as text, and the number of ranks (None: not known, taken as 1, which the note says).
+    `other_settings`: all settings as text, and the number of ranks (None: not known, taken as 1, which the note says).
     """
-    micro = parse_number(other_trainer.get(*MICRO_BATCH_NAMES))
-    accumulation = parse_number(other_trainer.get("gradient_accumulation_steps")) or 1
-    global_batch = parse_number(other_trainer.get("train_batch_size"))
+    micro = parse_number(other_settings.get(*MICRO_BATCH_NAMES))
+    accumulation = parse_number(other_settings.get("gradient_accumulation_steps")) or 1
+    global_batch = parse_number(other_settings.get("train_batch_size"))
     overrides = {} if micro is None else {"batch.micro": format_number(micro)}
     if global_batch is not None:
         return TranslatedSetting({**overrides, "batch.global": format_number(global_batch)})
@@ -165,27 +165,27 @@ def batch_sizes(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSe
         return TranslatedSetting(
             note="it is derived: set batch.global, the documents of a whole step (per device x accumulation x ranks)"
         )
-    ranks = other_trainer.ranks or 1
+    ranks = other_settings.ranks or 1
     overrides["batch.global"] = format_number(micro * accumulation * ranks)
     ranks_text = f"{ranks} ranks" if ranks > 1 else f"{ranks} rank"
     note = (
         f"batch.global: {format_number(micro)} per device x {format_number(accumulation)} accumulation x {ranks_text}"
     )
-    if not other_trainer.ranks:
+    if not other_settings.ranks:
         note += "; with more ranks, times their number"
     return TranslatedSetting(overrides, note)
 
 
-def step_budget(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def step_budget(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """A budget in steps. -1 means no limit in the other trainers."""
     if (parse_number(value) or 0) > 0:
         return TranslatedSetting({"budget.steps": value})
     return TranslatedSetting(note="no limit; budget.epochs says how long", not_needed=True)
 
 
-def epoch_budget(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
-    """Our `budget.epochs` for a number of passes over the data; not needed if `other_trainer` limits the steps as well."""
-    if (parse_number(other_trainer.get("max_steps")) or 0) > 0:
+def epoch_budget(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
+    """Our `budget.epochs` for a number of passes over the data; not needed if `other_settings` limits the steps as well."""
+    if (parse_number(other_settings.get("max_steps")) or 0) > 0:
         return TranslatedSetting(
             note="max_steps goes before it there, and exactly one budget is given here", not_needed=True
         )
@@ -194,11 +194,11 @@ def epoch_budget(value: str, other_trainer: OtherTrainerSettings) -> TranslatedS
     return TranslatedSetting({"budget.epochs": epochs})
 
 
-def held_out_share(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def held_out_share(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `data.eval_share`, the share of the training data kept for evaluation: `0.1` is data.eval_share=0.1.
 
     Other trainers also take a number of documents there, which gives a note, as shardtune would need to know how many there are.
-    0 needs no setting. `other_trainer` is not read; every rule takes it.
+    0 needs no setting. `other_settings` is not read; every rule takes it.
     """
     share = parse_number(value) or 0
     if share == 0:
@@ -212,15 +212,15 @@ def held_out_share(value: str, other_trainer: OtherTrainerSettings) -> Translate
 
 def precision_switch(kind: str) -> Rule:
     """A rule for the switch `fp16` or `bf16` (`kind`) of other trainers: see `_translate_precision_switch`."""
-    return lambda value, other_trainer: _translate_precision_switch(kind, value, other_trainer)
+    return lambda value, other_settings: _translate_precision_switch(kind, value, other_settings)
 
 
-def _translate_precision_switch(kind: str, value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def _translate_precision_switch(kind: str, value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Shardtune's one setting `precision` for a switch `fp16` or `bf16`, which are two switches in other trainers.
 
     `kind`: which of the two.
     `value`: its text, such as `true`, `auto` or `full`.
-    `other_trainer`: all settings, of which the other switch is read.
+    `other_settings`: all settings, of which the other switch is read.
 
     - The switch is auto: precision=auto.
     - It is on: precision=<kind>.
@@ -233,13 +233,13 @@ def _translate_precision_switch(kind: str, value: str, other_trainer: OtherTrain
         return TranslatedSetting({"precision": kind})
     other_kind = "bf16" if kind == "fp16" else "fp16"
     # Read from the mapping itself, since `get` takes auto as not set.
-    is_other_auto = str(other_trainer.value_by_name.get(other_kind)).lower() == "auto"
-    if is_true(other_trainer.get(other_kind)) or is_other_auto:
+    is_other_auto = str(other_settings.value_by_name.get(other_kind)).lower() == "auto"
+    if is_true(other_settings.get(other_kind)) or is_other_auto:
         return TranslatedSetting(not_needed=True)
     return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
 
 
-def lora_targets(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def lora_targets(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `tuning.targets`, the layers that get LoRA adapters: all linear ones, a regular expression, or a list of names.
 
     `all-linear`, or `q_proj,v_proj`, which is tuning.targets=[q_proj,v_proj].
@@ -253,7 +253,7 @@ def lora_targets(value: str, other_trainer: OtherTrainerSettings) -> TranslatedS
     return TranslatedSetting({"tuning": "lora", "tuning.targets": layers})
 
 
-def tuning_method(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def tuning_method(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `tuning` for a method's name elsewhere: `qlora` is tuning=lora model.quantisation=nf4; a note for an unknown name."""
     overrides_by_name = {
         "lora": {"tuning": "lora"},
@@ -275,7 +275,7 @@ def tuning_method(value: str, other_trainer: OtherTrainerSettings) -> Translated
     return TranslatedSetting(overrides)
 
 
-def quantisation_bits(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def quantisation_bits(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `model.quantisation` for a number of bits in which the frozen base model is stored."""
     quantisation = {"4": "nf4", "8": "int8"}.get(value)
     if quantisation is None:
@@ -283,11 +283,11 @@ def quantisation_bits(value: str, other_trainer: OtherTrainerSettings) -> Transl
     return TranslatedSetting({"model.quantisation": quantisation})
 
 
-def report_to(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def report_to(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `logging` settings for a list of trackers: `[wandb]` is logging.wandb=online, `none` is logging.wandb=disabled.
 
     `all` turns on wandb and tensorboard alone, since the others need a server or an account. Trackers that shardtune does not
-    know get a note. `other_trainer` is not read; every rule takes it.
+    know get a note. `other_settings` is not read; every rule takes it.
     """
     trackers = [name.lower() for name in list_entries(value)]
     has_all = "all" in trackers
@@ -304,30 +304,30 @@ def report_to(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSett
     return TranslatedSetting(overrides, note)
 
 
-def adam_betas(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def adam_betas(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Adam's two decay rates, which are two settings in other trainers and one list, `optim.betas`, here."""
-    first = other_trainer.get("adam_beta1") or 0.9
-    second = other_trainer.get("adam_beta2") or 0.999
+    first = other_settings.get("adam_beta1") or 0.9
+    second = other_settings.get("adam_beta2") or 0.999
     return TranslatedSetting({"optim.betas": f"[{first},{second}]"})
 
 
-def warmup_length(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def warmup_length(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our warmup for another trainer's, which is a number of steps, or a share of all steps if below 1.
 
-    `100` is schedule.warmup_steps=100, `0.1` is schedule.warmup_share=0.1, `0` is no warmup, unless `other_trainer` also sets
+    `100` is schedule.warmup_steps=100, `0.1` is schedule.warmup_share=0.1, `0` is no warmup, unless `other_settings` also sets
     `warmup_ratio`. Text that is no number stays as it is, so that our own validation refuses it.
     """
     steps_or_share = parse_number(value)
     if steps_or_share is not None and 0 < steps_or_share < 1:
         return TranslatedSetting({"schedule.warmup_share": format_number(steps_or_share)})
     if steps_or_share == 0:
-        if other_trainer.get("warmup_ratio"):
+        if other_settings.get("warmup_ratio"):
             return TranslatedSetting(not_needed=True)  # the ratio says it
         return TranslatedSetting({"schedule.warmup_share": "0"})
     return TranslatedSetting({"schedule.warmup_steps": value})
 
 
-def deepspeed_stage(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def deepspeed_stage(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """The strategy of shardtune for the setting `deepspeed: <path>`, for a message about that setting on the command line.
 
     Only the ZeRO block of the file is read here; `shardtune init from=` translates all of it. By the path `value`:
@@ -335,7 +335,7 @@ def deepspeed_stage(value: str, other_trainer: OtherTrainerSettings) -> Translat
     - The file is here: by the ZeRO stage in it; a note if it cannot be read or has no such stage.
     - It is not here: by the stage in its name, so that `ds_z3.json` is strategy=zero3; a note if the name says none.
 
-    `other_trainer` is not read; every rule takes it.
+    `other_settings` is not read; every rule takes it.
     """
     path = Path(value).expanduser()
     deepspeed_config = None
@@ -380,7 +380,7 @@ def zero_overrides(zero_block: dict[str, object]) -> dict[str, str]:
     return overrides
 
 
-def fsdp_strategy(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def fsdp_strategy(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """The strategy of shardtune for FSDP's options: `full_shard,offload` is strategy=fsdp2 strategy.cpu_offload=true.
 
     `value`: options separated by commas, in other trainers' words:
@@ -390,7 +390,7 @@ def fsdp_strategy(value: str, other_trainer: OtherTrainerSettings) -> Translated
     - one with `hybrid`: hsdp; anything else: fsdp2. Under `shard_grad_op` it keeps gathered parameters for the backward pass (as
       ZeRO 2 does).
 
-    `other_trainer` is not read; every rule takes it.
+    `other_settings` is not read; every rule takes it.
     """
     options = value.lower()
     if not list_entries(value) or options == "false":
@@ -406,7 +406,7 @@ def fsdp_strategy(value: str, other_trainer: OtherTrainerSettings) -> Translated
     return TranslatedSetting(overrides)
 
 
-def train_on_prompts(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def train_on_prompts(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `data.learn.roles` for a switch that lets the loss cover prompts as well as answers."""
     if not is_true(value):
         return TranslatedSetting(not_needed=True)
@@ -415,11 +415,11 @@ def train_on_prompts(value: str, other_trainer: OtherTrainerSettings) -> Transla
     )
 
 
-def objective_or_dpo_loss(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+def objective_or_dpo_loss(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
     """Our `objective` for another trainer's name. A variant of DPO's loss is an objective elsewhere, a setting of dpo here."""
     if value.lower() in LOSS_TYPES_OF_DPO:
         return TranslatedSetting({"objective": "dpo", "objective.loss_type": value.lower()})
-    return choice("objective", OBJECTIVE_NAMES)(value, other_trainer)
+    return choice("objective", OBJECTIVE_NAMES)(value, other_settings)
 
 
 def translate_optimizer_name(name: str) -> TranslatedSetting:
