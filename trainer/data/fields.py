@@ -96,8 +96,8 @@ def show_value(value: Any) -> str:
 def value_at(fields: dict[str, Any], column: str) -> Any:
     """Find the value of a column in a row. `a.b` is `b` inside the column `a`, and `a.0` the first element of the list in `a`.
 
-    Raises KeyError if there is no such value. A value that could not be read is an `UnreadableValue`, which says why; RowError
-    for a value inside of one.
+    `fields`: the row's values by column. Raises KeyError if there is no such value. A value that could not be read is an
+    `UnreadableValue`, which says why; RowError for a value inside of one.
     """
     # A column that is itself called `a.b` goes first.
     path = [column] if column in fields else column.split(".")
@@ -158,7 +158,8 @@ def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = Non
     """Read the text in a column of a row, or the only text of the list in it. Raises RowError: not_text, empty_text.
 
     `shown_name`: what error messages call the text, such as `messages[2].content`; by default the column in quotes. A list of
-    several texts, or of none, is no text. (Of several, `data.columns` can choose one: `answers.0`.)
+    several texts, or of none, is no text. (Of several, `data.columns` can choose one: `answers.0`.) `fields`: the row's values by
+    column.
     """
     value: Any = fields.get(column)
     name = shown_name or f'"{column}"'

@@ -176,7 +176,7 @@ def _column_sets_of_fitting_formats(
     - `content` alone is too vague a name to make a text if another format fits.
 
     `fields`: the row's values under the expected names. `renamed_columns`: what the user renamed, the row's name by the expected
-    one.
+    one. `learns_verdicts`: whether the objective learns from thumbs up and down.
     """
     column_set_by_format = _column_sets_that_row_has(fields, renamed_columns)
 
@@ -317,6 +317,8 @@ def suggest_columns(fields: dict[str, Any]) -> dict[str, str]:
     - an answer that is chosen and one that is rejected: a pair, with its prompt if there is one;
     - a prompt, a passage and a completion: an instruction with its input;
     - a prompt and a completion: both, with a system prompt if there is one.
+
+    `fields`: the row's values by column.
     """
     prompt = _first_filled_column(fields, _PROMPT_COLUMNS)
     chosen = _first_filled_column(fields, _CHOSEN_COLUMNS)

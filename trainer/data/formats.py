@@ -244,6 +244,8 @@ def _read_prompt_and_completion(
     - One of them holds turns: the document becomes a conversation (`messages`).
     - Both are texts: `prompt`, `completion` and `separator`. An instruction is followed by its input, and earlier turns in
       `history` make the document a conversation.
+
+    `fields`: the row's values by column.
     """
     prompt_column, completion_column = column_set
     if _holds_turns(fields[prompt_column]) or _holds_turns(fields[completion_column]):
@@ -329,7 +331,8 @@ def _read_preference(
     """Fill a document with a preference pair: the shared prompt as `messages`, and the answers `chosen` and `rejected`.
 
     The prompt is in the first of three columns. If there are only two, each holds a whole conversation, and the prompt is what
-    both begin with. The answers are always in the columns "chosen" and "rejected". Raises RowError.
+    both begin with. The answers are always in the columns "chosen" and "rejected". `column_set`: the names of the two or three
+    columns. `ignored`: keys of turns that are left out. Raises RowError.
     """
     has_prompt_column = len(column_set) == 3
     prompt_turns = _read_turns_or_text(fields, column_set[0], "user", ignored) if has_prompt_column else []

@@ -180,7 +180,8 @@ def _parse_thought_calls_and_ids(
 def _check_no_unread_keys(turn: dict[str, Any], shown_name: str, ignored_keys: Collection[str]) -> None:
     """Raise RowError if a turn has a key that nothing reads and that changes its meaning: images and sound, or a mask.
 
-    Null counts as no value; an empty image does too, but not an empty mask or a mask of 0, which says something.
+    Null counts as no value; an empty image does too, but not an empty mask or a mask of 0, which says something. `ignored_keys`:
+    keys that the user allows to ignore.
     """
     for key in sorted(_UNREAD_KEYS.intersection(turn) - {*ignored_keys}):
         value = turn[key]
@@ -220,7 +221,8 @@ def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored_keys: Coll
     """Read how much a turn counts in the loss, from 0 (not learned) to 1; None if the turn does not say.
 
     Files say it in four ways: {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked": true} -> 0; {"train": true, "weight":
-    0.5} -> 0.5. Raises RowError if a key has a wrong value, or if two keys contradict each other.
+    0.5} -> 0.5. `ignored_keys`: keys that are left out. Raises RowError if a key has a wrong value, or if two keys contradict
+    each other.
     """
     # All keys that the turn has are named in the error of a contradiction, ignored ones too.
     keys = [key for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None]
@@ -287,8 +289,9 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
     """Find prompt and answers of a preference pair, from a prompt (perhaps empty) and two answers, or two whole conversations.
 
     If there is no prompt, or one of the two does not begin with an assistant turn, they are whole conversations. The turns with
-    which both begin are then the prompt of the pair, and must contain `prompt`. Raises RowError: identical_pair, no_prompt,
-    no_answer, differing_prompts, assistant_first.
+    which both begin are then the prompt of the pair, and must contain `prompt`. `chosen` and `rejected`: each an answer, or a
+    conversation with its answer at the end. Raises RowError: identical_pair, no_prompt, no_answer, differing_prompts,
+    assistant_first.
     """
     if chosen == rejected:
         raise RowError("identical_pair", '"chosen" and "rejected" are the same; there is nothing to prefer')

@@ -297,8 +297,8 @@ class DatasetWriter:
     def _advice(self, num_rejected: int, num_rows: int) -> str:
         """Write the last line of the error about rejected rows: where all are listed, and what can be done about them.
 
-        For example "full list: FILE; raise data.max_length, fix the data, or continue without them with
-        data.max_bad_share=0.02".
+        For example "full list: FILE; raise data.max_length, fix the data, or continue without them with data.max_bad_share=0.02".
+        `num_rejected` of the `num_rows` that were read were rejected.
         """
         remedies = []
         for reason, remedy in REMEDY_BY_REASON.items():

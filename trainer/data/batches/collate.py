@@ -165,7 +165,8 @@ def concatenated_batch(samples: Sequence[Sample]) -> dict[str, Any]:
 def padded_batch(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
     """Make a batch with one row for each sample, padded on the right to the longest: all tensors are int64 [samples, longest].
 
-    Targets are shifted: each position has the next token. Padding has no attention and no target.
+    Targets are shifted: each position has the next token. Padding has no attention and no target. `pad_token_id`: the id in the
+    positions of padding.
     """
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = np.full((len(samples), longest), pad_token_id, dtype=np.int64)

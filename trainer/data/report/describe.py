@@ -225,7 +225,7 @@ class ReportWriter:
     ) -> audit_schema.Source:
         """Describe one input for the audit: rows and tokens that it gave, with sizes and digests of its files.
 
-        `dataset`: the split that it belongs to; None if that is empty.
+        `dataset`: the split that it belongs to; None if that is empty. `totals`: what was counted while rows were read.
         """
         files = []
         for record in source_input.origin.file_records(self.digest_of):
@@ -367,7 +367,7 @@ def _stage_reports(num_rows: int, first_pass: Tally, second_pass: Tally) -> list
     """Say how many rows went into and came out of each stage of preparation, in order.
 
     A stage has a report only if it dropped or noted any; "read" always has one. `first_pass`: what was done to single documents,
-    `second_pass`: what the choice of splits (copies, leaks, balance) dropped.
+    `second_pass`: what the choice of splits (copies, leaks, balance) dropped. `num_rows`: how many were read.
     """
     unknown_stages = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS_STAGES, *SECOND_PASS_STAGES}
     assert not unknown_stages, f"stages without a place in the flow: {unknown_stages}"

@@ -67,7 +67,7 @@ def resample_groups(
 def _target_shares(groups: list[str], sizes: np.ndarray, config: BalanceConfig) -> np.ndarray:
     """The share of the documents that each group shall have, float64 [groups], sum 1; 0 for a group without documents.
 
-    `sizes`: how many documents each group has.
+    `sizes`: how many documents each group has. `config`: `data.balance`, whose `target` says how shares are chosen.
     """
     if config.target is BalanceTarget.shares:
         return _shares_of_sum(_requested_shares(groups, sizes, config.shares))
@@ -118,6 +118,7 @@ def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceC
     `sizes` (int64 [groups]): documents that it has. If repeats are allowed, the largest group relative to its share stays whole,
     and the others grow to match it: sizes [10, 100] with equal shares become [100, 100]. With `max_repeats=1` the smallest group
     relative to its share stays whole, and the others shrink: [10, 10]. A group with a share above 0 keeps at least one document.
+    `target_shares` (float64 [groups], sum 1): the shares that they shall have.
     """
     if config.target is BalanceTarget.natural:  # the target shares are those of `sizes`
         return sizes
@@ -170,6 +171,7 @@ def _report_by_group(
     """Say for the report what balancing did to each group, by its name. `num_uses`: how often each document is used, int64 [n].
 
     `limited_by`: by group, the setting (`cap`, `max_repeats`) because of which it misses its target share; None if none.
+    `group_of_document` (int64 [n]): indices into `groups`. `target_shares`: the shares that were aimed at.
     """
     sizes_before = np.bincount(group_of_document, minlength=len(groups))
     sizes_after = np.bincount(group_of_document, weights=num_uses, minlength=len(groups)).astype(np.int64)

@@ -102,7 +102,8 @@ class BandIndex:
 def _zeros_in_unnamed_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np.ndarray:
     """Make an array of zeros that lies in a file without a name, so that the system may write it out and drop it from memory.
 
-    The file goes with the process. Raises OSError if the disk has no room for all of it.
+    The file goes with the process. `directory`: on which disk it is; None: that of temporary files. Raises OSError if the disk
+    has no room for all of it.
     """
     if 0 in shape:
         return np.zeros(shape, dtype)

@@ -174,8 +174,9 @@ def train_documents_to_drop(
 ) -> np.ndarray:
     """Decide which leaking training documents `data.leakage.policy` takes out: their numbers, int64.
 
-    With `drop_train` those that share more than a prompt with a held-out document, with other policies none. Raises DataError if
-    the policy is `fail` and there are such documents, with counts and first examples of `report` (`leaks.to_report`).
+    With `drop_train` those that share more than a prompt with a held-out document, with other policies none.
+    `num_train_documents`: of the split, for the message. Raises DataError if the policy is `fail` and there are such documents,
+    with counts and first examples of `report` (`leaks.to_report`).
     """
     leaked_documents = leaks.train_documents_sharing_more_than_prompt()
     if len(leaked_documents) and policy is LeakagePolicy.fail:

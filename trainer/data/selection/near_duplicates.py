@@ -177,6 +177,8 @@ def find_near_copies(
 
     `is_compared` (bool [n]): False for documents that are known as copies already. `text_of`: gives the text of a document.
     `label_hashes` (uint64 [n]): only documents with equal labels can be copies. `directory`: see `NearIndex`.
+
+    `threshold`: the Jaccard similarity from which on a document is a near copy.
     """
     rows = np.flatnonzero(is_compared)
     index = NearIndex(rows, text_of, label_hashes[rows], threshold, directory)

@@ -98,7 +98,8 @@ def duplicate_policies(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
     """Decide what to do with each kind of copy that is looked for, from strict to loose: {"exact": drop, "normalized": report}.
 
     A near copy may be an exact one, so that the policy of a looser kind holds at least for all stricter ones: with near=drop
-    alone all three kinds are dropped. A kind that nobody asked for is not in the result.
+    alone all three kinds are dropped. A kind that nobody asked for is not in the result. `config`: `data.duplicates`, with a
+    policy for each kind.
     """
     policies_by_severity = (DuplicatePolicy.none, DuplicatePolicy.report, DuplicatePolicy.drop)
     # In the order of `COPY_KINDS`, from strict to loose.
@@ -122,7 +123,8 @@ def find_duplicates(
 
     `document_hashes`: by name, uint64 [n] each: "digest" of the content, "normal" of its words, "verdict" of its label (documents
     with different labels are no near copies). `text_of(row)` gives the text of a document by which near copies are compared.
-    `directory`: where the search for near copies keeps its files while it works.
+    `directory`: where the search for near copies keeps its files while it works. `config`: `data.duplicates`, which says what
+    kinds of copies are looked for.
     """
     documents = np.arange(len(document_hashes["digest"]), dtype=np.int64)
     duplicates = DuplicateColumns(representative=documents.copy(), copy_kind=np.full(len(documents), NO_COPY, np.uint8))

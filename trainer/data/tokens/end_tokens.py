@@ -28,7 +28,8 @@ def find_end_tokens(render: RenderOrNone, added_tokens: list[str]) -> EndTokens:
     Renders a conversation of four turns with marks around the contents, and looks at what the template writes behind each.
 
     `added_tokens`: the tokenizer's added tokens, among which the end tokens are looked for. Both sets are empty if the template
-    refuses the conversation, or does not write each content once.
+    refuses the conversation, or does not write each content once. `render`: renders messages by the template; None if the
+    template refuses them.
     """
     roles = ("user", "assistant", "user", "assistant")
     text = render([{"role": role, "content": f"{CONTENT_BEGIN_MARK}{role}{CONTENT_END_MARK}"} for role in roles])

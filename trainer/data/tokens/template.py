@@ -206,7 +206,8 @@ class ChatTemplate:
     def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         """Write a conversation as the template does, up to its last supervised turn, which is not closed.
 
-        Raises RefusedDocument if the template cannot write it.
+        `tools`: what the conversation may call, as JSON schemas; None for none. Raises RefusedDocument if the template cannot
+        write it.
         """
         conversation = self._prepare_conversation(messages, location, tools)
         if conversation.tool_conversation is not None:
@@ -219,7 +220,8 @@ class ChatTemplate:
     def render_prompt(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         r"""Write a conversation up to where the assistant would answer: with the header of the turn to come.
 
-        In ChatML the text ends with "<|im_start|>assistant\n". Raises RefusedDocument if the template cannot write it.
+        In ChatML the text ends with "<|im_start|>assistant\n". `tools`: what the conversation may call, as JSON schemas; None for
+        none. Raises RefusedDocument if the template cannot write it.
         """
         conversation = self._prepare_conversation(messages, location, tools)
         if conversation.tool_conversation is not None:
@@ -237,7 +239,7 @@ class ChatTemplate:
         What is before it stays when a conversation that is too long loses its beginning. None if there is no such message, or
         if marks around it change the text, so that the position cannot be found.
 
-        `location`: `file:line` of the row. Raises RefusedDocument.
+        `location`: `file:line` of the row. `tools`: what the conversation may call. Raises RefusedDocument.
         """
         conversation = self._prepare_conversation(messages, location, tools)
         roles = [message["role"] for message in conversation.messages]

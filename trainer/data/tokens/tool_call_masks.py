@@ -110,7 +110,7 @@ class TurnSpanFinder:
         Some templates want arguments as objects, others as JSON texts, and so on: the template's dialect. It is found out by
         trial with the first conversation that has calls or results, and kept, because it depends on the template alone.
 
-        `location`: `file:line` of the row.
+        `location`: `file:line` of the row. `tools`: what it may call, as JSON schemas; None for none.
         """
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
             if self._dialect is None:
