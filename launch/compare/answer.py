@@ -254,9 +254,7 @@ def _loss_curve_lines(points: Sequence[ComparedPoint]) -> list[str]:
 
 
 def _held_out_metric_lines(metrics: Sequence[str], points: Sequence[ComparedPoint]) -> list[str]:
-    """Show how each held-out metric changed in training: a line `eval/loss  ddp: 2.8700 -> 2.3400` for each point that has
-    it.
-    """
+    """Show how each held-out metric changed in training: a line `eval/loss  ddp: 2.8700 -> 2.3400` for each point that has it."""
     lines = []
     for metric in metrics:
         for point in points:

@@ -111,9 +111,7 @@ def _point_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
 
 
 def _measurements_as_dict(measured: RunMeasurements) -> dict[str, Any]:
-    """The measurements of a point under their names in `compare.json`, which calls the held-out metrics `before` and
-    `after`.
-    """
+    """The measurements of a point under their names in `compare.json`, which calls the held-out metrics `before` and `after`."""
     values = asdict(measured)
     values["before"] = values.pop("metrics_before_training")
     values["after"] = values.pop("metrics_at_end")
@@ -172,9 +170,7 @@ def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], colle
 
 
 def _measured_cells(point: ComparedPoint, collectives: list[str]) -> dict[str, Any]:
-    """The cells of `compare.csv` with a point's measurements; each of the `collectives`, such as `all_gather`, has a
-    column.
-    """
+    """The cells of `compare.csv` with a point's measurements; each of the `collectives`, such as `all_gather`, has a column."""
     cells = asdict(point.measured)
     # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes the held-out metrics, one by one; the other
     # two get their columns below.

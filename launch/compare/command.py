@@ -80,8 +80,7 @@ succeeded. docs/reference/comparisons.md explains each number."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune compare` with the arguments behind it: start new runs if there are settings, else compare runs that
-    exist.
+    """Run `shardtune compare` with the arguments behind it: start new runs if there are settings, else compare runs that exist.
 
     Returns the exit code. Raises ConfigError with all problems of the arguments, StorageError.
     """
@@ -350,8 +349,7 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
 
 
 def _write_run_files(comparison: Comparison, page_path: Path) -> list[str]:
-    """Write the page of a single run and the script that shows the run in W&B into its run directory; returns the written
-    files.
+    """Write the page of a single run and the script that shows the run in W&B into its run directory; returns the written files.
 
     `page_path`: `report.html` in that directory. If writing fails, that is printed and no error: the comparison itself has
     succeeded, and the directory may be somebody else's.
@@ -373,8 +371,7 @@ def _write_run_files(comparison: Comparison, page_path: Path) -> list[str]:
 
 
 def point_sources_from_arguments(arguments: list[str]) -> tuple[list[PointSource], list[str]]:
-    """Find the runs that the arguments of `shardtune compare` name. Returns (where the runs of each point are, error
-    messages).
+    """Find the runs that the arguments of `shardtune compare` name. Returns (where the runs of each point are, error messages).
 
     An argument is a run directory, a directory of runs, or a run of W&B. It is an error to name no run, or one twice.
     """

@@ -65,9 +65,7 @@ class Comparison:
 
     @property
     def has_comparable_mfu(self) -> bool:
-        """Whether all runs with an MFU divide their speed by the same peak. A peak measured on a busy CPU is that run's
-        alone.
-        """
+        """Whether all runs with an MFU divide their speed by the same peak. A peak measured on a busy CPU is that run's alone."""
         runs: list[RecordedRun] = []
         for point in self.points:
             runs += point.repeats
@@ -115,8 +113,7 @@ def compare_points(
 def _compared_point(
     measured_points: list[MeasuredPoint], names: list[str], index: int, default_index: int
 ) -> ComparedPoint:
-    """Put the point at `index` beside its baseline: how far its losses are from the baseline's, or why they cannot be
-    compared.
+    """Put the point at `index` beside its baseline: how far its losses are from the baseline's, or why they cannot be compared.
 
     The baseline is the earliest point that trains the same job, or else the default baseline at `default_index`. The
     default baseline itself has none, nor has a point before it, or a refused point, which has no losses. The verdict is
@@ -243,8 +240,7 @@ def _notes_on_peaks(runs: list[RecordedRun]) -> list[str]:
 
 
 def _notes_on_machines(records: list[RunRecord]) -> list[str]:
-    """Warn the reader if the runs were on different hosts, devices or revisions of shardtune: their speeds are not
-    comparable.
+    """Warn the reader if the runs were on different hosts, devices or revisions of shardtune: their speeds are not comparable.
 
     `records`: the `run.json` of each run that has one.
     """
@@ -273,8 +269,6 @@ def _has_few_steps(measured: RunMeasurements) -> bool:
 
 
 def _largest_difference_of_repeats(point: MeasuredPoint) -> float:
-    """How far repeats of the same point differ: the largest relative difference of a loss from that of the first repeat, or
-    0.
-    """
+    """How far repeats of the same point differ: the largest relative difference of a loss from that of the first repeat, or 0."""
     differences = [compare_losses(point.first_repeat, repeat) for repeat in point.repeats[1:]]
     return max((difference.all_steps_difference for difference in differences if difference is not None), default=0.0)

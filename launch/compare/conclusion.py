@@ -70,7 +70,7 @@ class Conclusion:
 
     @property
     def lines(self) -> list[str]:
-        """The answer as lines of text."""
+        """The answer as lines of text: its sentences, which point to take for which goal, and what to run to learn more."""
         lines = list(self.sentences)
         for choice in self.recommendations:
             arguments = f": {choice.arguments}" if choice.arguments else ""

@@ -50,8 +50,8 @@ def comparison_plots(comparison: Comparison) -> list[PagePlot]:
 def is_planned_memory_comparable(point: ComparedPoint) -> bool:
     """Whether a point's planned memory can stand beside the measured one: both are the tensors of a whole step.
 
-    They are if the plan simulated the step (the quick estimate leaves out the logits) and the run was on a GPU (on a CPU
-    the measured resident set has libraries in it).
+    The plan must have simulated the step: the quick estimate leaves out the logits. The run must have been on a GPU: on a
+    CPU the measured resident set has libraries in it.
     """
     is_simulated = (point.measured.planned_by or "").startswith("simulation")
     is_on_gpu = point.first_repeat.record.device not in ("", "cpu")

@@ -122,8 +122,7 @@ def _curve_spec(
 
 
 def difference_plot(comparison: Comparison) -> PagePlot | None:
-    """The plot that shows whether points compute the same: how far each one's loss is from its baseline's, on a logarithmic
-    axis.
+    """The plot that shows whether points compute the same: how far each one's loss is from its baseline's, on a logarithmic axis.
 
     A point is one combination of settings. Its baseline is the point that its loss is compared with: an earlier one that
     trains the same job with another strategy, else the first. None if no losses are comparable.

@@ -66,8 +66,7 @@ def _event_text(event: dict[str, Any]) -> str:
 
 
 def notable_step_lines(points: Sequence[ComparedPoint]) -> list[str]:
-    """A line for each step that stood out in the first repeat of each point, such as `ddp: step 40: grad_norm 9.5 (...);
-    ...`.
+    """A line for each step that stood out in the first repeat of each point, such as `ddp: step 40: grad_norm 9.5 (...); ...`.
 
     Of a point with more than `MAX_NOTABLE_STEPS_SHOWN` steps, the last ones, and a line that says where the earlier ones
     are.

@@ -341,9 +341,7 @@ def _step_part_column(part: str) -> NumberColumn:
 
 
 def _mfu_reader(*, is_comparable: bool) -> Callable[[ComparedPoint], float | None]:
-    """A function that reads the MFU of a point; None for every point if MFUs are not comparable, as shares of different
-    peaks.
-    """
+    """A function that reads the MFU of a point; None for every point if MFUs are not comparable, as shares of different peaks."""
     if not is_comparable:
         return lambda point: None
     return lambda point: point.measured.mfu

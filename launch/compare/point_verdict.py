@@ -39,9 +39,8 @@ class VerdictContext:
     def from_points(cls, points: Sequence[ComparedPoint]) -> VerdictContext:
         """Collect what verdicts need from all points.
 
-        A job is all points that train the same: they differ in strategy and seed alone. The level of one test is the
-        smaller, the more pairs of jobs are tested (Bonferroni), so that chance rarely makes any pair of the comparison look
-        different.
+        A job is all points that train the same: they differ in strategy and seed alone. The more pairs of jobs are tested,
+        the smaller the level of each test (Bonferroni), so that chance rarely makes any pair look different.
         """
         jobs = group_points_into_jobs(points)
         job_by_point: dict[str, ComparedJob] = {}
@@ -60,8 +59,7 @@ class VerdictContext:
 
 
 def point_verdict(point: ComparedPoint, context: VerdictContext, *, is_default_baseline: bool) -> str:
-    """Write the verdict on a point in one sentence: `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s, 0.6 x its
-    memory`.
+    """Write the verdict on a point in one sentence: `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s, 0.6 x its memory`.
 
     A point is one combination of settings, a job all points that train the same with other strategies or seeds. The
     baseline of a point is an earlier point, of the same job if there is one. The sentence begins with how the point ended,
@@ -113,8 +111,7 @@ def _single_point_job(point: ComparedPoint) -> ComparedJob:
 
 
 def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: VerdictContext) -> str:
-    """A clause on whether a point is better than its baseline by a held-out metric: `eval/loss 2.31, better than ddp (2.4;
-    ...)`.
+    """A clause on whether a point is better than its baseline by a held-out metric: `eval/loss 2.31, better than ddp (2.4; ...)`.
 
     The two are of different jobs, seeds or data. The first case that applies:
 
@@ -163,9 +160,7 @@ def _judgement_text(difference: QualityDifference, *, greater_is_better: bool) -
 
 
 def _verdict_without_metric(baseline: ComparedPoint, point: ComparedPoint) -> str:
-    """A clause on two points without a common held-out metric: why their losses cannot be compared, or how their jobs
-    differ.
-    """
+    """A clause on two points without a common held-out metric: why their losses cannot be compared, or how their jobs differ."""
     if point.incomparable_settings:
         return _loss_verdict(point)
     differing_settings = _differing_settings_text(baseline, point)

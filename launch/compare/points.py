@@ -80,9 +80,7 @@ class PointsPlan:
         return f"(optim.lr={rate:g})"
 
     def point_sources(self, comparison_dir: Path) -> list[PointSource]:
-        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was
-        refused.
-        """
+        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was refused."""
         return [self._point_source(point, comparison_dir) for point in self.points]
 
     def _run_dirs(self, point: PlannedPoint, comparison_dir: Path) -> tuple[Path, ...]:

@@ -199,8 +199,7 @@ def _document_interval(
 
 
 def _paired_batch_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[tuple[float, float]] | None:
-    """Pair what two runs measured in each micro-batch of the last evaluation: (the baseline's sum of a metric, the run's
-    sum).
+    """Pair what two runs measured in each micro-batch of the last evaluation: (the baseline's sum of a metric, the run's sum).
 
     Empty micro-batches are left out. None if a run did not keep its sums, if one evaluated more documents than the other,
     or if a sum is not finite.

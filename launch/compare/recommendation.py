@@ -47,9 +47,7 @@ class _BestPoint:
 
     @property
     def not_shown_to_differ_text(self) -> str:
-        """A clause that names the points that are not shown to differ, such as `; no difference shown from b`; empty
-        without.
-        """
+        """A clause that names the points that are not shown to differ, such as `; no difference shown from b`; empty without."""
         names = [point.name for point in self.not_shown_to_differ]
         return f"; no difference shown from {join_names(names)}" if names else ""
 
@@ -166,8 +164,7 @@ def recommend_cheapest(
 def _recommend_best_point(
     best: _BestPoint, goal: str, value_text: str, arguments_by_name: dict[str, str]
 ) -> Recommendation:
-    """Recommend the best point for a goal, such as `the least memory`; the reason is its value, and which points may be as
-    good.
+    """Recommend the best point for a goal, such as `the least memory`; the reason is its value, and which points may be as good.
 
     `arguments_by_name`: by name of a point, the settings to paste behind `shardtune train`.
     """
@@ -260,8 +257,7 @@ def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] 
 
 
 def memory_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
-    """The range in GiB within which a point's memory may lie, by which two points are told apart; None if it was not
-    measured.
+    """The range in GiB within which a point's memory may lie, by which two points are told apart; None if it was not measured.
 
     It covers the peaks of all repeats if all points are repeated (`is_repeated`), and is at least `MEMORY_TOLERANCE` of the
     peak wide. On a CPU that is `CPU_MEMORY_TOLERANCE`, because the memory of the process has its libraries in it.

@@ -46,8 +46,7 @@ UNKNOWN_CELL = "-"
 
 
 def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
-    """Write the Python source of `workspace.py`, a script by which the user makes a view and a report of this comparison in
-    W&B.
+    """Write the Python source of `workspace.py`, a script by which the user makes a view and a report of this comparison in W&B.
 
     Returns None if no run of the comparison logs to W&B. View and report get the name of `output_dir`, the directory that
     the comparison is written into. A point is one combination of settings, with a run for each repeat; an axis is a setting
@@ -253,8 +252,7 @@ def _has_loss_by_position(point: ComparedPoint) -> bool:
 
 
 def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
-    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4,
-    2e-4)}.
+    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4, 2e-4)}.
 
     A setting has a column of its own if it is one of `WANDB_COLUMN_BY_SETTING`, or named in `logging.columns`. Only if no
     differing setting has one, columns of the whole configuration are taken, such as `config.parallel.sequence`, at most
@@ -350,10 +348,11 @@ def _baseline_run_id(comparison: Comparison) -> str | None:
 
 
 def _wandb_run_id(run: RecordedRun) -> str | None:
-    """Find the id that a run has in W&B, such as `ab12cd34`; None if it is not known.
+    """Find the id that a run has in W&B, such as `ab12cd34`; None if it is not known. The first of these that has it:
 
-    It is in the run's address if the run was read from W&B's server, in `run.json` if the run ended, else in the name of
-    the directory that W&B wrote: `run-20250131_120000-ab12cd34`.
+    - The run's address, if the run was read from W&B's server.
+    - `run.json`, if the run ended.
+    - The name of the directory that W&B wrote: `run-20250131_120000-ab12cd34`.
     """
     if is_wandb_address(run.directory):
         return str(run.directory).rpartition("/")[2]
@@ -379,8 +378,7 @@ class _MarkdownColumn(NamedTuple):
 def _points_markdown_lines(
     comparison: Comparison, values_by_column: dict[str, tuple[Any, ...]], held_out_metric: str
 ) -> list[str]:
-    """Write the points of the comparison as a Markdown table for the W&B report: axes, losses, speed, memory, price and
-    state.
+    """Write the points of the comparison as a Markdown table for the W&B report: axes, losses, speed, memory, price and state.
 
     A column without a value at any point is left out. `values_by_column`: the settings in which the points differ, with the
     value at each point. `held_out_metric`: the metric by which the runs are judged, such as `eval/loss`.

@@ -166,8 +166,7 @@ def _source_name(dataset: str) -> str:
 
 
 def with_commit_and_size(asset: HubAsset) -> HubAsset:
-    """Ask the hub for the commit to which an asset's revision points now, and how large a model is; returns the asset with
-    both.
+    """Ask the hub for the commit to which an asset's revision points now, and how large a model is; returns the asset with both.
 
     `total_bytes` is of all files, `missing_bytes` of those that the cache lacks. A data set gets no sizes, since its loader
     decides what is read. Raises ConfigError if the hub does not give the asset.
@@ -254,8 +253,7 @@ def _sha256(path: Path) -> str:
 
 
 def file_damage(directory: Path, file: dict[str, Any]) -> str | None:
-    """Compare a fetched file with its entry in the manifest, {"path": ..., "bytes": ..., "sha256": ...}, and say what is
-    wrong.
+    """Compare a fetched file with its entry in the manifest, {"path": ..., "bytes": ..., "sha256": ...}, and say what is wrong.
 
     None if it is as it was fetched.
     """

@@ -58,8 +58,7 @@ class ComparisonResult:
         return pd.read_csv(io.StringIO(comparison_csv(self.comparison))).set_index("name")
 
     def metrics(self) -> pd.DataFrame:
-        """The curves of all runs for pandas: a row for each step and each evaluation, with its `run` and `repeat` (from 1
-        on).
+        """The curves of all runs for pandas: a row for each step and each evaluation, with its `run` and `repeat` (from 1 on).
 
         A row has the metrics that were logged at its step, so metrics of steps are NaN in the row of an evaluation.
         """
@@ -195,8 +194,7 @@ class EvaluationResult:
         return pd.DataFrame(_metric_rows(self.report))
 
     def rows(self) -> pd.DataFrame:
-        """Every answer for pandas: a row for each question and model, with prompt, answer, reference and scores
-        (`score/<name>`).
+        """Every answer for pandas: a row for each question and model, with prompt, answer, reference and scores (`score/<name>`).
 
         `arm` says which model answered: `tuned`, or `base` for the model before training. Empty if no rows were written.
         """
@@ -250,9 +248,9 @@ class EvaluationResult:
 def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Flatten the tasks of `evaluation.json` into a row for each metric: {"task": "qa", "metric": "f1", "value": 0.8, ...}.
 
-    `low` and `high` bound the 95 % interval. If the evaluation was compared with another model (`against`), a row also has
-    the keys other (that model's value), difference, difference_low, difference_high (its 95 % interval), p and verdict.
-    Each is None, and the verdict empty, for a metric that the other model lacks.
+    `low` and `high` bound the 95 % interval. After a comparison with another model (`against`), a row also has that model's
+    value as `other`, the difference with its interval (difference, difference_low, difference_high), p and verdict. Each is
+    None, and the verdict empty, for a metric that the other model lacks.
     """
     against = report.get("against") or {}
     rows = []
@@ -361,9 +359,7 @@ class PlanResult:
         return f"{model_on_cards}: {' '.join(self.answer['best'])}"
 
     def _repr_html_(self) -> str:
-        """Show the plan below a notebook cell: cards of the fastest option that fits, its command, and a table of all
-        options.
-        """
+        """Show the plan below a notebook cell: cards of the fastest option that fits, its command, and a table of all options."""
         cards = []
         if self.fits:
             best_option = next(option for option in self.answer["options"] if option["settings"] == self.answer["best"])

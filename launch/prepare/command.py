@@ -62,8 +62,7 @@ datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.js
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune prepare` with the arguments `argv`: prepare a run's data, a shard of it, or print it; returns the exit
-    code.
+    """Run `shardtune prepare` with the arguments `argv`: prepare a run's data, a shard of it, or print it; returns the exit code.
 
     A shard is one of n parts, which jobs of an array prepare; a call without `--shard` merges them. Raises ConfigError for
     wrong settings, DataError for data that cannot be used, StorageError.

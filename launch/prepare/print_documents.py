@@ -105,8 +105,7 @@ def directory_argument_or_none(arguments: list[str]) -> Path | None:
 
 
 def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
-    """Run `shardtune prepare --print`, which shows prepared sequences; returns the exit code. Raises ConfigError or
-    DataError.
+    """Run `shardtune prepare --print`, which shows prepared sequences; returns the exit code. Raises ConfigError or DataError.
 
     The data is named by its directory, or by the settings of a run. `prepare`: prepares the data of a run from its
     settings, and returns the directory of the data. It is passed in because its module imports this one.
@@ -236,8 +235,7 @@ def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArgu
 
 
 def parse_sequence_numbers(rows_argument: str, num_sequences: int, split: str) -> list[int]:
-    """Read the sequence numbers of `rows=`: "[0,5,10-12]" -> [0, 5, 10, 11, 12]. Raises ConfigError that names every wrong
-    entry.
+    """Read the sequence numbers of `rows=`: "[0,5,10-12]" -> [0, 5, 10, 11, 12]. Raises ConfigError that names every wrong entry.
 
     All must be below `num_sequences`. `split`: the name of the split that has so many sequences, for messages.
     """

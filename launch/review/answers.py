@@ -172,7 +172,10 @@ def _parse_choices(row: dict[str, Any], questions: list[str], location: str) -> 
 
 
 def _raise_if_of_another_review(location: str, answered_review_id: Any, review_id: str) -> None:
-    """Raise DataError if answers are of another review; `answered_review_id` is the id that the file has at `location`."""
+    """Raise DataError if answers are of another review, whose items have other ids.
+
+    `location`: where they are, for the message. `answered_review_id`: the id of the review that the file names.
+    """
     if answered_review_id != review_id:
         which_review = "of no review that it names"
         if answered_review_id:

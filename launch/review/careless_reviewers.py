@@ -31,8 +31,7 @@ RULE_TEXT_BY_NAME = {
 
 
 def carelessness_flags(reviewer: Reviewer, review_key: ReviewKey, majority_vote_by_item: dict[str, str]) -> list[str]:
-    """Look for signs that a reviewer answered without reading: a sentence for each rule of `RULE_TEXT_BY_NAME` that is
-    broken.
+    """Look for signs that a reviewer answered without reading: a sentence for each rule of `RULE_TEXT_BY_NAME` that is broken.
 
     Empty for a careful reviewer. `review_key`: which model wrote which answer. `majority_vote_by_item`: the vote of most of
     the other reviewers (`tuned`, `other` or `tie`), by item id.

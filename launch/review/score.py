@@ -37,8 +37,7 @@ WIN_RATE_METHOD_TEXT = (
 def score_review(
     review_id: str, review_key: ReviewKey, reviewers: list[Reviewer], dropped_names: list[str]
 ) -> dict[str, Any]:
-    """Evaluate a review: how often reviewers preferred the tuned model, how far they agree, and who may have answered
-    carelessly.
+    """Evaluate a review: how often reviewers preferred the tuned model, how far they agree, and who may have answered carelessly.
 
     Returns the record of the review, as JSON values. `review_key`: which model wrote which answer. The models that answered
     are called arms: `tuned`, and those that it is compared with. The votes of the reviewers in `dropped_names` do not count.
@@ -185,8 +184,7 @@ def _bootstrap_interval(prompt_means: np.ndarray) -> tuple[float, float]:
 def _majority_votes_of_others(
     reviewer: Reviewer, reviewers: list[Reviewer], items: Iterable[KeyItem]
 ) -> dict[str, str]:
-    """How most of the other reviewers voted, by item id, to compare `reviewer` with; only items that at least two of them
-    judged.
+    """How most of the other reviewers voted, by item id, to compare `reviewer` with; only items that at least two of them judged.
 
     Of votes that are equally frequent, the one that comes first in the order of `reviewers` is taken.
     """
@@ -227,8 +225,7 @@ def _reviewer_summary(reviewer: Reviewer, num_items: int, flags: list[str], is_d
 def _disputed_items(
     votes: VotesOnQuestion, reviewers: list[Reviewer], items: Iterable[KeyItem]
 ) -> list[dict[str, Any]]:
-    """Find the items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes
-    first.
+    """Find the items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes first.
 
     At most `MAX_RECORDED_DISAGREEMENTS` items. In the record, `other` is the model beside the tuned one, and `prompt` an
     index.

@@ -181,7 +181,8 @@ def _exposure_from_prepared_data(
 def _open_prepared_splits(data_dir: Path, fingerprint: str) -> dict[str, TokenDataset]:
     """Open the prepared data of a run: {"train": ..., "eval": ...}, with the held-out splits that it has.
 
-    Raises DataError if the data is not there, or is not what the run was trained on (`fingerprint`).
+    `fingerprint`: of the data that the run was trained on, as it recorded it. Raises DataError if the data is not there, or
+    has another fingerprint.
     """
     from trainer.data.store.sequences import TokenDataset
 

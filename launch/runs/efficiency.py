@@ -234,9 +234,9 @@ class _SacctAnswer(NamedTuple):
 
 
 def _ask_sacct(job_id: str) -> _SacctAnswer:
-    """Ask sacct, SLURM's accounting, what a job used.
+    """Ask sacct, SLURM's accounting, what a job used: a row for the job, and one for each of its steps.
 
-    It is called up to `SACCT_ATTEMPTS` times, until the end of the ranks is known.
+    It is called up to `SACCT_ATTEMPTS` times, until it knows how the step of the ranks ended.
     """
     answer = _SacctAnswer([])
     for attempt in range(SACCT_ATTEMPTS):
@@ -253,7 +253,7 @@ def _ask_sacct(job_id: str) -> _SacctAnswer:
 
 
 def _call_sacct(job_id: str) -> _SacctAnswer:
-    """Ask sacct once; `problem` of the answer says if it is missing, does not answer, or fails."""
+    """Ask sacct, SLURM's accounting, once what a job used; `problem` of the answer says if it is missing or fails."""
     command = ["sacct", "--jobs", job_id, "--noheader", "--parsable2", f"--format={','.join(SACCT_FIELDS)}"]
     try:
         completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SACCT_TIMEOUT_S)

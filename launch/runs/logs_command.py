@@ -118,8 +118,9 @@ def _current_failure(run_dir: Path) -> dict[str, Any]:
 
 
 def logs_arguments(argv: list[str]) -> LogsArguments:
-    """Read the arguments behind `shardtune logs`, and check that they name a run. Raises ConfigError with every problem at
-    once.
+    """Read the arguments behind `shardtune logs`, and check that they name a run.
+
+    Raises ConfigError with every problem at once.
     """
     arguments, problems = read_arguments("logs", LogsArguments, argv)
     if arguments.rank is not None and arguments.job is not None:
@@ -317,9 +318,7 @@ class FollowedRun:
         self._reported_wait = what_it_waits_for
 
     def _print_end(self, run: RunView) -> None:
-        """Print how the followed run ended: with --json a last object, else a line on stderr, after the report of a
-        failure.
-        """
+        """Print how the followed run ended: with --json a last object, else a line on stderr, after the report of a failure."""
         from trainer.reporting.status import RunState
 
         if isinstance(self.printer, JsonLogPrinter):

@@ -27,7 +27,10 @@ LAUNCHER_VARIABLE = b"SHARDTUNE_LAUNCHER="
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseHolder:
-    """The newest attempt at a run, and the process that makes it."""
+    """The newest attempt at a run, and the process that makes it.
+
+    A process that trains holds the run's lease: it claims the run directory, and shows by heartbeats that it lives.
+    """
 
     attempt_number: int
     """How often the run was started, this attempt counted; 0 if nobody has started it."""

@@ -158,8 +158,7 @@ def _may_hold_runs(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def read_run_views(search: RunSearch, queue: JobQueue) -> list[RunView]:
-    """Read the state of each run that a search found, then add a row of state `unknown` for each directory that cannot be
-    read.
+    """Read the state of each run that a search found, then add a row of state `unknown` for each directory that cannot be read.
 
     A directory whose `config.yaml` is not shardtune's is left out if nothing was started in it. `search.unreadable`: by
     directory, why it could not be searched.
@@ -290,8 +289,7 @@ def _state_from_files(
 
 
 def _correct_state_by_last_job(run_dir: Path, queue: JobQueue, state: str, reason: str | None) -> StateAndReason:
-    """Correct the state of a run that is lost or has not started, by how its last SLURM job ended. The first case that
-    applies:
+    """Correct the state of a run that is lost or has not started, by how its last SLURM job ended. The first case that applies:
 
     - It was never submitted: unchanged.
     - Its job ended: a run that has not started has failed; a lost run gets the end as a further reason.

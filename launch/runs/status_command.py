@@ -214,8 +214,7 @@ def runs_status_forever(root: Path) -> Iterator[RunsStatus]:
 
 
 def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, str]:
-    """Check every checkpoint of the runs against its checksums (`--verify`); returns {damaged checkpoint: what is wrong
-    with it}.
+    """Check every checkpoint of the runs against its checksums (`--verify`); returns {damaged checkpoint: what is wrong with it}.
 
     Empty if all are intact. Prints on stderr which checkpoint is being read, unless `quiet`: that takes minutes for a large
     model.

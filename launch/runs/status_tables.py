@@ -195,9 +195,7 @@ def _location_and_reason(run: RunView) -> str:
 
 
 def _other_job_lines(status: RunsStatus) -> list[str]:
-    """List the user's jobs in the queue that belong to none of the runs, as a section of its own; no lines if there are
-    none.
-    """
+    """List the user's jobs in the queue that belong to none of the runs, as a section of its own; no lines if there are none."""
     other_jobs = status.jobs_without_run
     if not other_jobs:
         return []
@@ -349,8 +347,7 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
 
 def _failure_origin(failure: Mapping[str, Any]) -> str:
-    """Say where a run failed, to stand before the reason: `rank 3 on node7, training, step 40: `; empty without a
-    `failure.json`.
+    """Say where a run failed, to stand before the reason: `rank 3 on node7, training, step 40: `; empty without a `failure.json`.
 
     The message of a user's error is enough. Of any other error, the type is shown, too.
     """

@@ -47,7 +47,10 @@ class SignalProcess:
         return f"kill -TERM {self.pid}"
 
     def send(self) -> bool:
-        """Send TERM; returns whether the process was still there. Raises CannotStopError if it is another user's."""
+        """Send TERM, at which a run saves and ends; returns whether the process was still there.
+
+        Raises CannotStopError if it is another user's process.
+        """
         try:
             pidfd = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -104,8 +107,9 @@ class CancelJob:
         return f"scancel {self.job.id}"
 
     def send(self) -> bool:
-        """Take the job out of the queue; returns True: the job was there. Raises CannotStopError with scancel's message if
-        not.
+        """Take the job out of the queue; returns True: the job was there.
+
+        Raises CannotStopError with scancel's message if not.
         """
         run_slurm_command(["scancel", self.job.id])
         return True
@@ -189,7 +193,10 @@ def _raise_if_unrelated_process(run_dir: Path, pid: int) -> None:
 
 
 def _has_open_file_in(run_dir: Path, pid: int) -> bool:
-    """Whether a process has the run's directory open, or a file in it; False if its files cannot be seen by this user."""
+    """Whether a process has the run's directory open, or a file in it, so that it may be the one that trains the run.
+
+    False if its files cannot be seen by this user.
+    """
     resolved_run_dir = run_dir.resolve()
     try:
         descriptors = list(Path(f"/proc/{pid}/fd").iterdir())

@@ -92,9 +92,9 @@ def _duration_card(run: RecordedRun) -> PageCard | None:
 
 
 def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
-    """The card of the speed: tokens a second of all ranks, with the time of a step and the MFU.
+    """The card of the speed: tokens a second of all ranks, with the time of a step and the MFU; None if the speed is not known.
 
-    None if the speed is not known.
+    The MFU is the share of the device's peak speed that the run reached.
     """
     if not measured.tokens_per_s:
         return None
@@ -114,10 +114,11 @@ def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
 def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
     """The card of a rank's largest memory, on a GPU also as a share of the card's; None if it was not measured.
 
-    A warning says if the card is nearly full.
+    A warning says if the card is nearly full. `measured`: the numbers of the run as a comparison has them.
     """
     if measured.memory_gib is None:
         return None
+    # The plan knows the memory of the card; None without a plan.
     gpu_memory_gib = _predicted_cost(run).device_gib
     note = "largest peak of a rank"
     tone: Tone = ""
@@ -249,8 +250,7 @@ def _value_on_command_line(value: Any) -> str:
 
 
 def _default_settings(run_dir: Path) -> dict[str, Any]:
-    """The defaults of a run's settings by dotted key, among which are those of the choices that it made, such as
-    `tuning=lora`.
+    """The defaults of a run's settings by dotted key, among which are those of the choices that it made, such as `tuning=lora`.
 
     Empty if its `config.yaml` is of another version or cannot be read.
     """
@@ -299,9 +299,7 @@ def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def run_links(run: RecordedRun) -> list[tuple[str, str]]:
-    """The links to the pages and files about the run that exist: (text, relative URL), such as ("metrics",
-    "metrics.jsonl").
-    """
+    """The links to the pages and files about the run that exist: (text, relative URL), such as ("metrics", "metrics.jsonl")."""
     targets: list[tuple[str, Path]] = []
     if run.record.data_directory:
         targets.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))

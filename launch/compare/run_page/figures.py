@@ -166,7 +166,10 @@ def _chosen_metric_spec(rows: list[Row], metrics: list[str], mark: Spec, *, heig
 
 
 def _training_metric_rows(run: RecordedRun, x_values_by_step: dict[int, Row], metric: str) -> list[Row]:
-    """Data rows of a training metric, such as `reward`: one for each step with a finite value."""
+    """Data rows of a training metric, such as `reward`: one for each step with a finite value.
+
+    Such as {"series": "training", "step": 5, "tokens": 2560, "seconds": 4.1, "value": 0.6, "metric": "reward"}.
+    """
     rows = []
     for step, step_row in run.steps.items():
         value = step_row.get(metric)

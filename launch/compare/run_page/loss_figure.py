@@ -60,8 +60,7 @@ Vega cannot change the type of an axis, so `_loss_y_transforms` computes logarit
 
 
 def loss_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
-    """The plot of training and held-out loss, with the best step and steps that stood out marked; None without a training
-    loss.
+    """The plot of training and held-out loss, with the best step and steps that stood out marked; None without a training loss.
 
     `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}, among which the reader chooses the x
     axis.
@@ -143,8 +142,7 @@ def _training_loss_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> l
 
 
 def _loss_y_transforms(loss_expression: str) -> list[Spec]:
-    """Vega-Lite transforms that add `y` to each row: a loss, or its logarithm if the reader chose that in the menu of the
-    axis.
+    """Vega-Lite transforms that add `y` to each row: a loss, or its logarithm if the reader chose that in the menu of the axis.
 
     `loss_expression`: reads the loss, such as `datum.value`. `scale` is the parameter of `SCALE_MENU`. A row whose `y` is
     not valid, such as the logarithm of 0, is left out.
@@ -166,8 +164,7 @@ LOSS_AXIS: Spec = {
 
 
 def _training_loss_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
-    """Vega-Lite layers of the training loss: a pale line of each step's loss, the smoothed line over it, points for the
-    pointer.
+    """Vega-Lite layers of the training loss: a pale line of each step's loss, the smoothed line over it, points for the pointer.
 
     `rows`: {"step": 5, ..., "loss": 2.3, "none": 2.3, "some": 2.4, "much": 2.5}, by the names in the menu of smoothings.
     `has_held_out`: whether the held-out loss is drawn in another colour.

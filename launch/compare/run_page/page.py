@@ -72,9 +72,7 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
 
 
 def _profile_tables(profile: ProfiledSteps) -> ProfileTables:
-    """Prepare what the page shows of a profiled run: a table with a row for each rank, and one with a row for each
-    operator.
-    """
+    """Prepare what the page shows of a profiled run: a table with a row for each rank, and one with a row for each operator."""
     return ProfileTables(
         steps=profile.steps,
         is_measured_on_device=profile.measured_on == "device",
@@ -87,9 +85,7 @@ def _profile_tables(profile: ProfiledSteps) -> ProfileTables:
 
 
 def _text_table(headings: list[str], rows: list[list[str]], caption: str) -> PageTable:
-    """Make a table of the page from cells that are text already; a column is sorted by the numbers with which its cells
-    begin.
-    """
+    """Make a table of the page from cells that are text already; a column is sorted by the numbers with which its cells begin."""
     cells = []
     for row in rows:
         cells.append([PageCell(text, sort_value=_sort_value(text)) for text in row])

@@ -52,6 +52,7 @@ def shown_round_groups(run: RecordedRun) -> list[ShownGroup]:
 
     Empty without recorded rounds. A file that cannot be read is left out: the run may be writing it.
     """
+    # In the order of the steps.
     file_by_step = recorded_rounds(run.directory)
     steps = list(file_by_step)
     if not steps:

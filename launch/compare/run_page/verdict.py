@@ -54,9 +54,7 @@ LOWER_LEARNING_RATE_FACTOR = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RunVerdict:
-    """What came of a run, as the head of its page shows it: `heading` in the colour of `tone`, a text, and commands to
-    copy.
-    """
+    """What came of a run, as the head of its page shows it: `heading` in the colour of `tone`, a text, and commands to copy."""
 
     tone: Tone
     heading: str
@@ -269,8 +267,7 @@ def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
 
 
 def _best_step_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader which step had the best value of the monitored metric, if it was not the last. The first case that
-    applies:
+    """Tell the reader which step had the best value of the monitored metric, if it was not the last. The first case that applies:
 
     - The best step is not known, or the last evaluation has no value: none.
     - No step was better than the model before training: that, with the command that trains with a lower learning rate, unless
