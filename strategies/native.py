@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from strategies.base import (
     FullParameters,
-    InferenceWeights,
     OptimizerFactory,
     Precision,
     Progress,
@@ -29,6 +28,7 @@ from strategies.compat.optimizers import copy_each, multiply_each
 from strategies.ema import EMA_KEY, WeightAverage
 from strategies.grad_norm import squared_norm
 from strategies.host_memory import HostMemory
+from strategies.inference import InferencePasses
 from strategies.parameters import COMPUTE_DTYPE, named_parameters, trainable_parameters
 from strategies.runtime import Runtime
 from strategies.saving import FlatRange, RankState
@@ -61,7 +61,7 @@ class SavedTensorsOfParameter(NamedTuple):
     """Moments of another shape than the parameter, such as factored ones: equal on every rank."""
 
 
-class NativeEngine:
+class NativeEngine(InferencePasses):
     """A step module with its optimizer: gradient clipping, loss scaling, skipped updates, averages and checkpoints."""
 
     host_memory: HostMemory | None = None
@@ -111,13 +111,11 @@ class NativeEngine:
         self.optimizer_hooks = plan.optimizer_hooks
         """What the tuning method does around each step, such as AdaLoRA's pruning of ranks; None for most methods."""
         assert self.optimizer_hooks is None or self.is_replicated, "refused when a run is composed"
-        self.weight_average: WeightAverage | None = None
-        """The moving average of the trained weights; None if the run keeps none."""
+        self.weight_average = None
         if plan.ema_decay:
             weights = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
             self.weight_average = WeightAverage(plan.ema_decay, weights)
-        self.initial_weights: WeightAverage | None = None
-        """The trained weights as they began, if the run keeps them: an average that is never updated."""
+        self.initial_weights = None
         if plan.keeps_initial_weights:
             weights = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
             self.initial_weights = WeightAverage(1.0, weights)
@@ -144,37 +142,17 @@ class NativeEngine:
         loss.backward()
 
     @contextmanager
-    def inference(self, weights: InferenceWeights = InferenceWeights.averaged) -> Iterator[nn.Module]:
-        """The step module in eval mode, without gradients, with these weights. All ranks enter. See `Engine.inference`."""
-        self.step_module.eval()
-        try:
-            with torch.no_grad(), self._autocast(), self._weights_in_model(weights):
-                yield self.step_module
-        finally:
-            self.step_module.train()
-
-    def _weights_in_model(self, weights: InferenceWeights) -> AbstractContextManager[None]:
-        """A context with these weights in the model; afterwards the trained weights are back. All ranks enter."""
-        if weights is InferenceWeights.initial:
-            assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
-            return self._swapped_weights_in_model(self.initial_weights)
-        if weights is InferenceWeights.averaged:
-            return self._averaged_weights_in_model()
-        return nullcontext()
-
-    @contextmanager
     def _averaged_weights_in_model(self) -> Iterator[None]:
         """A context with the averaged weights in the model, which are what a run evaluates and exports. All ranks enter.
 
         The average is our own (`optim.ema_decay`), or that of a schedule-free optimizer. Afterwards the trained weights are
         restored bit for bit. Without an average, the trained weights stay.
         """
-        if self.weight_average is not None:
-            with self._swapped_weights_in_model(self.weight_average):
+        if self.weight_average is not None or not hasattr(
+            self.optimizer, "eval"
+        ):  # only schedule-free optimizers have it
+            with super()._averaged_weights_in_model():
                 yield
-            return
-        if not hasattr(self.optimizer, "eval"):  # only schedule-free optimizers have it
-            yield
             return
         trained = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
         # `eval` of a schedule-free optimizer puts its averages into the parameters. It could compute the trained weights from
@@ -187,20 +165,6 @@ class NativeEngine:
             self.optimizer.train()  # type: ignore[attr-defined]
             copy_each(trained, trained_copies)
             self._after_weight_change()
-
-    @contextmanager
-    def _swapped_weights_in_model(self, average: WeightAverage) -> Iterator[None]:
-        """A context with the weights of `average` in the model; afterwards the trained weights are back."""
-        average.swap()
-        self._after_weight_change()
-        try:
-            yield
-        finally:
-            average.swap()
-            self._after_weight_change()
-
-    def _after_weight_change(self) -> None:
-        """Called after weights were changed outside a step. Sharding engines override it to drop gathered copies."""
 
     # -- update --------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import (
     FullParameters,
-    InferenceWeights,
     OptimizerFactory,
     ParameterSource,
     Precision,
@@ -39,6 +38,7 @@ from strategies.ema import WeightAverage
 from strategies.errors import ConfigError
 from strategies.full_params import ZeroFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
+from strategies.inference import InferencePasses
 from strategies.parameters import (
     COMPUTE_DTYPE,
     allocate_on_device,
@@ -56,7 +56,7 @@ from strategies.zero_load import gather_modules_of_plan_as_one, load_partitioned
 from strategies.zero_masters import Fp32Masters
 
 
-class ZeroEngine:
+class ZeroEngine(InferencePasses):
     """Drives a DeepSpeed engine through the `Engine` interface: accumulation, skipping and state are decided here."""
 
     host_memory: HostMemory | None = None
@@ -80,10 +80,9 @@ class ZeroEngine:
         self._num_updates = torch.zeros((), device=runtime.device)
         """Updates that were applied, of the whole run, 0-d; the inner optimizer has a count of its own for bias correction."""
         self.masters = Fp32Masters(engine, config.stage, runtime.rank, self.trainable)
-        self.weight_average: WeightAverage | None = None
-        """The moving average of the fp32 master weights; None if the run has none."""
-        self.initial_weights: WeightAverage | None = None
-        """The fp32 masters as they began, if the run keeps them: an average that is never updated."""
+        # Both are of the fp32 master weights; the strategy sets them if the run keeps them.
+        self.weight_average = None
+        self.initial_weights = None
         if config.stage == 3:
             self.full_parameters: FullParameters = ZeroFullParameters(step_module, engine.optimizer.parameter_offload)
         else:
@@ -144,48 +143,6 @@ class ZeroEngine:
             engine_norm = float("nan")
         norm = torch.as_tensor(engine_norm, dtype=torch.float32, device=device)
         return StepResult(grad_norm=norm, skipped=torch.tensor(float(is_skipped), device=device))
-
-    @contextmanager
-    def inference(self, weights: InferenceWeights = InferenceWeights.averaged) -> Iterator[nn.Module]:
-        """The step module in eval mode, without gradients, with these weights. All ranks enter. See `Engine.inference`.
-
-        Stage 3 gathers each layer as it runs.
-        """
-        self.step_module.eval()
-        try:
-            with torch.no_grad(), self._weights_in_model(weights):
-                yield self.step_module
-        finally:
-            self.step_module.train()
-
-    def _weights_in_model(self, weights: InferenceWeights) -> AbstractContextManager[None]:
-        """A context with these weights in the model; afterwards the trained weights are back. All ranks enter."""
-        if weights is InferenceWeights.initial:
-            assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
-            return self._swapped_weights_in_model(self.initial_weights)
-        if weights is InferenceWeights.averaged:
-            return self._averaged_weights_in_model()
-        return nullcontext()
-
-    @contextmanager
-    def _averaged_weights_in_model(self) -> Iterator[None]:
-        """A context with the averaged weights in the model, if the run has them; then the trained ones again. All ranks enter."""
-        if self.weight_average is None:
-            yield
-            return
-        with self._swapped_weights_in_model(self.weight_average):
-            yield
-
-    @contextmanager
-    def _swapped_weights_in_model(self, average: WeightAverage) -> Iterator[None]:
-        """A context with the weights of `average` in the model; afterwards the trained weights are back. All ranks enter."""
-        average.swap()
-        self.refresh_compute_copies()
-        try:
-            yield
-        finally:
-            average.swap()
-            self.refresh_compute_copies()
 
     # -- training state ------------------------------------------------------------------------------------------
 
@@ -276,6 +233,9 @@ class ZeroEngine:
         # The forward pass uses copies of the fp32 masters, which have new values now.
         self.refresh_compute_copies()
         return state_header.progress
+
+    def _after_weight_change(self) -> None:
+        self.refresh_compute_copies()
 
     @torch.no_grad()
     def refresh_compute_copies(self) -> None:
