@@ -235,7 +235,7 @@ def _first_float_tensor(arguments: tuple[Any, ...]) -> Tensor | None:
 
 
 def _batch_on_meta(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its tensors on meta, also those of batches inside it."""
+    """Move the tensors of a batch to meta, also those of batches inside it, for a forward pass that computes nothing."""
     moved: dict[str, Any] = {}
     for key, entry in batch.items():
         if torch.is_tensor(entry):

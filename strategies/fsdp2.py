@@ -122,9 +122,9 @@ class _SharedMemoryReduceScatter(DefaultAllocMixin, ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> None:
-        """Sum or average `input_tensor` over the ranks, and put this rank's part into `output_tensor`.
+        """Sum or average gradients over the ranks, and put this rank's part into `output_tensor`; FSDP2 calls it for each block.
 
-        The signature is FSDP2's. It is over when it returns, so `async_op` has nothing to say.
+        The signature is FSDP2's. The collective is over when it returns, whatever `async_op` says. All ranks must call.
         """
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
         self.memory.reduce_scatter(output_tensor, input_tensor, average=op == dist.ReduceOp.AVG)

@@ -43,7 +43,7 @@ def estimated_activation_bytes(
 def estimated_state_bytes(
     step_module: nn.Module, config: StrategyConfig, precision: Precision, *, world_size: int, num_replicas: int
 ) -> float:
-    """Estimate what a rank holds between steps on its device, in bytes: parameters, gradients and optimizer state.
+    """Estimate how much device memory a rank needs for parameters, gradients and optimizer state, in bytes; no activations.
 
     Copies in the compute type are included, and what is gathered from other ranks at one time. By strategy:
 

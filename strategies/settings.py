@@ -118,9 +118,9 @@ def setting(
     """Declare a setting that is no number: a dataclass field, whose metadata says what its values reach.
 
     `reach`: whether a value sends, runs, fetches or writes something, or reads a file whose texts are shown; `DESCRIBES` if not.
-    Somebody else's run may then not set it. `resume`: `FREE` if it may change when a run is resumed, else the kind of change,
-    such as `data`; None: that of the group it stands in. `entries`: for a table with fixed names, the class that has them as
-    fields.
+    A value that reaches out counts only if this user typed it, not if somebody else's run has it. `resume`: `FREE` if it may
+    change when a run is resumed, else the kind of change, such as `data`; None: that of the group it stands in. `entries`: for
+    a table with fixed names, the class that has them as fields.
     """
     metadata = SettingMetadata(reach, resume, entries=entries)
     if default_factory is not MISSING:

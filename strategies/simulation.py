@@ -101,7 +101,7 @@ def real_tensors() -> AbstractContextManager[Any]:
 
 
 def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate a function that makes a constant tensor, such as a mask: it is called once for each set of arguments.
+    """Decorate a function that makes a constant tensor, such as a table of codes: it is called once for each set of arguments.
 
     Real tensors are kept for the life of the process. Fake ones, of a simulation, are kept in its mode and end with it: a later
     simulation could not use them.

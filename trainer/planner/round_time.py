@@ -196,8 +196,8 @@ def estimate_round_time(
 ) -> RoundTime:
     """Estimate the seconds of a round on `num_ranks` cards: generating answers, scoring them, learning from them.
 
-    `round_sizes`: of the round. `generator`: sizes of the model. `config`: of it, the strategy and the precision count. `step_s`:
-    seconds of an optimizer step. `resting_bytes`: what a rank holds between two steps, whole weights not counted.
+    `round_sizes`: of the round. `generator`: sizes of the model. `config`: of it, strategy, precision and `parallel` count.
+    `step_s`: seconds of an optimizer step. `resting_bytes`: what a rank holds between two steps, whole weights not counted.
     """
     # The batches of answers that a rank generates one after the other.
     usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - resting_bytes)
