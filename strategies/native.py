@@ -148,9 +148,8 @@ class NativeEngine(InferencePasses):
         The average is our own (`optim.ema_decay`), or that of a schedule-free optimizer. Afterwards the trained weights are
         restored bit for bit. Without an average, the trained weights stay.
         """
-        if self.weight_average is not None or not hasattr(
-            self.optimizer, "eval"
-        ):  # only schedule-free optimizers have it
+        is_schedule_free = hasattr(self.optimizer, "eval")
+        if self.weight_average is not None or not is_schedule_free:
             with super()._averaged_weights_in_model():
                 yield
             return
