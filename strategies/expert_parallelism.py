@@ -84,8 +84,8 @@ def _keep_own_experts(module: nn.Module, share: ExpertShare) -> None:
 def shard_experts(module: nn.Module, world_size: int, *, mesh: DeviceMesh, **fully_shard_settings: Any) -> None:
     """Let FSDP2 shard a rank's experts of one layer (`module`) over the ranks that hold the same ones, those of `mesh`.
 
-    `world_size`: all ranks of the run, by which summed gradients are divided, as those of other parameters are: the tokens of an
-    expert come from all ranks, though only the ranks of the mesh hold it. `fully_shard_settings`: further arguments of torch's
+    `world_size`: all ranks of the run, by which summed gradients are divided. The tokens of an expert come from all of them,
+    though only the ranks of the mesh hold it. `fully_shard_settings`: further arguments of torch's
     `fully_shard`. All ranks of the mesh must call.
     """
     sharded: Any = fully_shard(module, mesh=mesh, **fully_shard_settings)

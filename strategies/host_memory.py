@@ -216,9 +216,13 @@ class _RegionAddress(NamedTuple):
 def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -> HostMemory | None:
     """Let the CPU ranks of a group on one host exchange through shared memory, which is faster than gloo's sockets.
 
-    `group`: None for all ranks. Returns None, so that the process group is used, for a single rank, on a GPU, if
-    `run.shared_memory` forbids it, or if some rank cannot map the regions of all others (ranks on several hosts, or in several
-    containers). All ranks of the group must call, and get shared memory or None alike.
+    `group`: None for all ranks. Returns None if the process group is to be used instead:
+
+    - for a single rank, and on a GPU;
+    - if `run.shared_memory` forbids it;
+    - if some rank cannot map the regions of all others: ranks on several hosts, or in several containers.
+
+    All ranks of the group must call, and get shared memory or None alike.
     """
     group_size = dist.get_world_size(group)
     if group_size == 1 or runtime.kind != "cpu" or runtime.simulated or not runtime.shared_memory:

@@ -75,8 +75,8 @@ def expert_mesh(
 ) -> tuple[dist.ProcessGroup, DeviceMesh]:
     """Make the process groups of expert parallelism (`parallel.experts`) that this rank belongs to. All ranks must call.
 
-    `expert_ranks` neighbouring ranks of a replica form an expert group: together they hold all experts of a layer, and the
-    index of a rank within its group determines which experts are its own. Ranks with the same index in other groups hold the
+    `expert_ranks` neighbouring ranks of a replica form an expert group, which together holds all experts of a layer. The index of
+    a rank within its group determines which experts are its own. Ranks with the same index in other groups hold the
     same experts; those of one replica shard them.
 
     Returns (this rank's expert group, the mesh of ranks with the same experts: its dimension `shard` is those of one replica,

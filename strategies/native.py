@@ -268,8 +268,8 @@ class NativeEngine(InferencePasses):
     def _flat_ranges(self, *, for_writing: bool) -> Iterator[FlatRange]:
         """List the parts of the training state that this rank writes into a checkpoint (`for_writing`) or reads from one.
 
-        Their tensors are views of the live ones. For each parameter one FlatRange with its weights, moments and averages, whose
-        range counts in the flattened full parameter; and one for each moment of another shape, which is written whole by rank 0.
+        Their tensors are views of the live ones. Each parameter has one FlatRange with its weights, moments and averages, whose
+        range counts in the flattened full parameter. A moment of another shape has one of its own, which rank 0 writes whole.
         Replicated parameters are read in full by every rank and written in equal shares; sharded ones are read and written by the
         rank that holds the shard.
         """

@@ -136,12 +136,11 @@ def _read_part_notes(staging_dir: Path) -> list[PartNote]:
 
 
 def _part_note_from_json(note_json: Any) -> PartNote:
-    """Parse the note in which a rank says what it has written of a checkpoint. `note_json`: as `write_part_note` wrote it,
-    {"world_size": 4, "parts": {"h.0.attn.weight/exp_avg": ["rank-00003.safetensors", 0, 4096, 512]}, "file":
-    ["rank-00003.safetensors", 16896, "<SHA-256>"], "progress": "<JSON>", "attached": []}; "file" is null for a rank without
-    tensors.
+    """Parse the note in which a rank says what it has written of a checkpoint, as `write_part_note` wrote it.
 
-    Raises KeyError, TypeError or AttributeError for anything else.
+    `note_json`: {"world_size": 4, "parts": {"h.0.attn.weight/exp_avg": ["rank-00003.safetensors", 0, 4096, 512]}, "file":
+    ["rank-00003.safetensors", 16896, "<SHA-256>"], "progress": "<JSON>", "attached": []}. "file" is null for a rank without
+    tensors. Raises KeyError, TypeError or AttributeError for anything else.
     """
     # Rows have the fields of `FilePart` and `WrittenFile` in their order.
     file_row = note_json["file"]

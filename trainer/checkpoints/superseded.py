@@ -16,9 +16,11 @@ def superseded_checkpoints(
 ) -> list[Path]:
     """Decide which checkpoints to delete: those that are older than the newest `keep` complete ones.
 
-    Two kinds are kept beside them: the best one (`best_step`); and, with `look_back_steps`, the newest one that is at least so
-    many steps older than the newest, and all after it, so that the run can go back to it from an anomaly that is noticed late.
-    If none is that old, none is deleted.
+    Two kinds are kept beside them:
+
+    - the best one (`best_step`; None if there is none);
+    - with `look_back_steps`, the newest one that is at least so many steps older than the newest, and all after it: the run can go
+      back to it from an anomaly that is noticed late. If none is that old, none is deleted.
 
     `checkpoints`: (step, path) of all, by ascending step. `complete_paths`: those that are known to be complete.
     """

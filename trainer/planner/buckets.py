@@ -70,9 +70,9 @@ class _RecordedBuckets:
     def on_gradient(self, param: Any, group: int) -> None:
         """DeepSpeed calls this when the gradient of `param` is complete, in place of its own method, which is called at the end.
 
-        In a shallow model, a gradient of a block makes the recorder note the peak that the reduction of a full bucket would cause
-        at this moment, because in the deeper model any gradient of a block may be the one that fills the bucket. `group`: the
-        index of the parameter's optimizer group.
+        A shallow model is one of few blocks, simulated in place of a deep one. There, any gradient of a block may be the one that
+        fills the bucket. So the recorder notes here what the reduction of a full bucket would take. `group`: the index of the
+        parameter's optimizer group.
         """
         # The recorder's phase says which part of the model computes: the index of a block, or a text such as "head".
         is_in_block = isinstance(self.recorder.phase.model_part, int)

@@ -58,8 +58,8 @@ class ProbeDescription:
 def available_device_gib(runtime: Runtime) -> float:
     """GiB of its device's memory that this rank may plan with, when the run chooses what fits.
 
-    On a GPU all of it. On a CPU the rank's part of the host's memory or of the job's limit, or of what the host has free now if
-    that is less; a share of it is kept back.
+    On a GPU all of it. On a CPU the rank's part of the host's memory or of the job's limit, or of what is free now if that is
+    less. A share of it is kept back.
     """
     device_gib = device_memory_gib(runtime)
     if runtime.device.type == "cuda":

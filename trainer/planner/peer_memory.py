@@ -83,8 +83,8 @@ def estimate_peer_memory(
     `num_logits`: its tokens times the size of the vocabulary. `settings`: what the peer does differently; all else is assumed
     to be as in our step.
 
-    The peak is the larger of two phases: the loss, with all logits, and the update (of a `pure_bf16` peer; other peers are as our
-    own step in all but the loss, so their other phase is our own step's peak).
+    The peak is the larger of two phases: the loss, with all logits, and the update of a `pure_bf16` peer. Other peers are as our
+    own step in all but the loss, so our own step's peak stands for their second phase.
     """
     # Of a peer without a loss of its own among `settings`, 0: our loss never holds all logits.
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * num_logits)

@@ -243,8 +243,8 @@ class _SizesSimulator:
     def simulate_model_of(self, depth: int, expected_peaks: dict[StepPhase, int] | None) -> SimulationOfSizes:
         """Simulate a step of either size of micro-batch in the model with its first `depth` blocks, for `fit_cost_model`.
 
-        `expected_peaks`: for each phase of a step (such as the forward pass of block 3), after which of its operations the memory
-        is probably highest, as a shallower model had it; there it is counted by kind. None if nothing is known yet.
+        `expected_peaks`: by phase of a step (such as the forward pass of block 3), after which operation its memory was
+        highest in a shallower model. There it is counted by kind. None if nothing is known yet.
         """
         # 2 for an objective that compares two answers to a prompt, else 1.
         sequences_per_document = data_spec_of(self.config.objective).sequences_per_document

@@ -114,8 +114,8 @@ def _exposed_collective_s(
 ) -> float:
     """Seconds that a step waits for collectives on weights and gradients, because no computation runs beside them.
 
-    These are the seconds by which those of the passes take longer than the computation (`compute_s`); those of one block, beside
-    which nothing is computed at the begin or end of a micro-batch; and those of the update.
+    Three add up: the seconds by which collectives of the passes take longer than the computation (`compute_s`); those of one
+    block, beside which nothing is computed at the begin or end of a micro-batch; and those of the update.
     """
     one_block_s = collectives.in_passes_s / max(1, cost_model.num_blocks * num_micro_batches)
     return max(collectives.in_passes_s - compute_s, 0.0) + min(one_block_s, compute_s) + collectives.in_update_s
