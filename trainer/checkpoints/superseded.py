@@ -19,8 +19,8 @@ def superseded_checkpoints(
     Two kinds are kept beside them:
 
     - the best one (`best_step`; None if there is none);
-    - with `look_back_steps`, the newest one that is at least so many steps older than the newest, and all after it: the run can go
-      back to it from an anomaly that is noticed late. If none is that old, none is deleted.
+    - with `look_back_steps`, the newest one that is at least so many steps older than the newest, and all after it: the run can
+      go back to it from an anomaly that is noticed late. If none is that old, none is deleted.
 
     `checkpoints`: (step, path) of all, by ascending step. `complete_paths`: those that are known to be complete.
     """
