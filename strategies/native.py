@@ -157,7 +157,7 @@ class NativeEngine(InferencePasses):
         # `eval` of a schedule-free optimizer puts its averages into the parameters. It could compute the trained weights from
         # them, but with rounding errors: keep copies.
         trained_copies = [weight.clone() for weight in trained]
-        self.optimizer.eval()
+        self.optimizer.eval()  # type: ignore[attr-defined]
         try:
             yield
         finally:
