@@ -121,7 +121,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     attempt.phase = "evaluating"
     report_head = _report_head(config, job, str(precision), runtime)
     unfinished = UnfinishedReport(Path(job.report_dir), report_head["model"]) if runtime.is_main else None
-    earlier = None if job.report is None else record.read_report(Path(job.report), "against")
+    earlier = None if job.report is None else record.read_report(Path(job.report))
     set_opponent_answers(job, evaluator, {} if earlier is None else earlier.rows)
     evaluator.check_rows()
     try:
@@ -393,7 +393,7 @@ def _write_report(
     """
     bootstrap = Bootstrap(config.evaluation.resamples, config.evaluation.resample_seed)
     model = models[TUNED]
-    earlier = None if job.report is None else record.read_report(Path(job.report), "against")
+    earlier = None if job.report is None else record.read_report(Path(job.report))
     task_records = {}
     comparisons = {}
     regressions: list[str] = []

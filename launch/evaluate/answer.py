@@ -32,9 +32,11 @@ def report_text(report: EvaluationReport) -> str:
     What is read of it: {"model": ..., "method": text, "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.8, ...}}}}}, and
     after a comparison "against": {"what": "base", "tasks": as above}.
     """
+    from trainer.evaluation.report.record import model_title
+
     baseline = report.get("against")
     comparisons: dict[str, TaskComparison] = baseline["tasks"] if baseline else {}
-    title = _model_name(report["model"])
+    title = model_title(report["model"])
     lines = [f"{title}, against {baseline['what']}" if baseline else title]
     rows = []
     for name, task in report["tasks"].items():
@@ -85,16 +87,6 @@ def _report_notes(report: EvaluationReport, comparisons: dict[str, TaskCompariso
     if baseline and tasks_missing_in_baseline:
         notes.append(f"not in {baseline['what']}: {', '.join(tasks_missing_in_baseline)}")
     return notes
-
-
-def _model_name(model: dict[str, Any]) -> str:
-    """The evaluated model in words: its run or path, checkpoint and adapters."""
-    name = str(model["run"] or model["path"])
-    if model["checkpoint"]:
-        name += f", {model['checkpoint']}"
-    if model["adapters"]:
-        name += f" with {', '.join(model['adapters'])}"
-    return name
 
 
 def _comparison_cells(difference: DifferenceRecord | None) -> list[str]:

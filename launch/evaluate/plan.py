@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.evaluate.checks import check_evaluation, has_held_out
 from strategies.errors import ConfigError
@@ -95,19 +95,19 @@ def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[Run
     from launch.config.read_run import may_write_results
     from trainer.evaluation.job import EvaluationJob
 
-    config, checkpoint, base_differences = config_and_checkpoint_of_run(run, evaluate_arguments)
+    evaluated = read_run_to_evaluate(run, evaluate_arguments)
     is_own_run = may_write_results(run)
     default_output_dir = run if is_own_run else Path("runs") / f"evaluate-{run.resolve().name}"
     job = EvaluationJob(
         report_dir=evaluate_arguments.to or str(default_output_dir),
         run=str(run),
-        checkpoint=checkpoint,
+        checkpoint=evaluated.checkpoint,
         data_run=str(run),  # tasks on the run's documents read its own data
         accept_data="data" in evaluate_arguments.accept,
-        accepted=base_differences,
+        accepted=evaluated.base_differences,
         recorded=is_own_run,
     )
-    return config, job
+    return evaluated.config, job
 
 
 def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, EvaluationJob]:
@@ -158,11 +158,21 @@ def _missing_model_problem(config: RunConfig) -> list[str]:
     ]
 
 
-def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, str, list[str]]:
+class RunToEvaluate(NamedTuple):
+    """What is evaluated of a run."""
+
+    config: RunConfig
+    """The run's configuration, with the settings of the command line on top."""
+    checkpoint: str
+    """Directory of the checkpoint."""
+    base_differences: list[str]
+    """How the base model differs from that of the training, as lines for the report; empty if it does not."""
+
+
+def read_run_to_evaluate(run: Path, evaluate_arguments: EvaluateArguments) -> RunToEvaluate:
     """Read the configuration of a run, with the settings of the command line on top, and find the checkpoint to evaluate.
 
-    Returns (configuration, path of the checkpoint, lines on how the base model differs from that of the training). Warns if
-    checkpoint=best was worse than the base model.
+    Warns if checkpoint=best was worse than the base model.
 
     Raises ConfigError if there is no such run or checkpoint, if a setting cannot be used, or if the base model differs and the
     user does not accept that.
@@ -208,7 +218,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
         with_teacher=True,
         needs_initial_model=evaluate_arguments.against == "base",
     )
-    return config, str(checkpoint), base_differences
+    return RunToEvaluate(config, str(checkpoint), base_differences)
 
 
 def _no_run_message(directory: Path) -> str:
@@ -419,7 +429,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
                 f"against={against}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
                 "the old one in a directory of its own"
             )
-        read_report(path, "against")
+        read_report(path)
         evaluation_plan.job = replace(job, report=str(path), gate=True, against=against)
     elif (path / "config.yaml").is_file():
         run_plan = plan_evaluation(_other_run_arguments(path, evaluation_plan, evaluate_arguments))

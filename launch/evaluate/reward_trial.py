@@ -126,11 +126,11 @@ def _trial_of_run(run: Path, arguments: EvaluateArguments) -> tuple[RunConfig, R
 
     Errors: ConfigError.
     """
-    from launch.evaluate.plan import config_and_checkpoint_of_run
+    from launch.evaluate.plan import read_run_to_evaluate
     from trainer.reward_trial import RewardTrialJob
 
-    config, checkpoint, _ = config_and_checkpoint_of_run(run, arguments)
-    return _settle_choices_for_reward_trial(config), RewardTrialJob(checkpoint)
+    evaluated = read_run_to_evaluate(run, arguments)
+    return _settle_choices_for_reward_trial(evaluated.config), RewardTrialJob(evaluated.checkpoint)
 
 
 def _config_of_new_run(arguments: EvaluateArguments) -> RunConfig:

@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 SCRIPT_FILE = "evaluate.sbatch"
 
 
-def evaluation_script(
-    evaluation_plan: EvaluationPlan, arguments: list[str], *, clone: Path = CODE_DIRECTORY, cwd: Path | None = None
-) -> str:
+def evaluation_script(evaluation_plan: EvaluationPlan, arguments: list[str]) -> str:
     """Write the sbatch script of a SLURM job that evaluates on one node, with the `arguments` of the command line.
 
-    `clone`: the directory of shardtune's code. `cwd`: where relative paths start; None: the current directory. Errors:
-    ConfigError for settings that a script cannot carry, or that ask for several nodes.
+    Relative paths start at the current directory. Errors: ConfigError for settings that a script cannot carry, or that ask
+    for several nodes.
     """
     launcher = evaluation_plan.config.launcher
     assert isinstance(launcher, SlurmConfig)
@@ -48,7 +46,7 @@ def evaluation_script(
     node_arguments += ["launcher=local", f"launcher.processes={launcher.per_node}"]
     python = slurm.checked_line(launcher.python or sys.executable, "launcher.python")
     quoted_arguments = " ".join(slurm.checked_line(shlex.quote(argument), argument) for argument in node_arguments)
-    options = slurm.sbatch_options(launcher, [str(evaluation_plan.job_dir.absolute())], cwd or Path.cwd())
+    options = slurm.sbatch_options(launcher, [str(evaluation_plan.job_dir.absolute())], Path.cwd())
     lines = [
         "#!/bin/bash",
         "# Rendered by shardtune evaluate; to change it, submit again with other settings.",
@@ -56,8 +54,8 @@ def evaluation_script(
         "",
         "set -e",
         "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1",
-        f"export PYTHONPATH={shlex.quote(str(clone))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        slurm.setup_function_text(launcher, clone).rstrip(),  # defines the shell function `setup`
+        f"export PYTHONPATH={shlex.quote(str(CODE_DIRECTORY))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        slurm.setup_function_text(launcher, CODE_DIRECTORY).rstrip(),  # defines the shell function `setup`
         "setup",
         f"exec {shlex.quote(python)} -m launch.main evaluate {quoted_arguments}",
     ]

@@ -35,7 +35,7 @@ _GOLDEN_RATIO_STEP = -7046029254386353131
 
 
 def generation_config_for_answers(
-    model_generation_config: GenerationConfig, settings: DecodingConfig, tokenizer: PreTrainedTokenizerBase
+    model_generation_config: GenerationConfig, decoding: DecodingConfig, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationConfig:
     """What transformers' `generate` is called with: the model's GenerationConfig with our lengths, beams and end tokens.
 
@@ -44,10 +44,10 @@ def generation_config_for_answers(
     becomes an end token, because decoded text does not show it.
     """
     generation: Any = copy.deepcopy(model_generation_config)
-    generation.max_new_tokens = settings.max_new_tokens
+    generation.max_new_tokens = decoding.max_new_tokens
     generation.max_length = None
-    generation.min_length = min(generation.min_length or 0, settings.max_new_tokens)
-    generation.num_beams = settings.beams
+    generation.min_length = min(generation.min_length or 0, decoding.max_new_tokens)
+    generation.num_beams = decoding.beams
     generation.do_sample = False
     generation.temperature = None
     generation.top_p = None
@@ -59,7 +59,7 @@ def generation_config_for_answers(
     generation.pad_token_id = tokenizer.pad_token_id
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
-    special_stops = [text for text in settings.stop if text in tokenizer.all_special_tokens]
+    special_stops = [text for text in decoding.stop if text in tokenizer.all_special_tokens]
     if special_stops:
         stop_ids = set(tokenizer.convert_tokens_to_ids(special_stops))  # type: ignore[arg-type]  # a list gives a list
         generation.eos_token_id = sorted(end_token_ids(generation) | stop_ids)
@@ -85,11 +85,11 @@ class GenerateAnswers:
     """
 
     def __init__(
-        self, config: Any, settings: DecodingConfig, tokenizer: Any, *, synced_gpus: bool, keep_logprobs: bool = False
+        self, config: Any, decoding: DecodingConfig, tokenizer: Any, *, synced_gpus: bool, keep_logprobs: bool = False
     ) -> None:
-        assert settings.temperature or not keep_logprobs, "greedy answers have no law that they were drawn by"
+        assert decoding.temperature or not keep_logprobs, "greedy answers have no law that they were drawn by"
         self.config = config
-        self.settings = settings
+        self.decoding = decoding
         self.tokenizer = tokenizer
         self.synced_gpus = synced_gpus
         self.keep_logprobs = keep_logprobs
@@ -111,8 +111,8 @@ class GenerateAnswers:
         # encoder.
         answer_start = 1 if causal_model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
         criteria = []
-        if self.settings.stop:
-            criteria.append(StopAtText(self.tokenizer, self.settings.stop, answer_start))
+        if self.decoding.stop:
+            criteria.append(StopAtText(self.tokenizer, self.decoding.stop, answer_start))
         # A copy, since the number of new tokens differs between batches.
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("max_new_tokens", config.max_new_tokens)
@@ -142,15 +142,15 @@ class GenerateAnswers:
         """
         from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        settings = self.settings
-        if settings.temperature == 0:
+        decoding = self.decoding
+        if decoding.temperature == 0:
             return
-        if settings.temperature != 1:
-            yield TemperatureLogitsWarper(settings.temperature)
-        if settings.top_k:
-            yield TopKLogitsWarper(settings.top_k)
-        if settings.top_p < 1:
-            yield TopPLogitsWarper(settings.top_p)
+        if decoding.temperature != 1:
+            yield TemperatureLogitsWarper(decoding.temperature)
+        if decoding.top_k:
+            yield TopKLogitsWarper(decoding.top_k)
+        if decoding.top_p < 1:
+            yield TopPLogitsWarper(decoding.top_p)
         if self.keep_logprobs:
             yield SamplerWithLogprobs(seeds, answer_start)
         else:

@@ -110,17 +110,18 @@ class AnswerGenerator:
         self,
         engine: Engine,
         prompts: Sequence[Sequence[int]],
-        settings: DecodingConfig,
+        decoding: DecodingConfig,
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         averaged: bool = True,
         keep_logprobs: bool = False,
     ) -> list[GeneratedAnswer]:
-        """Let the model answer prompts: `settings.draws` answers to each, prompt by prompt, the same list on every rank.
+        """Let the model answer prompts: `decoding.draws` answers to each, prompt by prompt, the same list on every rank.
 
-        `prompts`: token ids; an encoder reads them, if the model has one. `seeds`: seeds[prompt][sample]; None: derived from
-        `settings.seed` and both indices. `averaged`: whether the averaged weights generate, if the run keeps some.
-        `keep_logprobs`: whether answers have `logprobs`. An answer is shorter than `settings.max_new_tokens` if the model has
+        `prompts`: token ids; an encoder reads them, if the model has one. `decoding`: how answers are generated. `seeds`:
+        seeds[prompt][sample]; None: derived from
+        `decoding.seed` and both indices. `averaged`: whether the averaged weights generate, if the run keeps some.
+        `keep_logprobs`: whether answers have `logprobs`. An answer is shorter than `decoding.max_new_tokens` if the model has
         too few positions.
 
         All ranks must call with the same prompts. Also sets `throughput`. Raises, on all ranks or none, DataError for a prompt
@@ -128,30 +129,30 @@ class AnswerGenerator:
         """
         began = time.perf_counter()
         model = transformers_model_of(engine)
-        config = generation_config_for_answers(self.generation_config, settings, self.tokenizer)
+        config = generation_config_for_answers(self.generation_config, decoding, self.tokenizer)
         # A decoder continues the row that has the prompt, so prompts are padded on the left, and take positions from the answer.
         is_decoder_only = not model.config.is_encoder_decoder
         check_sequences_fit_positions("prompt", prompts, max_positions(model.config) if is_decoder_only else None)
 
         # A row of a batch is one sample of one prompt.
-        answer_limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)  # by prompt
+        answer_limits = max_answer_tokens(model.config, prompts, decoding.max_new_tokens)  # by prompt
         rows = []
         row_limits = []
         row_lengths = []
         for prompt_index, prompt in enumerate(prompts):
-            for sample_index in range(settings.draws):
+            for sample_index in range(decoding.draws):
                 rows.append(_SampleRow(prompt_index, sample_index))
                 row_limits.append(answer_limits[prompt_index])
                 row_lengths.append(len(prompt) + (answer_limits[prompt_index] if is_decoder_only else 0))
         # All answers of a batch have the same limit, so rows are grouped by it.
-        batches = self._own_batches_of_rows(engine, row_lengths, settings.batch_tokens, row_limits)
-        gathering = self._decide_weight_gathering(engine, model, batches, row_lengths, settings.beams)
+        batches = self._own_batches_of_rows(engine, row_lengths, decoding.batch_tokens, row_limits)
+        gathering = self._decide_weight_gathering(engine, model, batches, row_lengths, decoding.beams)
 
         def seed_of(row: _SampleRow) -> int:
             """The seed of one sample, which decides its random numbers whatever rank and batch it is in."""
             if seeds is not None:
                 return seeds[row.prompt_index][row.sample_index]
-            return derived_seed(settings.seed, "draw", row.prompt_index, row.sample_index)
+            return derived_seed(decoding.seed, "draw", row.prompt_index, row.sample_index)
 
         def make_batch(row_numbers: list[int]) -> dict[str, Any]:
             """What `GenerateAnswers.terms` reads for these rows: padded prompts, seeds, and the most new tokens."""
@@ -167,14 +168,14 @@ class AnswerGenerator:
         own_answers: dict[int, GeneratedAnswer] = {}  # by row number
         end_ids = end_token_ids(config)
         objective = GenerateAnswers(
-            config, settings, self.tokenizer, synced_gpus=gathering.forward_is_collective, keep_logprobs=keep_logprobs
+            config, decoding, self.tokenizer, synced_gpus=gathering.forward_is_collective, keep_logprobs=keep_logprobs
         )
         for row_numbers, terms in self.run_batches(
             engine, batches, objective, make_batch, gathering=gathering, averaged=averaged
         ):
             logprobs = terms["logprobs"].cpu().numpy() if keep_logprobs else None
             for index, (number, ids) in enumerate(zip(row_numbers, terms["answers"].tolist(), strict=True)):
-                answer = answer_from_tokens(*rows[number], ids, settings.stop, end_ids, self.tokenizer)
+                answer = answer_from_tokens(*rows[number], ids, decoding.stop, end_ids, self.tokenizer)
                 if logprobs is not None:
                     answer = replace(answer, logprobs=logprobs[index, : len(answer.ids)].copy())
                 own_answers[number] = answer

@@ -63,9 +63,9 @@ class SharedPromptGenerator(AnswerGenerator):
     """Generates several samples for each prompt, and computes each prompt once for all of them, if the model allows it."""
 
     def generate_samples(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], settings: DecodingConfig, seeds: Sequence[Sequence[int]]
+        self, engine: Engine, prompts: Sequence[Sequence[int]], decoding: DecodingConfig, seeds: Sequence[Sequence[int]]
     ) -> list[GeneratedAnswer]:
-        """Let the model in training write `settings.draws` answers to each prompt of a round, with log-probabilities.
+        """Let the model in training write `decoding.draws` answers to each prompt of a round, with log-probabilities.
 
         In a round of reinforcement learning, the answers are scored and then learned from. `seeds`: seeds[prompt][sample]. The
         trained weights generate, not averaged ones.
@@ -78,15 +78,15 @@ class SharedPromptGenerator(AnswerGenerator):
         Interrupted if the run is asked to stop.
         """
         model = transformers_model_of(engine)
-        limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)  # by prompt
+        limits = max_answer_tokens(model.config, prompts, decoding.max_new_tokens)  # by prompt
         gathering = None
         # Otherwise `generate_answers` decides it by itself.
         if can_share_prompts(model):
-            gathering = self._decide_gathering_for_samples(engine, model, prompts, limits, settings)
+            gathering = self._decide_gathering_for_samples(engine, model, prompts, limits, decoding)
         if gathering is None or gathering.forward_is_collective:
-            return self.generate_answers(engine, prompts, settings, seeds=seeds, averaged=False, keep_logprobs=True)
+            return self.generate_answers(engine, prompts, decoding, seeds=seeds, averaged=False, keep_logprobs=True)
         check_sequences_fit_positions("prompt", prompts, max_positions(model.config))
-        return self._generate_with_shared_prompts(engine, prompts, settings, seeds, limits, gathering)
+        return self._generate_with_shared_prompts(engine, prompts, decoding, seeds, limits, gathering)
 
     def _decide_gathering_for_samples(
         self,
@@ -94,7 +94,7 @@ class SharedPromptGenerator(AnswerGenerator):
         model: Any,
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
-        settings: DecodingConfig,
+        decoding: DecodingConfig,
     ) -> GatherDecision:
         """Decide whether sharded weights are gathered once for all samples: if they fit beside the largest KV cache.
 
@@ -103,23 +103,23 @@ class SharedPromptGenerator(AnswerGenerator):
         """
         most_tokens = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
         kv_cache_bytes = kv_cache_bytes_upper_bound(
-            model.config, self._rows_per_batch(settings), most_tokens, bytes_per_parameter(model)
+            model.config, self._rows_per_batch(decoding), most_tokens, bytes_per_parameter(model)
         )
         return decide_weight_gathering(engine, self.runtime, kv_cache_bytes)
 
-    def _chunks_per_batch(self, settings: DecodingConfig) -> int:
+    def _chunks_per_batch(self, decoding: DecodingConfig) -> int:
         """How many prompt chunks a batch holds; a chunk has at most `self.batch` samples of one prompt."""
-        return max(1, self.batch // min(self.batch, settings.draws))
+        return max(1, self.batch // min(self.batch, decoding.draws))
 
-    def _rows_per_batch(self, settings: DecodingConfig) -> int:
+    def _rows_per_batch(self, decoding: DecodingConfig) -> int:
         """Most samples of a batch."""
-        return self._chunks_per_batch(settings) * min(self.batch, settings.draws)
+        return self._chunks_per_batch(decoding) * min(self.batch, decoding.draws)
 
     def _generate_with_shared_prompts(
         self,
         engine: Engine,
         prompts: Sequence[Sequence[int]],
-        settings: DecodingConfig,
+        decoding: DecodingConfig,
         seeds: Sequence[Sequence[int]],
         limits: Sequence[int],
         gathering: GatherDecision,
@@ -131,8 +131,8 @@ class SharedPromptGenerator(AnswerGenerator):
         """
         chunks = []
         for prompt_index in range(len(prompts)):
-            for first in range(0, settings.draws, self.batch):
-                sample_indices = range(first, min(first + self.batch, settings.draws))
+            for first in range(0, decoding.draws, self.batch):
+                sample_indices = range(first, min(first + self.batch, decoding.draws))
                 # A batch has at most `self.batch` rows, so many samples of one prompt are several chunks.
                 chunks.append(_PromptChunk(prompt_index, sample_indices))
         # All answers of a batch have the same limit, so chunks are grouped by it.
@@ -142,7 +142,7 @@ class SharedPromptGenerator(AnswerGenerator):
             chunk_lengths,
             engine.rank,
             engine.world_size,
-            max_rows=self._chunks_per_batch(settings),
+            max_rows=self._chunks_per_batch(decoding),
             group_of_row=chunk_limits,
         )
 
@@ -152,8 +152,8 @@ class SharedPromptGenerator(AnswerGenerator):
             batch = _batch_of_chunks(batch_chunks, prompts, seeds, pad_token_id=self.tokenizer.pad_token_id)
             return {**batch, "max_new_tokens": chunk_limits[chunk_numbers[0]]}
 
-        end_ids = end_token_ids(generation_config_for_answers(self.generation_config, settings, self.tokenizer))
-        objective = SampleGroups(settings, self.tokenizer, end_ids)
+        end_ids = end_token_ids(generation_config_for_answers(self.generation_config, decoding, self.tokenizer))
+        objective = SampleGroups(decoding, self.tokenizer, end_ids)
         own_answers: dict[int, GeneratedAnswer] = {}  # by number of the answer: prompt_index * draws + sample_index
         for chunk_numbers, terms in self.run_batches(
             engine, list(batches), objective, make_batch, gathering=gathering, averaged=False
@@ -164,10 +164,10 @@ class SharedPromptGenerator(AnswerGenerator):
             for chunk in (chunks[number] for number in chunk_numbers):
                 for sample_index in chunk.sample_indices:
                     answer = answer_from_tokens(
-                        chunk.prompt_index, sample_index, sample_ids[row], settings.stop, end_ids, self.tokenizer
+                        chunk.prompt_index, sample_index, sample_ids[row], decoding.stop, end_ids, self.tokenizer
                     )
                     answer = replace(answer, logprobs=logprobs[row, : len(answer.ids)].copy())
-                    own_answers[chunk.prompt_index * settings.draws + sample_index] = answer
+                    own_answers[chunk.prompt_index * decoding.draws + sample_index] = answer
                     row += 1
         return self.gather_in_order(own_answers)
 
@@ -219,11 +219,11 @@ def can_share_prompts(model: Any) -> bool:
 class SampleGroups:
     """Takes the place of the objective in a step module, which calls `terms`: samples several answers to each prompt."""
 
-    def __init__(self, settings: DecodingConfig, tokenizer: Any, end_ids: frozenset[int]) -> None:
-        self.settings = settings
+    def __init__(self, decoding: DecodingConfig, tokenizer: Any, end_ids: frozenset[int]) -> None:
+        self.decoding = decoding
         self.tokenizer = tokenizer
         self.end_ids = end_ids
-        self.stop_criterion = StopAtText(tokenizer, settings.stop, 0) if settings.stop else None
+        self.stop_criterion = StopAtText(tokenizer, decoding.stop, 0) if decoding.stop else None
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Sample the answers of one batch: `answers` int64 and `logprobs` float32, [samples, max_new_tokens].
@@ -265,7 +265,7 @@ class SampleGroups:
         sample_of_row = torch.arange(num_samples, device=mask.device)  # of each row that is still in the batch
         for position in range(max_new_tokens):
             tokens, token_logprobs = sample_in_two_levels(
-                logits / self.settings.temperature, batch["seeds"][sample_of_row], position
+                logits / self.decoding.temperature, batch["seeds"][sample_of_row], position
             )
             answers[sample_of_row, position] = tokens
             logprobs[sample_of_row, position] = token_logprobs

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -60,25 +60,25 @@ class ServedAnswerGenerator:
     """Called after each batch of requests with (finished batches, all batches)."""
 
     def generate_answers(
-        self, engine: Any, prompts: Sequence[Sequence[int]], settings: DecodingConfig
+        self, engine: Any, prompts: Sequence[Sequence[int]], decoding: DecodingConfig
     ) -> list[GeneratedAnswer]:
-        """Let the server answer prompts (token ids): `settings.draws` answers to each, prompt by prompt.
+        """Let the server answer prompts (token ids): `decoding.draws` answers to each, prompt by prompt.
 
         They come without token ids. `engine`: not used; it stands where a local model's is. Also sets `throughput`. Raises
         ConfigError if beams are asked for or the server refuses a request, EndpointFailed if it does not answer, Interrupted
         if the run is asked to stop.
         """
-        if settings.beams > 1:  # a task of lm-evaluation-harness may ask for beams in its YAML
+        if decoding.beams > 1:  # a task of lm-evaluation-harness may ask for beams in its YAML
             raise ConfigError(
-                f"{SERVER_SETTING}: {settings.beams} beams are asked for, and servers of this kind search none; "
+                f"{SERVER_SETTING}: {decoding.beams} beams are asked for, and servers of this kind search none; "
                 "evaluate without it"
             )
         began = time.perf_counter()
         requests = []
         for prompt_index, prompt in enumerate(prompts):
-            for sample_index in range(settings.draws):
+            for sample_index in range(decoding.draws):
                 requests.append(_CompletionRequest(list(prompt), prompt_index, sample_index))
-        completions = self._send_all(lambda request: self._request_completion(request, settings), requests)
+        completions = self._send_all(lambda request: self._request_completion(request, decoding), requests)
         # There are no local weights to gather. Reports print the decision with the throughput: it says which server generated.
         description = f"written by {self.model} at {self.client.config.url}"
         gathering = GatherDecision(sharded=False, gathered_once=True, description=description)
@@ -86,27 +86,27 @@ class ServedAnswerGenerator:
         self.throughput = GenerationThroughput(total_tokens, time.perf_counter() - began, gathering)
         return [completion.answer for completion in completions]
 
-    def _request_completion(self, request: _CompletionRequest, settings: DecodingConfig) -> _Completion:
+    def _request_completion(self, request: _CompletionRequest, decoding: DecodingConfig) -> _Completion:
         """Send one prompt to the server for one answer. Raises ConfigError if it sends no text, or refuses; EndpointFailed."""
         # Special tokens do not appear in the text in which a server looks for stop strings, so they are sent as ids.
-        special_stops = [text for text in settings.stop if text in self.tokenizer.all_special_tokens]
-        text_stops = [text for text in settings.stop if text not in special_stops]
+        special_stops = [text for text in decoding.stop if text in self.tokenizer.all_special_tokens]
+        text_stops = [text for text in decoding.stop if text not in special_stops]
         extra_settings: dict[str, Any] = {}  # those that OpenAI's protocol does not have
-        if settings.top_k:
-            extra_settings["top_k"] = settings.top_k
+        if decoding.top_k:
+            extra_settings["top_k"] = decoding.top_k
         if special_stops:
             extra_settings["stop_token_ids"] = self.tokenizer.convert_tokens_to_ids(special_stops)
         seed = None
-        if settings.temperature:
-            seed = derived_seed(settings.seed, "draw", request.prompt_index, request.sample_index)
+        if decoding.temperature:
+            seed = derived_seed(decoding.seed, "draw", request.prompt_index, request.sample_index)
             seed %= 2**31  # servers take int32
         response = self.client.send(
             lambda api: api.completions.create(
                 model=self.model,
                 prompt=request.prompt,
-                max_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
+                max_tokens=decoding.max_new_tokens,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
                 stop=text_stops or None,
                 seed=seed,
                 extra_body=extra_settings or None,
@@ -186,8 +186,6 @@ class ServedAnswerGenerator:
 class ServedModel(ModelInterface):
     """The model of a server, as tasks see it."""
 
-    served_name: str = field(default="")
-
     @property
     def model_config(self) -> Any:
         return SimpleNamespace(max_position_embeddings=self.max_positions)
@@ -229,7 +227,6 @@ def connect_served_model(
         stop_now=stop_now,
         batch=config.batch,
         judge=Judge(config.judge, runtime, stop_now) if config.judge.url else None,
-        served_name=model,
     )
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from trainer.evaluation.report.intervals import BETTER, DIFFERS, WORSE
 from trainer.evaluation.report.page_rows import TaskRows, shortened_line, shown_rows
 from trainer.evaluation.report.page_tables import TONE_BY_VERDICT, main_metric, metrics_table, overview_table
-from trainer.evaluation.report.record import TUNED, EvaluatedModel, EvaluationReport, TaskComparison, TaskRecord
+from trainer.evaluation.report.record import (
+    TUNED,
+    EvaluatedModel,
+    EvaluationReport,
+    TaskComparison,
+    TaskRecord,
+    model_title,
+)
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask, confusion_matrix_of_rows
 from trainer.pages.numbers import format_duration, format_number
@@ -76,7 +82,7 @@ def render_page(
         filters={"short": shortened_line},
         against=report.get("against", {}).get("what", ""),
         regressions=report.get("regressions", []),
-        title=_title(report["model"]),
+        title=model_title(report["model"]),
         verdict=report_verdict_callout(report),
         cards=report_cards(report),
         callouts=report_callouts(report),
@@ -102,16 +108,6 @@ def _confusion_matrix(task: Task, model: EvaluatedModel) -> tuple[list[str], lis
         return None
     labels, counts = confusion_matrix_of_rows(model.rows[task.name])
     return (labels, counts) if len(labels) <= MAX_MATRIX_LABELS else None
-
-
-def _title(model: dict[str, Any]) -> str:
-    """The evaluated model for the page's title: "runs/a, step-000100 with adapters/b". `model`: the report's "model"."""
-    title = str(model["run"] or model["path"])
-    if model["checkpoint"]:
-        title += f", {model['checkpoint']}"
-    if model["adapters"]:
-        title += f" with {', '.join(model['adapters'])}"
-    return title
 
 
 def _other_model_label(report: EvaluationReport) -> str:

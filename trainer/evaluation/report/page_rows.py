@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.evaluation.report.comparison import right_or_wrong_score_name
 from trainer.evaluation.report.record import TaskComparison
@@ -119,7 +119,7 @@ def _rows_to_show(
     `changed`: lost and won rows as `changed_rows` returns them: {"lost": [{"where": "rows.jsonl:3", "other": "the other
     model's answer", ...}], "num_lost": 1, "won": [], "num_won": 0}. Empty without a comparison.
     """
-    score_name, score_of_row = first_metric_score(task, rows)
+    sorting_score = score_by_first_metric(task, rows)
     other_answers = other_answer_by_row_id(rows, other_rows)
     right_score = right_or_wrong_score_name(task, rows)
 
@@ -140,7 +140,7 @@ def _rows_to_show(
         filter_names = filters_by_text.get(text, [])
         if position >= limit and not filter_names:
             continue
-        value = format_number(score_of_row(row))
+        value = format_number(sorting_score.of_row(row))
         if right_score is not None:
             is_right = row.scores[right_score] == 1
             value = "right" if is_right else WRONG
@@ -160,7 +160,7 @@ def _rows_to_show(
 
     text_names: set[str] = set().union(*(row.texts for row in shown))
     columns: list[str] = [name for name in ("answer", "other", "reference") if name in text_names]
-    heading = score_name if right_score is None else "result"
+    heading = sorting_score.name if right_score is None else "result"
     return TaskRows(shown, columns, heading, filters, len(rows) - len(shown))
 
 
@@ -206,17 +206,24 @@ def _truncate(text: str, limit: int, *, keep_end: bool) -> str:
 
 
 def worst_rows_first(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """Sort the rows of a task from bad to good, by what each contributes to the first metric (`first_metric_score`)."""
+    """Sort the rows of a task from bad to good, by what each contributes to the first metric (`score_by_first_metric`)."""
     metric = task.metrics_for(rows)[0]
-    _, score_of_row = first_metric_score(task, rows)
+    score = score_by_first_metric(task, rows)
     # Of a metric that is no ratio, the row's first score decides, which kinds choose so that low is bad.
     low_is_bad = metric.ratio_of_sums is None or metric.greater_is_better
     sign = 1 if low_is_bad else -1
-    return sorted(rows, key=lambda row: sign * score_of_row(row))
+    return sorted(rows, key=lambda row: sign * score.of_row(row))
 
 
-def first_metric_score(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
-    """By which number the rows of a task are sorted and shown: (its name, a function of a row).
+class RowScore(NamedTuple):
+    """A number by which the rows of a task are sorted and shown."""
+
+    name: str
+    of_row: Callable[[TaskRow], float]
+
+
+def score_by_first_metric(task: Task, rows: Sequence[TaskRow]) -> RowScore:
+    """By which number the rows of a task are sorted and shown: what each contributes to the task's first metric.
 
     - The first metric is no ratio of sums: the row's first score.
     - It is the mean of a score over rows: that score.
@@ -225,9 +232,11 @@ def first_metric_score(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callab
     metric = task.metrics_for(rows)[0]
     if metric.ratio_of_sums is None:
         first_score = next(iter(rows[0].scores))
-        return first_score, lambda row: float(next(iter(row.scores.values())))
+        return RowScore(first_score, lambda row: float(next(iter(row.scores.values()))))
     numerator, denominator = metric.ratio_of_sums  # names of scores
     if denominator is None:  # the number of rows
-        return numerator, lambda row: row.scores[numerator]
+        return RowScore(numerator, lambda row: row.scores[numerator])
     # A row without a denominator counts as 0 of 1.
-    return metric.name, lambda row: float(metric.from_sums(row.scores[numerator], row.scores[denominator] or 1.0))
+    return RowScore(
+        metric.name, lambda row: float(metric.from_sums(row.scores[numerator], row.scores[denominator] or 1.0))
+    )

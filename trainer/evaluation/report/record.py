@@ -182,6 +182,16 @@ def _metric_records(
     return records
 
 
+def model_title(model: dict[str, Any]) -> str:
+    """What an evaluated model is called in titles: "runs/a, step-000100 with adapters/b". `model`: the report's "model"."""
+    title = str(model["run"] or model["path"])
+    if model["checkpoint"]:
+        title += f", {model['checkpoint']}"
+    if model["adapters"]:
+        title += f" with {', '.join(model['adapters'])}"
+    return title
+
+
 def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
     """The speed of generation as `evaluation.json` has it, under keys that stay as they are for older reports."""
     gathering = throughput.gathering
@@ -211,22 +221,22 @@ def write_report(directory: Path, report: dict[str, Any], models: dict[str, Eval
     write_text_atomic(directory / REPORT_FILE, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_report(path: Path, setting: str) -> EarlierEvaluation:
+def read_report(path: Path) -> EarlierEvaluation:
     """Read an earlier evaluation for a comparison: its `evaluation.json` (`path`), and the answers from the file next to it.
 
     The answers are left out if that file is missing, or if their hash differs from the report's, because they are another
-    report's. `setting`: the setting that names the report, for the error. Raises ConfigError if `path` cannot be read or is no
+    report's. Raises ConfigError if `path` cannot be read or is no
     report of this version.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{setting}={path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"against={path}: cannot be read ({error.strerror})") from error
     except ValueError:
         report = None
     if not _is_report(report):
         raise ConfigError(
-            f"{setting}={path}: is no report of shardtune evaluate of this version; name the {REPORT_FILE} of one"
+            f"against={path}: is no report of shardtune evaluate of this version; name the {REPORT_FILE} of one"
         )
     rows_by_task = _read_tuned_rows(path.parent / ROWS_FILE)
     for name, task in report["tasks"].items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.evaluation.report.comparison import changed_rows, right_or_wrong_score_name
-from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, first_metric_score, worst_rows_first
+from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, score_by_first_metric, worst_rows_first
 from trainer.evaluation.tasks.base import Task, TaskRow, other_answer_by_row_id, shorten_prompt
 from trainer.reporting.trackers.base import LoggedTable
 
@@ -39,11 +39,11 @@ def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | 
 
 def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> LoggedTable:
     """A table of the task's `MAX_WORST_ROWS` worst rows, the worst one first, with the earlier answer beside the new one."""
-    score_name, score_of_row = first_metric_score(task, rows)
+    score = score_by_first_metric(task, rows)
     answers_before = other_answer_by_row_id(rows, before or ())  # by id(), because several rows may share a location
     cells = []
     for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]:
         answer_before = answers_before.get(id(row), "")
         prompt = shorten_prompt(row.prompt)
-        cells.append([row.where, score_of_row(row), prompt, row.answer, answer_before, row.reference, row.note])
-    return LoggedTable(["row", score_name, "prompt", "answer", "answer before", "reference", "note"], cells)
+        cells.append([row.where, score.of_row(row), prompt, row.answer, answer_before, row.reference, row.note])
+    return LoggedTable(["row", score.name, "prompt", "answer", "answer before", "reference", "note"], cells)

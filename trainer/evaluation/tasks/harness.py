@@ -5,7 +5,6 @@ The harness reads the data, makes the requests and scores each row. Intervals an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -77,7 +76,8 @@ class Harness(Task):
 
         path = None if config.path is None else str(config.path)
         # Without `options.task`, a YAML names its task itself, and otherwise the task of the configuration has the name.
-        harness_task = None if _is_yaml(path) else name
+        is_yaml = path is not None and path.endswith((".yaml", ".yml"))
+        harness_task = None if is_yaml else name
         if self.option_values["task"]:
             harness_task = str(self.option_values["task"])
         try:
@@ -304,7 +304,3 @@ def _score_and_item_names(rows: Sequence[TaskRow]) -> dict[str, None]:
     for row in rows:
         names |= dict.fromkeys((*row.scores, *row.items))
     return names
-
-
-def _is_yaml(path: str | None) -> bool:
-    return path is not None and re.search(r"\.ya?ml$", path) is not None
