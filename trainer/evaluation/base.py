@@ -44,10 +44,7 @@ class DecodingConfig:
     their length."""
 
     def problems(self, key: str) -> Iterator[str]:
-        """An error message for each combination of settings that does nothing or is refused.
-
-        `key`: the setting that these are below, such as `evaluation.generate`.
-        """
+        """Yield an error message for each combination of settings of generation that does nothing or is refused."""
         if self.temperature and self.beams > 1:
             yield (
                 f"{key}.temperature={self.temperature:g} with {key}.beams={self.beams}: a beam search draws nothing; set "

@@ -56,7 +56,7 @@ def _improvement(settings: EvaluationConfig, value: float, earlier: float | None
 
 
 def early_stopping_reason(settings: EvaluationConfig, progress: Progress) -> str | None:
-    """Why training stops early, if the watched metric has not improved for `patience` evaluations; else None."""
+    """Say why training stops early, if the watched metric has not improved for `patience` evaluations; None if it goes on."""
     if settings.patience == 0 or progress.stale_evaluations < settings.patience:
         return None
     # Of all evaluations, also of those whose weights could not be saved. Checkpoints of earlier versions have only the saved one.

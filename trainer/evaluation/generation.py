@@ -135,7 +135,7 @@ def reference_answer_ids(sample: Sample) -> np.ndarray:
 
 
 def bleu_and_rouge(answers: list[AnswerWithReference]) -> dict[str, float]:
-    """Corpus BLEU (0 to 100) and mean ROUGE-L F-measure (0 to 1) of answers against their references, by name.
+    """Compare answers with their references: corpus BLEU (0 to 100) and mean ROUGE-L F-measure (0 to 1), by name.
 
     {"bleu": 31.4, "rougeL": 0.52}. ROUGE-L is 0 without answers.
     """

@@ -111,7 +111,7 @@ def continuation_batch(
 def pad_sequences(
     sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool = False, width: int | None = None
 ) -> Tensor:
-    """int64 [S, width]: sequences of different lengths, padded with `pad_id` on the right, or on the left if `left` is set.
+    """Make sequences of different lengths one tensor, int64 [S, width], padded with `pad_id` on the right, or on the left.
 
     `width`: None takes the length of the longest sequence.
     """
@@ -124,5 +124,5 @@ def pad_sequences(
 
 
 def padding_mask(sequences: Sequence[Sequence[int]], *, left: bool = False) -> Tensor:
-    """int64 [S, N]: the attention mask of `pad_sequences`, 1 at each token and 0 at padding."""
+    """The attention mask of the sequences that `pad_sequences` pads: int64 [S, N], 1 at each token and 0 at padding."""
     return pad_sequences([[1] * len(sequence) for sequence in sequences], 0, left=left)

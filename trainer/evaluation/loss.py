@@ -204,10 +204,10 @@ def _place_micro_batch_sums(
 
 
 def f1_scores(confusion: torch.Tensor) -> tuple[float, float]:
-    """(macro, micro) F1 of `confusion [3, labels]`: how often each label was right, predicted, and true.
+    """(macro, micro) F1 of a classifier, from how often each label was right, predicted, and true: `confusion [3, labels]`.
 
-    `2 * right / (predicted + true)`: macro is its mean over the labels that were predicted or true at least once, micro
-    takes the sums over all labels (van Rijsbergen 1979; the definitions of scikit-learn and torchmetrics).
+    `2 * right / (predicted + true)`: macro is its mean over the labels that were predicted or true at least once, micro takes
+    the sums over all labels (van Rijsbergen 1979; the definitions of scikit-learn and torchmetrics). 0 without any.
     """
     right, predicted, true = confusion
     denominators = predicted + true

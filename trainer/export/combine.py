@@ -91,7 +91,10 @@ def _settings_of_combinable_adapter(directory: str) -> dict[str, Any]:
 def _problems_between_adapters(
     settings: CombineSettings, peft_settings_by_directory: dict[str, dict[str, Any]]
 ) -> list[str]:
-    """Error messages about adapters that do not go together: of different ranks, bases or tasks."""
+    """Check whether adapters go together; returns a message for each reason why not: other ranks, bases or tasks.
+
+    `peft_settings_by_directory`: the adapter_config.json of each adapter that can be combined at all.
+    """
     problems = []
     rank_by_directory = {
         directory: peft_settings["r"] for directory, peft_settings in peft_settings_by_directory.items()
@@ -209,7 +212,7 @@ def _write_merged_model(model: Any, dtype: torch.dtype, max_shard_gib: float, ou
 
 
 def _write_combined_adapter(model: Any, base_path: str, output_dir: Path) -> None:
-    """Write the weights and settings of the combined adapter into `output_dir`.
+    """Write the weights and settings of the combined adapter into `output_dir`, as an adapter of the base at `base_path`.
 
     Not by peft's `save_pretrained`, which would write them one directory deeper, with a model card beside.
     """

@@ -100,7 +100,7 @@ def _reason_if_last_is_best(outcome: TrainingOutcome, last_metric: float) -> str
 
 
 def recorded_export_step(run_record: Mapping[str, Any]) -> int | None:
-    """The step that a run exported, from the content of its `run.json`.
+    """Which step a run has exported, from the content of its `run.json`.
 
     None if the run did not get so far, or is of an earlier version, or if the entry is no whole number.
     """

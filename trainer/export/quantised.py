@@ -292,7 +292,7 @@ def _compute_dtype(quantised_format: QuantisedFormat) -> Any:
 
 
 def _quantisation_config(quantised_format: QuantisedFormat) -> Any:
-    """The transformers configuration with which a model is quantised while it is loaded, by bitsandbytes or torchao."""
+    """How transformers quantises a model while it is loaded, by bitsandbytes or torchao, as its configuration object."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if quantised_format is QuantisedFormat.int8:

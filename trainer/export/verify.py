@@ -46,7 +46,7 @@ class DriftError(ShardtuneError):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The result of comparing the logits of an export with those of the trained model."""
+    """How far the logits of an export are from those of the trained model."""
 
     max_abs_difference: float
     largest_logit: float

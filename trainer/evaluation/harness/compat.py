@@ -59,7 +59,7 @@ def begins_with_prefix(text: str, prefix: str) -> bool:
 
 
 def normalized_generation_kwargs(generation_kwargs: dict[str, Any], max_tokens: int = 256) -> dict[str, Any]:
-    """A task's `generation_kwargs` as lm-eval's `hf` model understands them, with every default.
+    """Complete a task's `generation_kwargs` with every default, as lm-eval's own `hf` model understands them.
 
     `max_tokens`: most tokens of an answer if the task does not say.
 
@@ -72,10 +72,10 @@ def normalized_generation_kwargs(generation_kwargs: dict[str, Any], max_tokens: 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Within it the harness draws no progress bar over its rows.
+    """Around calls of the harness: it draws no progress bar over its rows.
 
-    Replaces `tqdm` in `lm_eval.api.task`, which has no setting for it; tqdm's own variable of the environment is read once, when
-    tqdm is imported.
+    Replaces `tqdm` in `lm_eval.api.task`, which has no setting for it; tqdm's own variable of the environment is read once,
+    when tqdm is imported.
     """
     from lm_eval.api import task
 
@@ -85,11 +85,11 @@ def without_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def without_network() -> Iterator[None]:
-    """Within it nothing is fetched, whatever a task asks for; what lies in the caches is read.
+    """Around calls of the harness: nothing is fetched, whatever a task asks for; what lies in the caches is read.
 
     Sets the public variables of the environment, for processes that are started within. huggingface_hub, datasets and evaluate
-    read these once, when they are imported, so their constants are replaced too (huggingface_hub 2.4, datasets 5.2,
-    evaluate 0.4.6).
+    read these once, when they are imported, so their constants are replaced too (huggingface_hub 2.4, datasets 5.2, evaluate
+    0.4.6).
     """
     import datasets
     import evaluate

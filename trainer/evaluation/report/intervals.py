@@ -159,9 +159,9 @@ def share_counts(metric: TaskMetric, rows: Sequence[TaskRow]) -> ShareCounts | N
 
 
 def wilson_interval(counts: ShareCounts, alpha: float = SIGNIFICANCE_LEVEL) -> tuple[float, float]:
-    """(low, high) of Wilson's confidence interval of a share (Wilson 1927), for a confidence of 1 - `alpha`.
+    """The interval (low, high) in which the true share may lie, by Wilson (1927): 7 successes of 10 -> (0.40, 0.89).
 
-    Unlike an interval of resamples, it has a width if every row is right, or none is. 7 successes of 10 -> (0.40, 0.89).
+    Its confidence is 1 - `alpha`. Unlike an interval of resamples, it has a width if every row is right, or none is.
     """
     successes, cases = counts
     share = successes / cases

@@ -253,7 +253,10 @@ def _is_report(report: Any) -> bool:
 
 
 def _read_tuned_rows(path: Path) -> dict[str, list[TaskRow]]:
-    """The rows of the tuned model by task, from `evaluation_rows.jsonl`; {} if the file is missing or cannot be read."""
+    """Read the answers of the tuned model by task, from `evaluation_rows.jsonl`; {} if the file is missing or cannot be read.
+
+    The file also has those of the base, if it was asked.
+    """
     rows: dict[str, list[TaskRow]] = {}
     try:
         with path.open(encoding="utf-8") as file:

@@ -38,7 +38,7 @@ def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | 
 
 
 def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> LoggedTable:
-    """A table of the task's `MAX_WORST_ROWS` worst rows, the worst one first, with the earlier answer beside the new one."""
+    """A table for trackers: the task's `MAX_WORST_ROWS` worst rows, with the earlier answer beside the new one."""
     score = score_by_first_metric(task, rows)
     answers_before = other_answer_by_row_id(rows, before or ())  # by id(), because several rows may share a location
     cells = []

@@ -209,7 +209,7 @@ class Task(ABC):
 
     @property
     def uses_run_documents(self) -> bool:
-        """Whether it uses documents of the run, because it has no file of its own.
+        """Whether it asks about documents of the run, whose data must then be read, because it has no file of its own.
 
         A membership task compares rows that were trained on with rows that were not, and needs a file for each.
         """

@@ -228,7 +228,7 @@ def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np
 
 
 def confusion_matrix_of_rows(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
-    """The confusion matrix of some rows, as (sorted label names, counts [true label][predicted label]).
+    """Count how often each label was predicted for each true one: (sorted label names, counts [true label][predicted label]).
 
     (["ham", "spam"], [[8, 2], [1, 9]]): 2 texts that are ham were predicted to be spam.
     """

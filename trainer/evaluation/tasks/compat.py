@@ -9,10 +9,11 @@ import numpy as np
 
 
 def weighted_score(metric: Any, answers: Sequence[str], references: Sequence[str]) -> Callable[[np.ndarray], float]:
-    """The score of a corpus as a function of how often each answer counts (float64 [answers]); one reference for each answer.
+    """sacrebleu's score of a corpus as a function for the bootstrap: of how often each answer counts, float64 [answers].
 
-    Calls `_extract_corpus_statistics` and `_compute_score_from_stats` of sacrebleu's metrics, as its own significance tests do:
-    counts of each sentence add up. The public `corpus_score` would count all sentences anew for each of a thousand resamples.
+    There is one reference for each answer. Calls `_extract_corpus_statistics` and `_compute_score_from_stats` of sacrebleu's
+    metrics, as its own significance tests do: counts of each sentence add up. The public `corpus_score` would count all
+    sentences anew for each of a thousand resamples.
     """
     answer_statistics = np.array(
         metric._extract_corpus_statistics(answers, [references]), np.float64

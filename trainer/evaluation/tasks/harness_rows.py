@@ -203,16 +203,14 @@ def _metric_of_weights(
     *,
     mean_weighted_by_rows: bool,
 ) -> float:
-    """The metric of a resample: lm-eval's function `aggregate` of the rows' items, each as often as its weight says.
+    """Compute a metric of one resample by lm-eval's function `aggregate`, which takes the items of all rows.
 
-    If the rows are of several tasks, it is the mean of their values. NaN if no row has an item, or a task's items have no value.
+    Each item counts as often as its weight says. If the rows are of several tasks, it is the mean of their values. NaN if no
+    row has an item, or a task's items have no value.
 
-    Arguments:
-        weights: float64 [rows], whole numbers.
-        row_items: what each row contributes to the metric, such as a pair of labels; None for a row without a value.
-        has_item: which rows have one, bool [rows].
-        task_of_row: the lm-eval task of each row, [rows].
-        mean_weighted_by_rows: whether the mean weighs each task by its number of rows; else all tasks weigh the same.
+    `weights`: float64 [rows], whole numbers. `row_items`: what each row contributes to the metric, such as a pair of labels;
+    None for a row without a value. `has_item`: which rows have one, bool [rows]. `task_of_row`: the lm-eval task of each row,
+    [rows]. `mean_weighted_by_rows`: whether the mean weighs each task by its number of rows; else all tasks weigh the same.
     """
     values = []
     task_weights = []
@@ -393,7 +391,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _as_json_value(value: Any, metric: str) -> Any:
-    """What a document contributes to a metric, as JSON values. Raises DataError if JSON cannot hold it."""
+    """Turn what a document contributes to a metric into JSON values, for the report. Raises DataError if JSON cannot hold it."""
     if isinstance(value, np.ndarray | np.generic):
         return _as_json_value(value.tolist(), metric)
     if value is None or isinstance(value, str | int | float | bool):

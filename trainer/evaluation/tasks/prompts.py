@@ -53,7 +53,7 @@ class PromptTask(Task):
 
     @cached_property
     def prompt_template(self) -> str:
-        """The text around each prompt: the option itself, or the content of the file that it names."""
+        """The text around each prompt, with {prompt} in its place: `options.template`, or the file that it names."""
         option = self.option_values["template"]
         if option is None:
             return "{prompt}"

@@ -338,9 +338,10 @@ def _sentences_by_label(sentences: Any) -> list[str]:
 
 
 def _stereoset_rows(row: SourceRow, form: str, items: Any) -> Iterator[SourceRow]:
-    """The items of one form of StereoSet (`intrasentence` or `intersentence`) as rows, with the item's number as line.
+    """Turn the items of one form of StereoSet (`intrasentence` or `intersentence`) into rows, with the item's number as line.
 
-    What is no item becomes a row that `prepare_case` refuses, so that the user hears of it. `items` that are no list yield none.
+    What is no item becomes a row that `prepare_case` refuses, so that the user hears of it. `items` that are no list yield
+    none.
     """
     if not isinstance(items, list):
         return

@@ -260,9 +260,9 @@ class JsonSchema(Task):
 
 
 def _prompt_document_of_row(case: TaskCase) -> Document:
-    """The prompt of a row ("messages" without an answer at their end, or else "prompt") as a document. Raises RowError.
+    """Build a document from the prompt of a row: its "messages" without an answer at their end, or else its "prompt".
 
-    The answer "{}" is a stand-in: the format of a document needs one, and the model sees only the prompt.
+    The answer "{}" is a stand-in: the format of a document needs one, and the model sees only the prompt. Raises RowError.
     """
     document = Document(*split_location(case.location))
     if "messages" in case.fields:

@@ -244,7 +244,7 @@ def _measuring_command(metric: str, weights: ExportedWeights, tasks: Mapping[str
 
 
 def _task_kind_of(name: str) -> str | None:
-    """The kind of task that is called `name`, or else the first whose first metric is; None if there is none."""
+    """Which kind of task measures what is called `name`: the kind of that name, or the first with such a first metric."""
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
     if name in TASK_KINDS:
