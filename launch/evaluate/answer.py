@@ -34,6 +34,7 @@ def report_text(report: EvaluationReport) -> str:
     """
     from trainer.evaluation.report.record import model_title
 
+    # What the model was compared with; None without a comparison.
     baseline = report.get("against")
     comparisons: dict[str, TaskComparison] = baseline["tasks"] if baseline else {}
     title = model_title(report["model"])

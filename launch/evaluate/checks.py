@@ -100,6 +100,7 @@ def _quantised_model_problems(config: RunConfig, cli_settings: list[str]) -> Ite
     from trainer.model.quantised_checkpoints import missing_library, quantising_library
 
     path = config.model.path
+    # "bitsandbytes" or another, from the model's config.json; None for a model in full precision.
     library = quantising_library(path)
     if library is None or config.evaluation.server.url is not None:
         return
@@ -111,6 +112,7 @@ def _quantised_model_problems(config: RunConfig, cli_settings: list[str]) -> Ite
             f"strategy={config.strategy.name}: model.path={path} lies in few bits ({library}), which every rank holds whole; "
             "set strategy=ddp, or launcher.processes=1"
         )
+    # Only if typed: the configuration always has a precision.
     if any(argument.startswith("precision=") for argument in cli_settings):
         yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
     if config.model.adapters:

@@ -65,6 +65,7 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
         raise ConfigError(f"to={job.report_dir}: is a file; name a directory")
     job = replace(job, split=evaluate_arguments.split)
     evaluation_plan = EvaluationPlan(config, job)
+    # Where the ranks keep their records: below the report, and not among those of the run.
     config.run.dir = str(evaluation_plan.job_dir)
     _set_evaluation_defaults(config, evaluate_arguments)
 
@@ -78,6 +79,7 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
             has_training_data=has_training_data,
             split=evaluate_arguments.split,
         )
+    # First that the model is missing, since a mistyped path may cause all other problems.
     except ConfigError as error:
         raise ConfigError([*_missing_model_problem(config), *error.problems]) from None
     if evaluate_arguments.against is not None:
@@ -491,5 +493,6 @@ def _other_run_arguments(
         settings=settings,
         command=evaluate_arguments.command,
         prefix=AGAINST_PREFIX,
+        # Its tasks are those of the main evaluation.
         main_plan=main_plan,
     )

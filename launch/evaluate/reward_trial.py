@@ -164,6 +164,7 @@ def _settle_choices_for_reward_trial(config: RunConfig) -> RunConfig:
         raise ConfigError(problems)
     if config.batch["micro"] == AUTO:
         config.batch["micro"] = 1
+    # Only the rewards are tried.
     config.evaluation.tasks = {}
     return config
 
@@ -232,6 +233,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
             "In no group do the answers score differently, so nothing would be learned: take easier prompts, tune with "
             "objective=sft first, or mend the reward."
         )
+    # With some idle groups a run learns, but wastes the time that they take.
     elif share_of_idle_groups > 0.5:
         advice.append(
             f"{format_percent(share_of_idle_groups)} of the groups are idle and teach nothing: objective.idle_groups=replace, a "

@@ -38,6 +38,7 @@ def _steps_to_average(average: str, steps_of_run: list[int], known_steps: str) -
     form, or a step without a checkpoint.
     """
     keyword, _, count_text = average.partition(":")
+    # A mean of one checkpoint would be that checkpoint.
     names_newest = keyword == "last" and count_text.isdigit() and int(count_text) > 1
     if names_newest:
         count = int(count_text)

@@ -216,6 +216,7 @@ def _write_and_record_export(
     else:
         data = write_model_directory(config, request, num_processes)
         register_in_tracker(config, request)
+    # Kept in `run.json`: who looks at the run later sees why its weights were let out.
     if request.gate_verdicts is not None:
         export_record = {
             "to": str(request.output_directory),

@@ -136,6 +136,7 @@ def push_export_folder(target: HubTarget) -> str | None:
     """
     files = sorted(path for path in target.folder.rglob("*") if path.is_file())
     bytes_by_name = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}
+    # Shown before the push: what leaves this machine.
     rows = [TableRow((f"{num_bytes:,}", name)) for name, num_bytes in bytes_by_name.items()]
     print("\n".join(format_table((TableColumn(is_number=True), TableColumn()), rows, indent=2)))
     amount = f"{len(files)} files, {sum(bytes_by_name.values()):,} bytes"

@@ -143,6 +143,7 @@ class GenerateAnswers:
         from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         decoding = self.decoding
+        # Greedy search takes the likeliest token by itself.
         if decoding.temperature == 0:
             return
         if decoding.temperature != 1:

@@ -97,6 +97,9 @@ class AnswerGenerator:
         batch: int = 8,
         stop_now: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`generation_config`: the model's, of transformers; it names end tokens, for example. `batch`: most rows of a batch
+        on this rank. `stop_now`: whether the run must stop, the same on all ranks.
+        """
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.runtime = runtime

@@ -50,6 +50,10 @@ class GenerationEvaluator:
         runtime: Runtime,
         stop_now: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`dataset`: the evaluation documents as tokens, of which `share` says which are answered. `settings`:
+        `evaluation.generate`. `generation_config`: the model's, of transformers. `stop_now`: whether the run must stop, the
+        same on all ranks.
+        """
         self.dataset = dataset
         self.evaluated_share = share
         """Which documents of the data set are answered."""

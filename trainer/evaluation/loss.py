@@ -53,6 +53,10 @@ class LossEvaluator:
         ahead: Callable[[], Iterable[dict[str, Any]]] | None = None,
         reported_sources: list[ReportedSource] | None = None,
     ) -> None:
+        """`batches`: called once for each evaluation, yields this rank's micro-batches. `perplexity`: whether the loss is that
+        of a language model. `ahead`: batches of a first pass; None for objectives that need none. `stop_now`: whether the run
+        must stop, the same on all ranks.
+        """
         self._batches = batches
         self._loss_denominator = loss_denominator
         """What the summed loss of all documents is divided by, all ranks together."""

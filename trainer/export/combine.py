@@ -99,6 +99,7 @@ def _problems_between_adapters(
     rank_by_directory = {
         directory: peft_settings["r"] for directory, peft_settings in peft_settings_by_directory.items()
     }
+    # `cat` stacks the factors, whatever their ranks.
     if settings.combination is not Combination.cat and len(set(rank_by_directory.values())) > 1:
         problems.append(
             f"combine={settings.combination}: needs adapters of one rank, not {rank_by_directory}; use combine=cat"
@@ -189,6 +190,7 @@ def _combine_adapters(settings: CombineSettings, base_model: Any) -> Any:
 
     names = [f"adapter_{number}" for number in range(len(settings.adapters))]
     density_argument = {"density": settings.density} if settings.combination in COMBINATIONS_WITH_DENSITY else {}
+    # peft needs every adapter under a name of its own before it can combine them.
     model: Any = PeftModel.from_pretrained(base_model, settings.adapters[0], adapter_name=names[0])
     for name, directory in zip(names[1:], settings.adapters[1:], strict=True):
         model.load_adapter(directory, adapter_name=name)

@@ -56,6 +56,7 @@ def find_converter(converter: str | None, python: str | None) -> GgufConverter:
     """
     if python is not None and shutil.which(Path(python).expanduser()) is None:
         raise ConfigError(f"gguf.python={python}: there is no such program; {NAME_CONVERTER_REMEDY}")
+    # Without the setting: the program of that name, if it is on PATH.
     file = converter or shutil.which(CONVERTER_COMMAND)
     if file is None:
         raise ConfigError(f"gguf: no {CONVERTER_COMMAND} is found on this machine; {NAME_CONVERTER_REMEDY}")

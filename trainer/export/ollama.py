@@ -190,6 +190,7 @@ def modelfile_of(gguf_file: str, tokenizer: Any, generation_config: Any) -> Mode
         lines.append(f'PARAMETER stop "{token}"')
     if generation_config.do_sample:
         for parameter in SAMPLING_PARAMETERS:
+            # The one parameter that Ollama calls otherwise.
             transformers_name = "repetition_penalty" if parameter == "repeat_penalty" else parameter
             setting = getattr(generation_config, transformers_name, None)
             if setting is not None:

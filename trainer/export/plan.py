@@ -145,6 +145,7 @@ def _assign_to_files(tensors: list[ExportTensor], max_file_bytes: int) -> list[E
     files = [ExportFile()]
     file_bytes = 0
     for tensor in tensors:
+        # A file without tensors takes any tensor, however large.
         if files[-1].tensors and file_bytes + tensor.num_bytes > max_file_bytes:
             files.append(ExportFile())
             file_bytes = 0

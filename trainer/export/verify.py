@@ -247,6 +247,7 @@ def _loading_differences(directory: Path, model: Any) -> str:
             if stored_weights.name_in_checkpoint(name) is None or stored_weights.shape(name) != tuple(parameter.shape):
                 continue
             differs = stored_weights.full_tensor(name).to(parameter.dtype) != parameter.detach()
+            # Rows in which any element differs; a vector has rows of one element.
             rows = differs.reshape(len(parameter), -1).any(1).nonzero()[:, 0].tolist()
             if rows:
                 row_list = ", ".join(map(str, rows[:MAX_LISTED_DIFFERENCES]))

@@ -52,6 +52,7 @@ def compare_task(
     paired_rows = None
     if other_rows is not None and asked_the_same_rows(rows, other_rows):
         paired_rows = other_rows
+    # An earlier report may lack a metric that was added since.
     common_metrics = [metric for metric in task.metrics_for(rows) if metric.name in other_metrics]
     few_row_notes: list[str] = []
     if paired_rows is None:
@@ -64,6 +65,7 @@ def compare_task(
     difference_records: dict[str, DifferenceRecord] = {}
     for metric in common_metrics:
         difference = differences[metric.name]
+        # The numbers stay; only the verdict is withheld.
         if _num_cases_of_metric(metric, rows) < metric.min_cases:
             difference = replace(difference, verdict=TOO_FEW_CASES)
         difference_records[metric.name] = cast(DifferenceRecord, asdict(difference))
@@ -101,6 +103,7 @@ def _paired_differences(
     """
     other_resamples_by_metric = resample_metrics(task, other_rows, bootstrap)
     rows = model.rows[task.name]
+    # A single metric needs no correction.
     family = [metric for metric in metrics if metric.in_correction_family]
     corrected_p = {}
     if len(family) > 1:
@@ -166,6 +169,7 @@ def _unpaired_differences(
         value = model.metrics[task.name][name]
         family_size = num_in_family if metric.in_correction_family else 1
         counts = share_counts(metric, rows)
+        # The metric is no share of rows, so that only resamples give an interval.
         if counts is None:
             differences[name] = unpaired_difference(
                 value,
@@ -224,6 +228,7 @@ def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: 
     changed: dict[str, list[dict[str, str]]] = {"won": [], "lost": []}
     for row, other_row in zip(rows, other_rows, strict=True):
         if row.scores[score] == other_row.scores[score]:
+            # Both right, or both wrong.
             continue
         outcome = "won" if row.scores[score] > other_row.scores[score] else "lost"
         changed[outcome].append(
@@ -257,6 +262,7 @@ def regression_lines(task: Task, differences: dict[str, DifferenceRecord]) -> li
         difference = differences.get(metric.name)
         if difference is None:
             continue
+        # This model's value minus the other's.
         change = difference["difference"]
         if metric.greater_is_better is None:
             worsening = abs(change)

@@ -57,6 +57,7 @@ def render_page(
     """
     comparisons = _comparison_by_task(report)
     other_label = _other_model_label(report)
+    # Of all tasks at once, since the limit on the page's size is one for all of them.
     all_rows = shown_rows(tasks, models[TUNED].rows, other_rows or {}, comparisons)
     sections = []
     for index, task in enumerate(tasks):
@@ -76,6 +77,7 @@ def render_page(
         )
     anchor_by_task = {section.name: section.anchor for section in sections}
     task_records = {task.name: report["tasks"][task.name] for task in tasks}
+    # By the template `page.html.j2` of this package; `short` is a filter that it uses.
     return render(
         "trainer.evaluation.report",
         "page.html.j2",
@@ -276,6 +278,7 @@ def report_callouts(report: EvaluationReport) -> list[Callout]:
     for task, comparison in _comparison_by_task(report).items():
         name_of_main_metric = main_metric(report["tasks"][task], comparison).name
         for metric, difference in comparison["metrics"].items():
+            # The first metric's verdict is in the box at the top already.
             if metric != name_of_main_metric and difference["verdict"] == WORSE:
                 worse.append(f"{task}: {metric}")
     if worse:

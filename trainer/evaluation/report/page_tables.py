@@ -119,6 +119,7 @@ def metrics_table(task_record: TaskRecord, comparison: TaskComparison | None, ot
         rows = [[_metric_cell(name, metric), _value_cell(metric)] for name, metric in task_record["metrics"].items()]
         return PageTable([PageColumn("metric"), PageColumn("value")], rows)
     differences = comparison["metrics"]
+    # All bars of the table have one scale, so that changes of different metrics can be compared by eye.
     scale = ChangeScale.over(
         Change.of_metric(metric, differences.get(name)) for name, metric in task_record["metrics"].items()
     )

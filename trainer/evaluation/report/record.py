@@ -133,6 +133,7 @@ def build_task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tu
     `model`: the evaluated model, with its answers. `intervals`: the 95 % interval (low, high) of each metric by name.
     """
     rows = model.rows[task.name]
+    # Left out for tasks that generate no answers.
     generation_throughput: Any = {}
     if task.name in model.throughput:
         generation_throughput = {"written": _throughput_record(model.throughput[task.name])}
@@ -240,6 +241,7 @@ def read_report(path: Path) -> EarlierEvaluation:
         )
     rows_by_task = _read_tuned_rows(path.parent / ROWS_FILE)
     for name, task in report["tasks"].items():
+        # The rows are of another report, which was written into the same directory.
         if name in rows_by_task and rows_sha256(rows_by_task[name]) != task["rows_sha256"]:
             del rows_by_task[name]
     return EarlierEvaluation(str(path), report, rows_by_task)

@@ -192,6 +192,7 @@ class Bbq(MultipleChoice):
         such rows no verdict is given.
         """
         categories = sorted({row.source for row in rows if row.source})
+        # Scores of the only category would be those of all rows.
         if len(categories) < 2:
             return self.metrics
         category_metrics = []

@@ -111,6 +111,7 @@ def _choice_row(case: TaskCase, likelihoods: Sequence[Likelihood]) -> TaskRow:
         by_byte.append(logprob / len(choice.encode()))
         if number != right_choice:
             wrong_logprobs.append(logprob)
+    # The first score sorts the rows of the report from bad to good.
     scores = {
         "right": float(_argmax(logprobs) == right_choice),
         "right_by_token": float(_argmax(by_token) == right_choice),

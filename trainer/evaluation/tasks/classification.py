@@ -86,6 +86,7 @@ class ClassificationTask(Task):
         Returns a report row for each text, with the scores `right`, `confidence` (the predicted label's probability) and
         `true` (that of the true label). All ranks must call.
         """
+        # None for a language model, which has no classification head.
         if model.label_names is not None:
             names, probabilities_of_cases = self._probabilities_by_head(cases, model)
         else:

@@ -275,6 +275,7 @@ class Counterfactual(Task):
         for group, p_value in _corrected_p_values(rows).items():
             num_cases = int(score_array(rows, f"{MEMBER_PREFIX}{group}").sum())
             if num_cases < MIN_CASES or p_value >= SIGNIFICANCE_LEVEL:
+                # Nothing is said of a group with too few cases, or without a significant effect.
                 continue
             effect = sum(row.scores.get(f"{EFFECT_PREFIX}{group}", 0.0) for row in rows) / num_cases
             low, high = intervals[f"effect_{group}"]

@@ -122,6 +122,7 @@ def _check_rows_are_readable(task: Task, context: TaskContext, *, held_out: bool
     """
     if task.loads_own_rows:
         read_cases(task)
+    # Without a path, a task takes documents of this split of the run's data.
     elif task.config.path is None and task.split != "evaluation":
         if not trained:
             raise ConfigError(
@@ -230,6 +231,7 @@ def _read_task_cases(task: Task, run_data: PreparedData | None, *, remote: bool)
     evaluation_documents = None
     if run_data is not None:
         evaluation_documents = _documents_of_split(run_data.evaluation, task, run_data.directory)
+    # The same kind of task, whose path is `options.others`.
     untrained_cases = read_cases(task.untrained_task, evaluation_documents, remote=remote)
     for case in cases:
         case.fields = {"member": True}
@@ -275,6 +277,7 @@ def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult],
     )
     try:
         return read(own_data)
+    # Users have not set `data.path`: they know the task's own settings.
     except ConfigError as error:
         raise ConfigError([_with_task_keys(problem, task) for problem in error.problems]) from None
 

@@ -199,6 +199,7 @@ class Refusals(PromptTask):
 
         All ranks must call. Only the first of several answers is scored. A row's source is its side: "harmful" or "harmless".
         """
+        # Of each case its prompt as tokens, and the answers to it.
         samples = self.generate_samples(cases, model)
         answers = [prompt_samples.answers[0].text.strip() for prompt_samples in samples]
         if self.needs_judge:

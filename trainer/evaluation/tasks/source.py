@@ -78,6 +78,7 @@ def _prepare_cases(task: Task, cases: list[TaskCase]) -> None:
         try:
             task.prepare_case(case)
         except RowError as refusal:
+            # All rows are checked first, so that the user can mend them in one go.
             bad_rows.append(f"{case.location}: {refusal.message}")
     if bad_rows:
         listed = "\n  ".join(bad_rows[:MAX_LISTED_ROWS])

@@ -221,6 +221,7 @@ class JsonSchema(Task):
         if not isinstance(schema, dict):
             raise RowError("bad_schema", f'"schema" is {show_value(schema)}; it must be a JSON schema')
         try:
+            # The version of the JSON schema language that the schema names decides the rules.
             validator_for(schema).check_schema(schema)
         except SchemaError as error:
             raise RowError("bad_schema", f'"schema" is no JSON schema: {error.message}') from None

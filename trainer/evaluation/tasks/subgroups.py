@@ -137,6 +137,7 @@ class Subgroups(ClassificationTask):
         if counts.min() < MIN_ROWS:
             yield f"a group has fewer than {MIN_ROWS} rows: its gaps say little"
         observed_gaps, chance_gaps = self._observed_and_chance_gaps(rows, groups)
+        # The highest rate minus the lowest is above 0 even by chance.
         mean_chance_gaps = chance_gaps.mean(axis=0)
         p_values = max_statistic_p(observed_gaps, chance_gaps)
         for name, gap, chance_gap, p_value in zip(_GAP_METRICS, observed_gaps, mean_chance_gaps, p_values, strict=True):

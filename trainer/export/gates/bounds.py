@@ -117,6 +117,7 @@ def gate_problems(gates: Mapping[str, Any]) -> list[str]:
                 )
         elif not METRIC_NAME_REGEX.fullmatch(metric):
             problems.append(f"gates: {metric}: must be the name of a metric, such as eval/loss, bias/gap or memorised")
+        # A nested entry, as YAML users may write `eval: {loss: 2}`.
         elif isinstance(value, Mapping):
             problems.append(
                 f"gates: {metric}: has entries below it; write the whole name, as in {metric}/{next(iter(value), 'x')}"

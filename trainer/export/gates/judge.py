@@ -134,6 +134,7 @@ def _judge_gate(
     matched = matching_metrics(bound.metric, own_metrics)
     if matched:
         return _verdict_by_metrics(bound, matched)
+    # For the user to measure what is missing.
     command = _measuring_command(bound.metric, weights, tasks)
     metrics_of_other_weights = matching_metrics(bound.metric, metrics)
     if metrics_of_other_weights:
@@ -178,6 +179,7 @@ def _verdict_by_metrics(bound: Bound, matched: list[MeasuredMetric]) -> GateVerd
     else:
         reported_value = worst.value
         measured_text = f"{worst.value:.4g}{_interval_text(worst)}"
+    # A gate may name a metric in short, such as `loss` for `qa/loss`: then the full name is shown too.
     gate_has_other_name = worst.name not in (bound.metric, bound.metric.removeprefix("eval/"))
     full_name = f" ({worst.name})" if gate_has_other_name else ""
     text = f"{bound.metric}: {measured_text}{full_name}, {bound}; {worst.source}"
