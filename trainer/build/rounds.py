@@ -87,6 +87,7 @@ def num_documents_per_step(config: RunConfig) -> float:
 
 def num_steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> int:
     """How many optimizer steps the run's budget allows.
+
     - no rounds of generation, or `budget.steps` is set: as the budget says.
     - rounds: `budget.epochs` are passes over the prompts, rounded so that the last round is complete. A round consumes its
       prompts as a step of another objective consumes its global batch.

@@ -204,6 +204,7 @@ def _refuse_adapter(directory: Path) -> None:
 
 def _unreadable_config_error(path: str, error: Exception, config: ModelConfig) -> ConfigError:
     """Make the ConfigError (returned, not raised) for a model whose config.json gave `error`. The first case that holds:
+
     - its model_type is unknown to transformers.
     - it is a directory: without config.json, or with one that cannot be read.
     - else: neither a directory nor a model of the hub.

@@ -126,6 +126,7 @@ class AdapterMerger:
 
     def merged_tensor(self, name: str, base_tensor: Tensor) -> Tensor | None:
         """One parameter of the model as it is after merging the adapter, for a merged export.
+
         - the original of a module that trained in full, such as `base_model.model.score.original_module.weight`: None, since
           the trained copy replaces it.
         - not in an adapted layer, such as `base_model.model.wte.weight`: `base_tensor`, its value in the base.
@@ -150,6 +151,7 @@ class AdapterMerger:
 
 def check_adapters_mergeable(model: nn.Module, trained_names: set[str]) -> None:
     """Raise ConfigError if merging the LoRA adapters of a tuned model would change other layers too, or is not supported.
+
     - an adapted layer shares its weight with the embeddings: merging would change both.
     - an embedding has DoRA: not supported.
 

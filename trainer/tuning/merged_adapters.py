@@ -117,6 +117,7 @@ class _MergedAdapter:
 
     def full_tensor(self, name: str, base: BaseWeightsReader) -> Tensor:
         """The full base parameter `name` with this adapter merged in. `base` reads the weights without it.
+
         - trained in full with the adapter: the stored value.
         - not changed by the adapter: the base's value.
         - else: its layer is merged, and kept for the layer's next parameter.

@@ -135,6 +135,7 @@ class Virtual(AddedParameters):
 
     def _refuse_unusable_prefix(self, model: Any, decoder: nn.Module) -> None:
         """Raise ConfigError if prefix tuning, which gives each layer keys and values to read, cannot work in this model.
+
         - the model takes no keys and values from outside, or is a falcon, whose heads share keys: refused.
         - the attention window is no longer than the prefix: refused.
 
@@ -217,6 +218,7 @@ class Virtual(AddedParameters):
 
     def _initial_token_ids(self, config: PromptConfig) -> list[int]:
         """Choose the token id at whose embedding each virtual token starts, as peft does; as many ids as virtual tokens.
+
         - `tuning.init=sampled`: ids drawn from the whole vocabulary.
         - else: the ids of `tuning.init_text`, with the special tokens that the tokenizer adds, repeated or cut.
 
