@@ -124,10 +124,18 @@ def test_heads_that_divide_badly_and_groups_across_hosts_are_told(root):
     settings.num_key_value_heads = 4
     assert attention_heads_of(settings).head_imbalance(8) == pytest.approx(32 / 28)
     config = config_of(model_dir(root), 8)
-    told = sequence_parallel_notes(config, settings, ranks_per_host=4, tokens=1024)
+    told = sequence_parallel_notes(config.parallel.sequence, settings, config.precision, ranks_per_host=4, tokens=1024)
     assert len(told) == 2
     assert told[0].startswith("28 query heads do not divide well by 8: the busiest rank has 1.14 times")
     assert told[1].startswith("groups of 8 ranks cross hosts of 4: a rank sends up to ")
-    assert len(sequence_parallel_notes(config, settings, ranks_per_host=8, tokens=1024)) == 1
+    assert (
+        len(
+            sequence_parallel_notes(config.parallel.sequence, settings, config.precision, ranks_per_host=8, tokens=1024)
+        )
+        == 1
+    )
     settings.num_attention_heads = 32
-    assert sequence_parallel_notes(config, settings, ranks_per_host=8, tokens=1024) == []
+    assert (
+        sequence_parallel_notes(config.parallel.sequence, settings, config.precision, ranks_per_host=8, tokens=1024)
+        == []
+    )

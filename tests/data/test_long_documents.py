@@ -9,7 +9,6 @@ import pytest
 from tests.data.test_loader import counts, loader, make_dataset
 from tests.helpers.stores import write
 from trainer.build.parts import LONG_DOCUMENT_TOKENS, balances_by_squared_lengths
-from trainer.config.run import RunConfig
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.report.preview import preview_text
 from trainer.data.store.sequences import Sample, TokenDataset
@@ -81,15 +80,13 @@ def test_long_document_takes_few_bytes_a_token_from_pack_to_preview(tmp_path):
 
 
 def test_documents_are_dealt_by_tokens_alone_up_to_32768():
-    def train(longest):
-        return SimpleNamespace(lengths=np.array([10, longest]))
+    def balances(longest, sequence_ranks=1):
+        return balances_by_squared_lengths(sequence_ranks, np.array([10, longest]))
 
     assert LONG_DOCUMENT_TOKENS == 32_768
-    config = RunConfig()
-    assert not balances_by_squared_lengths(config, train(32_768))
-    assert balances_by_squared_lengths(config, train(32_769))
-    config.parallel.sequence = 2
-    assert balances_by_squared_lengths(config, train(10))
+    assert not balances(32_768)
+    assert balances(32_769)
+    assert balances(10, sequence_ranks=2)
 
 
 @pytest.mark.parametrize(

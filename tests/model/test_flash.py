@@ -89,7 +89,7 @@ def test_flash_kernel_of_torch_has_the_same_conditions(monkeypatch):
 def layout(choice, wanted, flash_refusal):
     config = ModelConfig(path="model", attention=choice)
     found = choose_attention_layout(
-        config,
+        config.attention,
         wanted,
         "llama",
         reason_for_own_rows=lambda _: "",

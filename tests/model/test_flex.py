@@ -165,7 +165,7 @@ def test_flex_attention_names_why_a_model_cannot_have_it():
 
 def chosen(kernels, right, choice=Attention.auto, layout=Layout.auto):
     found = choose_attention_layout(
-        ModelConfig(path="model", attention=choice),
+        choice,
         layout,
         "kind",
         reason_for_own_rows=lambda kernel: "" if kernel in right else f"{kernel} is off",

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from strategies import runtime as processes
 from strategies.base import Engine, ParameterSource, Precision
 from strategies.build import build_strategy
@@ -34,7 +36,6 @@ from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
 from trainer.data.prepare import ChooseDate, Preparation, PreparedData, keep_or_first_date
 from trainer.data.report.progress import PrintLine, print_on_rank_0
-from trainer.data.store.sequences import TokenDataset
 from trainer.model.architecture import attention_crossover_tokens, text_model_config
 from trainer.model.config import ModelKind
 from trainer.model.loading import find_weights_directory
@@ -136,7 +137,7 @@ def build_loader(
         device=runtime.device,
         look_ahead_sample=data_spec.look_ahead_sample,
     )
-    if balances_by_squared_lengths(config, data.train):
+    if balances_by_squared_lengths(config.parallel.sequence, data.train.lengths):
         loader.balance_by_attention_cost(attention_crossover_tokens(built.config))
     steps = steps_from_budget(config.budget, order, loader.unit_tokens, global_batch)
     if built.step_module.plan.optimizer_hooks is not None:
@@ -144,13 +145,12 @@ def build_loader(
     return loader, steps
 
 
-def balances_by_squared_lengths(config: RunConfig, train: TokenDataset) -> bool:
-    """Whether the loader must also give all ranks alike sums of squared lengths, to which the cost of attention is
-    proportional.
+def balances_by_squared_lengths(sequence_ranks: int, document_lengths: np.ndarray) -> bool:
+    """Whether the loader must also give all ranks alike sums of squared lengths, to which the cost of attention is proportional.
 
-    So if ranks share rows, or if a document is so long that attention is a large part of its cost.
+    So if `sequence_ranks` > 1 ranks share rows, or if a document is so long that attention is a large part of its cost.
     """
-    return config.parallel.sequence > 1 or int(train.lengths.max(initial=0)) > LONG_DOCUMENT_TOKENS
+    return sequence_ranks > 1 or int(document_lengths.max(initial=0)) > LONG_DOCUMENT_TOKENS
 
 
 def build_engine(
@@ -295,7 +295,13 @@ def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) ->
     if config.parallel.sequence == 1:
         return []
     longest_row = sum(longest_sequence_lengths(built.data_spec, largest_workload(config, data)))
-    return sequence_parallel_notes(config, built.config, config.launcher.per_node, longest_row)
+    return sequence_parallel_notes(
+        config.parallel.sequence,
+        built.config,
+        config.precision,
+        ranks_per_host=config.launcher.per_node,
+        tokens=longest_row,
+    )
 
 
 def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:

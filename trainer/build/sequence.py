@@ -195,13 +195,14 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
     ]
 
 
-def sequence_parallel_notes(config: RunConfig, hf_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
+def sequence_parallel_notes(
+    degree: int, hf_config: Any, precision: Precision, *, ranks_per_host: int, tokens: int
+) -> list[str]:
     """Notes for the user on how ranks share rows of up to `tokens` tokens, a sentence each: uneven heads, groups across hosts.
 
     Such as "6 query heads do not divide well by 4: the busiest rank has 1.33 times the mean". Empty without sequence
     parallelism. `ranks_per_host`: of the run.
     """
-    degree = config.parallel.sequence
     heads = attention_heads_of(hf_config)
     if degree == 1 or heads is None:
         return []
@@ -215,7 +216,7 @@ def sequence_parallel_notes(config: RunConfig, hf_config: Any, ranks_per_host: i
         )
     # Groups are neighbouring ranks, so all of them lie within hosts if the degree divides the ranks of a host.
     if ranks_per_host % degree:
-        element_bytes = 4 if config.precision is Precision.fp32 else 2
+        element_bytes = 4 if precision is Precision.fp32 else 2
         mib = heads.max_all_to_all_elements(tokens, degree) * element_bytes / 2**20
         notes.append(
             f"groups of {degree} ranks cross hosts of {ranks_per_host}: a rank sends up to {mib:,.0f} MiB a layer, in the "

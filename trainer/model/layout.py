@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from strategies.errors import ConfigError
 from trainer.data.config import Layout
 from trainer.model.attention import VARLEN_ATTENTION
-from trainer.model.config import Attention, ModelConfig
+from trainer.model.config import Attention
 from trainer.model.flex import FLEX_ATTENTION
 
 KERNELS_BY_SETTING = {
@@ -60,7 +60,7 @@ class KernelChoices:
 
 
 def choose_attention_layout(
-    model: ModelConfig,
+    attention_setting: Attention,
     layout: Layout,
     model_type: str,
     *,
@@ -71,8 +71,8 @@ def choose_attention_layout(
     """Choose how documents lie in memory, padded or one after another in a row (padding-free), and which kernel computes
     attention.
 
-    `needs_padding`: the objective or tuning needs a row for each document. `reason_for_own_rows(kernel)`: why documents cannot
-    lie in one row with that kernel; empty if they can. Cases, in order:
+    `attention_setting`: the setting `model.attention`. `needs_padding`: the objective or tuning needs a row for each document.
+    `reason_for_own_rows(kernel)`: why documents cannot lie in one row with that kernel; empty if they can. Cases, in order:
     - settings that exclude each other, or name a kernel that cannot run here: ConfigError.
     - padded rows are set or needed, or the kernel is for them (sdpa, eager): padded.
     - the first kernel that is proven for several documents in one row: padding-free.
@@ -82,62 +82,66 @@ def choose_attention_layout(
         raise ConfigError(
             "data.layout=padding_free: this objective or tuning needs a row for each document; use data.layout=padded"
         )
-    missing = {Attention.flash_attention_2: kernels.flash_refusal, Attention.flex: kernels.flex_refusal}.get(
-        model.attention
+    kernel_refusal = {Attention.flash_attention_2: kernels.flash_refusal, Attention.flex: kernels.flex_refusal}.get(
+        attention_setting
     )
-    if missing is not None:
-        raise ConfigError(f"model.attention={model.attention}: {missing}; use model.attention=auto")
-    is_stock = model.attention in (Attention.sdpa, Attention.eager)
+    if kernel_refusal is not None:
+        raise ConfigError(f"model.attention={attention_setting}: {kernel_refusal}; use model.attention=auto")
+    is_stock = attention_setting in (Attention.sdpa, Attention.eager)
     if layout is Layout.padding_free and is_stock:
         raise ConfigError(
-            f"model.attention={model.attention} with data.layout=padding_free: would let documents see each other; use "
+            f"model.attention={attention_setting} with data.layout=padding_free: would let documents see each other; use "
             "model.attention=varlen or data.layout=padded"
         )
     if layout is Layout.padded or needs_padding or is_stock:
         notes = {}
         if layout is Layout.auto and not needs_padding:
-            notes["data.layout"] = f"padded (attention={model.attention})"
-        return _padded(model, notes)
+            notes["data.layout"] = f"padded (attention={attention_setting})"
+        return _padded(attention_setting, notes)
     reasons: dict[str, str] = {}  # why documents cannot lie in one row, by kernel
-    for attention in KERNELS_BY_SETTING.get(model.attention) or kernels.kernels_in_order():
+    for attention in KERNELS_BY_SETTING.get(attention_setting) or kernels.kernels_in_order():
         reasons[attention] = reason_for_own_rows(attention)
         if not reasons[attention]:
-            return AttentionLayout(Layout.padding_free, attention, _note_on_chosen_kernel(model, attention, kernels))
+            return AttentionLayout(
+                Layout.padding_free,
+                attention,
+                _note_on_chosen_kernel(attention_setting, attention, kernels.flash_refusal),
+            )
     reason = reasons.get(VARLEN_ATTENTION) or next(iter(reasons.values()))
     setting = None
     if layout is Layout.padding_free:
         setting = "data.layout=padding_free"
-    elif model.attention in (Attention.varlen, Attention.flex):  # which are for rows of several documents alone
-        setting = f"model.attention={model.attention}"
+    elif attention_setting in (Attention.varlen, Attention.flex):  # which are for rows of several documents alone
+        setting = f"model.attention={attention_setting}"
     if setting is not None:
         raise ConfigError(
             f"{setting}: {model_type} is not proven to keep documents of one row apart ({reason}); use "
             "data.layout=padded and model.attention=auto"
         )
-    return _padded(model, {"data.layout": f"padded ({model_type} is not proven padding-free: {reason})"})
+    return _padded(attention_setting, {"data.layout": f"padded ({model_type} is not proven padding-free: {reason})"})
 
 
-def _note_on_chosen_kernel(model: ModelConfig, attention: str, kernels: KernelChoices) -> dict[str, str]:
+def _note_on_chosen_kernel(attention_setting: Attention, attention: str, flash_refusal: str | None) -> dict[str, str]:
     """A note for the user on the kernel that `model.attention=auto` chose: {"model.attention": "varlen (built in; not
     FlashAttention: ...)"}.
 
     Empty for FlashAttention, which needs no explanation, and if the user chose the kernel.
     """
-    flash = kernels.flash_refusal or "not proven right here"
+    flash = flash_refusal or "not proven right here"
     note_by_kernel = {
         VARLEN_ATTENTION: f"varlen (built in; not FlashAttention: {flash})",
         FLEX_ATTENTION: f"flex (torch's, compiled when it is first called; not FlashAttention: {flash})",
     }
-    if model.attention is not Attention.auto or attention not in note_by_kernel:
+    if attention_setting is not Attention.auto or attention not in note_by_kernel:
         return {}
     return {"model.attention": note_by_kernel[attention]}
 
 
-def _padded(model: ModelConfig, notes: dict[str, str]) -> AttentionLayout:
+def _padded(attention_setting: Attention, notes: dict[str, str]) -> AttentionLayout:
     """The layout of padded rows, with transformers' own attention. Raises ConfigError if a kernel for packed rows is set."""
-    if model.attention in (Attention.varlen, Attention.flex):
+    if attention_setting in (Attention.varlen, Attention.flex):
         raise ConfigError(
-            f"model.attention={model.attention}: is for padding-free rows; use sdpa, eager or auto with padded ones"
+            f"model.attention={attention_setting}: is for padding-free rows; use sdpa, eager or auto with padded ones"
         )
-    stock = "sdpa" if model.attention is Attention.auto else str(model.attention)
+    stock = "sdpa" if attention_setting is Attention.auto else str(attention_setting)
     return AttentionLayout(Layout.padded, stock, notes)

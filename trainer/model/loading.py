@@ -41,19 +41,20 @@ def local_path_or_hub_id(path_or_id: str | None) -> str:
     return str(path.resolve()) if path.is_dir() else path_or_id
 
 
-def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> ConfigError:
+def _hub_error(setting: str, value: str, error: Exception, *, download: bool) -> ConfigError:
     """Make the ConfigError (returned, not raised) for a model or tokenizer that neither this host nor the hub has.
 
-    `key`, `value`: the setting that names it, such as "model.path" and what it is set to. `error`: the hub client's.
+    `setting`, `value`: what names it, such as "model.path" and its value. `error`: the hub client's. `download`: whether the
+    settings allow downloads.
     """
     reason = str(error).splitlines()[0][:160]
     # A run may be exported from another directory than the one that its relative path counts from.
     here = "here" if Path(value).is_absolute() else f"in {Path.cwd()}"
     has_published_shape = value in names_by_hub_id()  # enough for plans
-    if config.download:
+    if download:
         hint = "; leave model.download out to plan with its published shape" if has_published_shape else ""
         return ConfigError(
-            f"{key}={value}: not a model directory {here}, and model.download=true could not fetch it ({reason}); give an "
+            f"{setting}={value}: not a model directory {here}, and model.download=true could not fetch it ({reason}); give an "
             f"existing directory, or type the command where the hub can be reached{hint}"
         )
     hint = ""
@@ -63,9 +64,9 @@ def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> C
             "tokenizer"
         )
     return ConfigError(
-        f"{key}={value}: not a model directory {here} and not loadable from the local hub cache ({reason}). Paths of a run are "
-        "relative to where its training was started; give an existing directory, fetch it with shardtune download, or set "
-        f"model.download=true{hint}"
+        f"{setting}={value}: not a model directory {here} and not loadable from the local hub cache ({reason}). Paths of a "
+        "run are relative to where its training was started; give an existing directory, fetch it with shardtune download, or "
+        f"set model.download=true{hint}"
     )
 
 
@@ -80,7 +81,7 @@ def find_weights_directory(config: ModelConfig) -> Path:
     # Published sizes would stand for a missing config.json, which plans may do and training may not: even if the hub's cache
     # has the weights, they are not used.
     if shape_instead_of_files(config) is not None:
-        raise _hub_error("model.path", path, FileNotFoundError("no config.json"), config)
+        raise _hub_error("model.path", path, FileNotFoundError("no config.json"), download=config.download)
     from huggingface_hub import snapshot_download
 
     try:
@@ -93,7 +94,7 @@ def find_weights_directory(config: ModelConfig) -> Path:
             )
         )
     except Exception as error:  # the hub client has a dozen error types; all mean that there are no weights
-        raise _hub_error("model.path", path, error, config) from error
+        raise _hub_error("model.path", path, error, download=config.download) from error
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -126,7 +127,7 @@ def load_model_config(config: ModelConfig) -> Any:
     except (OSError, ValueError) as error:
         shape = shape_instead_of_files(config) if isinstance(error, OSError) else None
         if shape is None:
-            raise _unreadable_config_error(path, error, config) from error
+            raise _unreadable_config_error(path, error, download=config.download) from error
         hf_config = config_of_shape(shape)
     # Check its sizes, then set positions.
     text = hf_config.get_text_config()
@@ -202,7 +203,7 @@ def _refuse_adapter(directory: Path) -> None:
         )
 
 
-def _unreadable_config_error(path: str, error: Exception, config: ModelConfig) -> ConfigError:
+def _unreadable_config_error(path: str, error: Exception, *, download: bool) -> ConfigError:
     """Make the ConfigError (returned, not raised) for a model whose config.json gave `error`. The first case that holds:
 
     - its model_type is unknown to transformers.
@@ -227,7 +228,7 @@ def _unreadable_config_error(path: str, error: Exception, config: ModelConfig) -
         return ConfigError(
             f"model.path={path}: {lacking} ({' '.join(str(error).split())[:160]}); download the model again"
         )
-    return _hub_error("model.path", path, error, config)
+    return _hub_error("model.path", path, error, download=download)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -265,7 +266,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
                 f"({' '.join(str(error).split())[:160]}); put tokenizer.json and tokenizer_config.json there, or give "
                 "model.tokenizer=<directory or hub id>"
             ) from error
-        raise _hub_error("model.tokenizer" if config.tokenizer else "model.path", path, error, config) from error
+        setting = "model.tokenizer" if config.tokenizer else "model.path"
+        raise _hub_error(setting, path, error, download=config.download) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer={path}: has no fast tokenizer (tokenizer.json); convert it first")
     # Change it as the settings say.

@@ -170,7 +170,7 @@ def build_causal_model(
     # The layout of documents in rows, the kernel and the forward path.
     proofs = Proofs(config, hf_config, half_on_gpu=half_on_gpu)
     attention_layout = choose_attention_layout(
-        config,
+        config.attention,
         layout,
         hf_config.model_type,
         reason_for_own_rows=proofs.why_documents_need_own_rows,
@@ -234,7 +234,7 @@ def build_padded_model(
     if kind is ModelKind.classifier and layout is Layout.padding_free:
         return build_packed_classifier(config, hf_config, context, objective)
     attention_layout = choose_attention_layout(
-        config,
+        config.attention,
         layout,
         hf_config.model_type,
         reason_for_own_rows=lambda _kernel: "",  # never asked: with a document a row, documents cannot mix
