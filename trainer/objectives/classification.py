@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -288,6 +288,17 @@ def _training_label_names(
     return names
 
 
+class _LossAndPredictions(NamedTuple):
+    """What a classification makes of the logits of a micro-batch."""
+
+    loss: Tensor
+    """Summed over the documents, 0-d."""
+    is_predicted: Tensor
+    """bool `[rows, labels]`: whether the model predicts the label."""
+    is_true: Tensor
+    """bool `[rows, labels]`: whether the document has the label."""
+
+
 class Classification(Objective):
     """One label a document. Terms: `loss` (summed cross-entropy), `accuracy` (documents right), and `confusion`.
 
@@ -309,7 +320,7 @@ class Classification(Objective):
         """
         logits = classifier_logits(model, batch)
         labels = select_local_sequences(batch, batch["labels"])
-        loss, is_predicted, is_true = self._loss_and_predictions(logits, labels)  # the latter two [rows, labels]
+        loss, is_predicted, is_true = self._loss_and_predictions(logits, labels)
         is_document = (labels >= 0)[:, None]  # not a filler row
         are_all_right = (is_predicted == is_true).all(-1, keepdim=True)
         terms = {"loss": loss, "accuracy": (are_all_right & is_document).sum().float()}
@@ -320,14 +331,14 @@ class Classification(Objective):
             terms["confusion"] = torch.stack(counts).float()
         return terms
 
-    def _loss_and_predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(the summed loss, which labels are predicted, which are true), the latter two bool [rows, labels]."""
+    def _loss_and_predictions(self, logits: Tensor, labels: Tensor) -> _LossAndPredictions:
+        """Compare logits `[rows, labels]` with the true labels, int64 `[rows]`."""
         weight = self._weights_on(logits)
         loss = F.cross_entropy(logits, labels, weight=weight, reduction="sum", ignore_index=-100)
         label_ids = torch.arange(logits.shape[1], device=logits.device)
         is_predicted = logits.argmax(-1, keepdim=True) == label_ids
         is_true = labels[:, None] == label_ids
-        return loss, is_predicted, is_true
+        return _LossAndPredictions(loss, is_predicted, is_true)
 
     def _weights_on(self, logits: Tensor) -> Tensor | None:
         """The class weights on the device of `logits`; None without weights. Raises ConfigError for another number of labels."""
@@ -350,14 +361,14 @@ class MultiLabel(Classification):
     `accuracy` counts documents all of whose labels are right; `weights` multiply the loss of a label where it is true.
     """
 
-    def _loss_and_predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss_and_predictions(self, logits: Tensor, labels: Tensor) -> _LossAndPredictions:
         # Bit i of a document's integer is set if it has label i; a filler row has -100, whose loss is left out below.
         is_true = (labels[:, None] >> torch.arange(logits.shape[1], device=logits.device)) & 1 > 0
         loss = F.binary_cross_entropy_with_logits(
             logits, is_true.float(), pos_weight=self._weights_on(logits), reduction="none"
         )
         is_document = (labels >= 0)[:, None]
-        return (loss * is_document).sum(), logits > 0, is_true
+        return _LossAndPredictions((loss * is_document).sum(), logits > 0, is_true)
 
 
 def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: bool) -> list[float]:

@@ -27,7 +27,7 @@ from trainer.objectives.base import (
     UnlabelledDataSpec,
 )
 from trainer.objectives.causal import next_token_terms, states_at_targets, summed_loss
-from trainer.objectives.teacher import Teacher, teacher_of
+from trainer.objectives.teacher import Teacher, TeacherStates, teacher_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -255,17 +255,17 @@ class SftWithReplayKl(Sft):
             "replay_kl": losses.divergence.detach() * replay_scale,
         }
 
-    def _initial_states(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        """Run the initial model on the M replayed rows of this rank: (its head, hidden states `[M, H]`).
+    def _initial_states(self, model: nn.Module, batch: dict[str, Any]) -> TeacherStates:
+        """Run the initial model on the supervised positions of replayed documents. All ranks must call.
 
-        The head as in `Teacher`. If ranks share rows, the replayed documents are cut otherwise than the whole batch: the states
-        then move to the ranks that have the same tokens of the batch. All ranks must call.
+        If ranks share rows, the replayed documents are cut otherwise than the whole batch: the states then move to the ranks that
+        have the same tokens of the batch.
         """
         head, hidden = self.initial_model(model, batch["replay"])
         if "replay_moves" in batch:
             sent_to_rank, received_from_rank = batch["replay_moves"]  # numbers of rows
             hidden = all_to_all_vectors(hidden, sent_to_rank, received_from_rank, batch["row_slices"])
-        return head, hidden
+        return TeacherStates(head, hidden)
 
 
 def build_sft(config: ObjectiveConfig, references: ReferenceModels) -> Objective:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +13,29 @@ from trainer.objectives.base import Reference, ReferenceModels
 from trainer.objectives.causal import states_at_targets, unwrap_adapter
 
 
-class Teacher(Protocol):
-    """Gives the hidden states (and the head) from which the teacher's distribution over the vocabulary is computed.
+class TeacherStates(NamedTuple):
+    """What a teacher says of a batch: its distribution over the vocabulary is that of `head(hidden)`.
 
-    Not the distribution itself: the loss computes it inside the head, a chunk of rows at a time.
+    Not the distribution itself: the loss computes it inside the head, a chunk of rows at a time. Neither has gradients.
     """
 
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        """(the teacher's head, its hidden states), without gradients. `model` is the student.
+    head: nn.Module | None
+    """The output head; None if the teacher has the student's own."""
+    hidden: Tensor
+    """`[M, H]`: hidden states at the M supervised positions of the batch, which predict a target; H is the model's width."""
 
-        The head is None if the teacher has the student's own. The states are `[M, H]`: M supervised positions of `batch`, which
-        predict a target, and H the width of the model.
-        """
+
+class Teacher(Protocol):
+    """The model that a loss compares the student with, position by position."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> TeacherStates:
+        """Run the teacher on a batch. `model`: the student, which may be the teacher too, with its adapter off."""
 
 
 class NoTeacher:
     """Stands in for a teacher where an objective is built only to count samples."""
 
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> TeacherStates:
         raise AssertionError("this objective was built without the model that it compares with")
 
 
@@ -41,9 +46,9 @@ class FrozenModel:
         self.model = model
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> TeacherStates:
         head, hidden, _targets = states_at_targets(self.model, batch)
-        return head, hidden
+        return TeacherStates(head, hidden)
 
 
 class AdapterOff:
@@ -53,10 +58,10 @@ class AdapterOff:
         self.reference = reference
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        """(the head before training, hidden states), as `Teacher`: those of `model` with its adapters off, without dropout.
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> TeacherStates:
+        """Run `model` with its adapters off and without dropout: the model before training.
 
-        The head is None if it is not trained, since then the student's is the same.
+        The head of the result is None if it is not trained, since then the student's is the same.
         """
         was_training = model.training
         model.eval()
@@ -67,7 +72,7 @@ class AdapterOff:
             model.train(was_training)
         # peft wraps a head that trains in full (`modules_to_save`), and keeps the original beside the trained copy.
         head_before_training = getattr(head, "original_module", None)
-        return head_before_training, hidden
+        return TeacherStates(head_before_training, hidden)
 
 
 def teacher_of(references: ReferenceModels) -> Teacher:

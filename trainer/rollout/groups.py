@@ -6,6 +6,7 @@ Numpy alone, in float64, from the rewards of the whole round: every rank that ha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,31 +81,38 @@ def is_idle_group(rewards: np.ndarray) -> np.ndarray:
     return ~((is_scored.sum(axis=1) >= 2) & do_rewards_differ)
 
 
-def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: int) -> tuple[np.ndarray, float]:
-    """Decide how a step's loss averages over tokens and answers: (weight of each token, float64 [answers]; divisor of the sum).
+class AnswerWeights(NamedTuple):
+    """How a step's loss averages: each token's loss times the weight of its answer, summed, by the denominator."""
 
-    The loss is the sum of (weight of its answer times loss) over all tokens, divided by the divisor. By `normalise`
-    (`objective.normalise`):
+    weights: np.ndarray
+    """float64 [answers]; 0 for an answer that is left out of the loss."""
+    loss_denominator: float
+    """What the sum is divided by; 0 if no answer is left."""
+
+
+def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: int) -> AnswerWeights:
+    """Decide how a step's loss averages over tokens and answers, by `normalise` (`objective.normalise`):
+
     - token: all tokens count alike. Weight 1, divided by the number of tokens.
     - answer: all answers count alike, whatever their length. Weight 1 / length, divided by the number of answers.
     - constant: a token counts the same in every step. Weight 1 / max_new_tokens, divided by the number of answers.
     - sum: the tokens of an answer are summed. Weight 1, divided by the number of answers.
 
     `lengths`, int64 [answers]: tokens of each answer of the step, all ranks together; 0 for an answer that is left out of the
-    loss, whose weight is 0 and which is not counted. The divisor is 0 if no answer is left.
+    loss, which is not counted.
     """
     is_learned = lengths > 0
     num_learned = float(is_learned.sum())
     weights = is_learned.astype(np.float64)
     match normalise:
         case Normalise.token:
-            return weights, float(lengths.sum())
+            return AnswerWeights(weights, float(lengths.sum()))
         case Normalise.answer:
-            return weights / np.maximum(lengths, 1), num_learned
+            return AnswerWeights(weights / np.maximum(lengths, 1), num_learned)
         case Normalise.constant:
-            return weights / max_new_tokens, num_learned
+            return AnswerWeights(weights / max_new_tokens, num_learned)
         case Normalise.sum:
-            return weights, num_learned
+            return AnswerWeights(weights, num_learned)
 
 
 def _subtract_baseline(known_rewards: np.ndarray, is_scored: np.ndarray, baseline: Baseline) -> np.ndarray:
