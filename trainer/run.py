@@ -51,7 +51,6 @@ from trainer.reporting.tracking import Trackers
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.rewards.copies import use_copies_of_run
 from trainer.session.announcements import (
-    RunContext,
     build_slow_rank_reporter,
     close_records,
     metering_energy,
@@ -60,6 +59,7 @@ from trainer.session.announcements import (
     recording_end_of_training,
 )
 from trainer.session.attempt import Attempt, open_rank_of_job, raise_if_config_was_replaced
+from trainer.session.context import RunContext
 from trainer.session.evaluation_interval import EvaluationInterval, resolve_evaluation_interval
 from trainer.session.evaluators import build_run_evaluators
 from trainer.session.export_at_end import export_at_end

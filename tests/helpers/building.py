@@ -46,8 +46,8 @@ from trainer.reporting.console import Console
 from trainer.reporting.metrics import Meter
 from trainer.reporting.tracking import Trackers
 from trainer.run import loop_settings, record_reference_logps_of_data
-from trainer.session.announcements import RunContext
 from trainer.session.attempt import Attempt
+from trainer.session.context import RunContext
 from trainer.step import BuiltModel
 from trainer.stopping.preempt import RankStopAgreement
 from trainer.stopping.signals import StopRequest

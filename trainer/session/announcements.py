@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,32 +40,13 @@ from trainer.reporting.tracking import (
     open_trackers,
     open_trackers_without_rows,
 )
-from trainer.session.attempt import Attempt
+from trainer.session.context import RunContext
 from trainer.session.last_lines import end_text
 from trainer.session.run_facts import outcome_record, start_screen_text, write_run_record
 from trainer.session.tracker_columns import name_of, tracker_settings
-from trainer.stopping.preempt import RankStopAgreement
 
 FAILED_SAVE_PATIENCE_S = 20.0
 """Seconds that a failed run waits for a checkpoint that is still being written."""
-
-
-@dataclass(slots=True)
-class RunContext:
-    """What the parts of a run share: its ranks, its console, its agreement on stopping, and the attempt that it is."""
-
-    config_sha256: str
-    """SHA-256 of the settings that decide the result of the run, as 64 hexadecimal digits: the identity of the run."""
-    runtime: processes.Runtime
-    console: Console
-    stop_agreement: RankStopAgreement
-    attempt: Attempt
-
-    @property
-    def run_dir(self) -> Path:
-        """The current path of the run directory; somebody may rename it while the run is under way."""
-        assert self.attempt.run_dir is not None
-        return self.attempt.run_dir
 
 
 def open_console(

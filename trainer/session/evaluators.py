@@ -21,7 +21,7 @@ from trainer.monitors.detectors import ChallengeDetectors
 from trainer.planner.oom_probe import ProbeInputs
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.types import RewardScorer
-from trainer.session.announcements import RunContext
+from trainer.session.context import RunContext
 from trainer.session.monitors import add_task_evaluator
 from trainer.step import BuiltModel
 

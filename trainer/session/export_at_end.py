@@ -19,8 +19,8 @@ from trainer.export.verify import compute_probe_reference
 from trainer.export.write import write_export
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.run_record import RunRecord
-from trainer.session.announcements import RunContext
 from trainer.session.base_files import BASE_KIND, base_difference_lines, file_digests_among, pin_model_to_commit
+from trainer.session.context import RunContext
 from trainer.session.exported_model import describe_trained_model
 from trainer.session.result import TrainedRun
 

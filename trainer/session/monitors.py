@@ -30,7 +30,8 @@ from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.optim.schedule import warmup_steps
 from trainer.reporting.results import LAST_HELD_OUT
-from trainer.session.announcements import RunContext, build_findings_reporter
+from trainer.session.announcements import build_findings_reporter
+from trainer.session.context import RunContext
 from trainer.session.evaluation_interval import EvaluationInterval
 from trainer.step import BuiltModel
 

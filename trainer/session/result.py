@@ -24,8 +24,8 @@ from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
 from trainer.rollout.loader import RolloutLoader
-from trainer.session.announcements import RunContext
 from trainer.session.closing import closing_sentence
+from trainer.session.context import RunContext
 from trainer.session.evaluators import build_test_evaluators
 from trainer.session.looks_at_test_set import CheckpointWeights, measure_or_recall_test_result
 from trainer.session.monitors import final_chat_answers

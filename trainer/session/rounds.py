@@ -15,7 +15,7 @@ from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.oom_probe import ProbeInputs
 from trainer.reporting.tracking import Trackers
 from trainer.rollout.loader import RolloutLoader
-from trainer.session.announcements import RunContext
+from trainer.session.context import RunContext
 from trainer.step import BuiltModel
 
 if TYPE_CHECKING:
