@@ -78,9 +78,9 @@ def _fsdp_tensors(module: nn.Module) -> Iterator[tuple[MemoryKind, Tensor]]:
 
 
 def _deepspeed_tensors(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
-    """List what DeepSpeed keeps: gathered parameters, this rank's partitions, and what is inside its optimizer; else nothing.
+    """List what DeepSpeed keeps: gathered parameters, this rank's partitions, and what is inside its optimizer.
 
-    A parameter that is not gathered now is empty, and adds no bytes.
+    Nothing for engines without DeepSpeed. A parameter that is not gathered now is empty, and adds no bytes.
     """
     # DeepSpeed's own engine is the attribute `engine` of ours.
     zero_optimizer = getattr(getattr(engine, "engine", None), "optimizer", None)

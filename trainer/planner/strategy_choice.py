@@ -197,7 +197,7 @@ def _with_placeholder_strategy(config: RunConfig, world_size: int) -> RunConfig:
 def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The batch settings for this start: an earlier start's choice of `batch.micro` is dropped if it is not possible any more.
 
-    With another number of ranks (`world_size`), it may not divide the samples of a data-parallel rank. `micro_batch` is `auto`
+    With another number of ranks (`world_size`), it may not divide the samples of a data-parallel rank. `micro` is `auto`
     again then, and is chosen anew after the strategy. What the user has set stays. {"global": 64, "micro": "auto"}, say.
     """
     batch = config.batch
