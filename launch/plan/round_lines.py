@@ -26,10 +26,10 @@ SCORING_NOT_MEASURED_TEXT = (
 
 
 def round_lines(sizes: RoundSizes, planned: RoundTime) -> list[str]:
-    """Lines, not wrapped: how long a round of online learning takes, by its stages, and what memory generating answers needs.
+    """Tell how long a round of reinforcement learning takes, by its stages, and what memory it needs while answers are written.
 
-    In a round, the model generates (the text: writes) answers, which are scored and trained on. `sizes`: how many and how long
-    they are; `planned`: predicted seconds and bytes.
+    In a round the model writes answers to prompts, rewards score them, and a few steps train on them. `sizes`: how many
+    answers, and how long; `planned`: predicted seconds and bytes. Returns two lines that are not wrapped.
     """
     scoring = SCORING_NOT_MEASURED_TEXT if planned.scoring_s is None else f"{planned.scoring_s:.1f} s"
     weights_place = (
@@ -48,9 +48,10 @@ def round_lines(sizes: RoundSizes, planned: RoundTime) -> list[str]:
 
 
 def round_as_json(planned: RoundTime | None) -> dict[str, Any] | None:
-    """The predicted seconds and GiB of a round, as JSON values: {"writing": 12.5, ...}; None for a run without rounds.
+    """The predicted round of reinforcement learning for `plan --json`: {"writing": 12.5, "scoring": None, ..., "steps": 4}.
 
-    The keys stay as scripts read them; `writing` is the generation of answers.
+    In seconds, and in GiB what a rank needs while it writes answers. `scoring` is None if it was not measured. None for a run
+    without rounds. Scripts read the keys, so they stay.
     """
     if planned is None:
         return None
@@ -75,11 +76,15 @@ def round_lines_of_dry_run(
     num_parameters: int,
     num_trained: int,
 ) -> list[str]:
-    """Lines on the seconds of a round (answers written, scored and trained on) for a run that is not started.
+    """Say in `train --dry-run` how long a round of reinforcement learning will take (answers written, scored and trained on).
 
-    Empty if the run generates no answers. `prompt_lengths`: int64, tokens of each prompt. `mean_length`: tokens of a prompt
-    with its answer. `gpu_kinds`: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this
-    machine counts. `num_trained`: how many of the `num_parameters` parameters are trained.
+    No lines if the run generates no answers. The time is predicted for the slowest GPU that the job may get.
+
+    Arguments:
+        prompt_lengths: int64, tokens of each prompt.
+        mean_length: mean tokens of a prompt with its answer.
+        gpu_kinds: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this machine counts.
+        num_trained: how many of the `num_parameters` parameters are trained.
     """
     sizes = round_sizes_of_run(config, built.config, float(prompt_lengths.mean()), int(prompt_lengths.max(initial=0)))
     if sizes is None:
@@ -106,7 +111,7 @@ def round_lines_of_dry_run(
 
 
 def _generator_sizes(config: RunConfig, built: BuiltModel, num_parameters: int) -> GeneratorSizes:
-    """The sizes of the model that decide how long it takes to generate an answer."""
+    """What of the model decides how long an answer takes to generate: its parameters, blocks, vocabulary, and bytes a weight."""
     _, num_blocks = width_and_num_blocks(built.base_on_meta)
     return GeneratorSizes(
         num_parameters=num_parameters,
@@ -117,9 +122,9 @@ def _generator_sizes(config: RunConfig, built: BuiltModel, num_parameters: int) 
 
 
 def _training_step_s(config: RunConfig, built: BuiltModel, mean_length: float, card: Card) -> float:
-    """Seconds of a training step: its FLOPs at the share of the GPU's peak that runs reach.
+    """Estimate the seconds of a training step without a simulation: its FLOPs, at the share of the GPU's peak that runs reach.
 
-    `mean_length`: tokens of a document.
+    `mean_length`: mean tokens of a prompt with its answer.
     """
     ranks = config.launcher.per_node * config.launcher.nodes
     # `answer_share` is read for encoder-decoders only, which have no rounds.
@@ -129,7 +134,11 @@ def _training_step_s(config: RunConfig, built: BuiltModel, mean_length: float, c
 
 
 def _slowest_card(config: RunConfig, gpu_kinds: Iterable[str]) -> Card | None:
-    """The GPU with the slowest memory of those that a job may get, or the GPU of this machine; None if it is not known."""
+    """The GPU to predict the time of a round for: of those that the job may get, the one with the slowest memory.
+
+    Memory decides, since to generate a token the weights are read once. `gpu_kinds`: the cluster's names, such as "h100";
+    without any, the GPU of this machine counts. None if it is not among those in conf/hardware/, and for a run on the CPU.
+    """
     if str(config.run.device) != "cuda":
         return None
     # The keys of the cards' YAML files in conf/hardware/, such as {"name": "NVIDIA H100 80GB HBM3", "memory_gb_s": 3350, ...}.

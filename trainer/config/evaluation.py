@@ -37,7 +37,10 @@ GENERATION_METRICS = ("eval/bleu", "eval/rougeL")
 
 
 def evaluation_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about `evaluation` and what depends on it, one line each; reads no rows."""
+    """Check before a run starts that `evaluation` can work: its data, its schedule, the metric to watch, its tasks.
+
+    Yields an error message for each problem. Looks for files, but reads no rows.
+    """
     evaluation = config.evaluation
     has_data = config.data.eval_path is not None or config.data.eval_share > 0
     has_general = config.challenges.forgetting.data is not None or bool(config.challenges.forgetting.chat)
@@ -97,11 +100,10 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
 
 
 def watches_held_out_loss(config: RunConfig) -> bool:
-    """Whether the watched metric comes from the forward pass over evaluation documents, as `eval/loss` and `eval/accuracy` do.
+    """Whether the watched metric is cheap to measure: by a forward pass over evaluation documents, as `eval/loss` is.
 
-    False for metrics of generated answers and of tasks, and without evaluation documents (`data.eval_path` or
-    `data.eval_share`). A metric for which it is true is measured by `evaluation.every_steps=auto` during training, and not only
-    at its start and end.
+    With `evaluation.every_steps=auto`, only such a metric is measured during training; others at its start and end alone. False
+    for metrics of generated answers and of tasks, and without evaluation documents (`data.eval_path` or `data.eval_share`).
     """
     if isinstance(config.objective, RoundsConfig):
         return False  # all metrics of such an objective are of generated answers
@@ -117,7 +119,7 @@ def watches_held_out_loss(config: RunConfig) -> bool:
 
 
 def is_greater_better(config: RunConfig) -> bool:
-    """Whether a larger value of `evaluation.watch` is better. The first of these that applies:
+    """Whether a larger value of the watched metric is better, which decides what the best checkpoint is. The first that applies:
 
     - a metric of a task: what the task declares;
     - a metric of rewards: yes;
@@ -140,7 +142,11 @@ def is_greater_better(config: RunConfig) -> bool:
 
 
 def tasks_to_run(config: RunConfig) -> dict[str, TaskConfig]:
-    """The tasks of each evaluation by name: those of the user, and those that measure forgetting (`challenges.forgetting`)."""
+    """All tasks that each evaluation runs, by name: the user's (`evaluation.tasks`), and those that measure forgetting.
+
+    `challenges.forgetting` adds the loss on plain text (`data`), and questions of a chat that come with shardtune: the loss on
+    good answers, and two questions whose written answers people read.
+    """
     forgetting = config.challenges.forgetting
     tasks = dict(config.evaluation.tasks)
     if forgetting.data is not None and forgetting.action is not Reaction.off:
@@ -181,8 +187,10 @@ def _learns_to_chat(config: RunConfig) -> bool:
 
 
 def _forgetting_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages for `challenges.forgetting`: its limit, its tasks, its chat questions, and its file of plain text
-    (`data`)."""
+    """Check the settings that measure what a tuned model forgets of what the base knew (`challenges.forgetting`).
+
+    Yields error messages about its limit, its tasks, its chat questions, and its file of plain text (`data`).
+    """
     key = "challenges.forgetting"
     settings = config.challenges.forgetting
     try:
@@ -237,7 +245,10 @@ def _file_problem(setting_text: str, error: ShardtuneError) -> str:
 
 
 def _generation_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    """Error messages about `evaluation.generate`: answers that are generated to held-out prompts."""
+    """Check `evaluation.generate`, with which an evaluation lets the model answer held-out prompts; yields error messages.
+
+    `has_data`: whether the run has evaluation documents.
+    """
     samples = config.evaluation.generate.samples
     watch = config.evaluation.watched
     if watch in GENERATION_METRICS and not samples:
@@ -255,9 +266,9 @@ def _generation_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
 
 
 def _task_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about the evaluation tasks, their judge and their server, one line each.
+    """Check the evaluation tasks (`evaluation.tasks`), their judge and their server; yields error messages.
 
-    Looks for the tasks' files, without reading their rows.
+    A judge is another model that rates answers. Looks for the tasks' files, without reading their rows.
     """
     tasks = config.evaluation.tasks
     family = objective_family(config.objective)
@@ -294,7 +305,10 @@ def _task_needs_judge(name: str, task: TaskConfig) -> bool:
 
 
 def _server_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages for settings that do not go with `evaluation.server`, a server that generates the answers of the tasks."""
+    """Check what does not go with `evaluation.server`, a model server that answers the tasks in place of a model loaded here.
+
+    Yields error messages; none without a server.
+    """
     server = config.evaluation.server
     yield from server.problems("evaluation.server")
     if server.url is None:
@@ -316,7 +330,7 @@ def _server_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _watched_task_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    """An error message if `evaluation.watch` (or its default) is neither a metric of a task nor one of held-out data.
+    """Check that some evaluation measures the watched metric (`evaluation.watch` or its default); yields at most one message.
 
     - A metric of a task: none.
     - Without held-out data, anything else: only tasks have metrics then.

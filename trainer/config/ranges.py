@@ -11,18 +11,18 @@ from trainer.config.run import AUTO, MICRO_BATCH_KEY
 
 
 def range_problems(settings: Any, key: str = "") -> list[str]:
-    """A line for each number that is out of the range of its setting, whatever the others are.
+    """Check each number against the range that its setting declares, whatever the others are; returns a message for each outside.
 
-    `settings` is a whole `RunConfig`, or the settings of one group, which stands at `key`.
+    `settings`: a whole `RunConfig`, or the settings of one group, whose key is `key`: "optim.lr=-1: must be above 0; ...".
     """
     return list(_range_problems(settings, key))
 
 
 def _range_problems(settings: Any, key: str, advice_override: Mapping[str, str] | None = None) -> Iterator[str]:
-    """A line for each number out of its range, in `settings` and the groups inside of it: "optim.lr=-1: must be above 0; ...".
+    """Do the work of `range_problems` for a settings object and, recursively, for the groups inside of it.
 
-    `key`: under which the settings stand, such as `optim`; empty for the whole. `advice_override`: the advice for some fields, by
-    name, from the group that holds `settings`; it replaces the field's own advice.
+    `key`: under which the settings stand, such as `optim`; empty for the whole. `advice_override`: what to advise for some
+    fields, by name, in place of their own advice: a class may serve several groups, whose usual values differ.
     """
     for field in fields(settings):
         own_key = f"{key}.{field.name}" if key else field.name
@@ -45,14 +45,13 @@ def _range_problems(settings: Any, key: str, advice_override: Mapping[str, str] 
 
 
 def _entry_problems(sizes: dict[str, Any], group_key: str, entries_class: type) -> Iterator[str]:
-    """A line for each entry of the dictionary `batch` that is no whole number, or out of its range.
+    """Check `batch`, which is a dictionary: a message for each entry that is no whole number, or out of its range.
 
-    `group_key`: `batch`. `entries_class`: the class whose fields declare the ranges; the entry `global` is declared by the field
-    `global_`, because `global` is a keyword of Python. Types are checked as well, because Hydra does not check those in a
-    dictionary.
+    `sizes`: its content, such as {"global": 32, "micro": "auto"}. `group_key`: "batch". `entries_class`: the class whose fields
+    declare the ranges. Types are checked as well, because Hydra does not check those in a dictionary.
     """
     for field in fields(entries_class):
-        name = field.name.removesuffix("_")
+        name = field.name.removesuffix("_")  # the field of `global` is `global_`, since Python reserves the word
         key = f"{group_key}.{name}"
         size = sizes.get(name)
         metadata = setting_metadata(entries_class, field.name)

@@ -144,10 +144,11 @@ def _budget_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Error messages if sizes of batches are missing or unknown, or if micro-batches and ranks do not divide the global batch.
+    """Check that the ranks can share the global batch: it must be a multiple of a micro-batch on each data-parallel rank.
 
-    `world_size` is None if the number of ranks is not known; then one rank counts. With batch.global=30 and batch.micro=4 on 2
-    ranks: "must be a multiple of batch.micro=4 x 2 ranks = 8; set batch.global=24 or batch.global=32, or ...".
+    Yields error messages, also if a size is missing or unknown. `world_size` is None if the number of ranks is not known;
+    then one rank counts. With batch.global=30 and batch.micro=4 on 2 ranks: "must be a multiple of batch.micro=4 x 2 ranks =
+    8; set batch.global=24 or batch.global=32, or ...".
     """
     global_batch = config.batch.get("global")
     micro_batch = config.batch.get("micro")
@@ -253,7 +254,11 @@ def _noise_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _base_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about what is done to the base model on loading: quantisation, and adapters that are merged into it."""
+    """Check what is done to the base model when it is loaded: quantisation, and adapters that are merged into it first.
+
+    Yields error messages. An adapter that is trained on top of merged ones would not fit the base alone, so that such a run
+    must merge what it exports.
+    """
     model = config.model
     runs_here = config.launcher.name is LauncherName.local
     if model.quantisation is not Quantisation.none and runs_here:
@@ -273,7 +278,10 @@ def _base_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages if files of the data are missing, if settings of `data` conflict, or do not fit the objective."""
+    """Check the data settings before a run starts: files that are missing, settings that conflict or do not fit the objective.
+
+    Yields error messages. Reaches no network: whether an address exists shows when it is read.
+    """
     data = config.data
     paths = {"data.path": data.path}  # by setting: a path or glob, a list of them, or None
     for split in ("eval", "test"):
@@ -296,7 +304,7 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _missing_file_problems(key: str, pattern: object) -> Iterator[str]:
-    """A line if no file on this machine matches a path or glob, the value of the setting `key`."""
+    """Check that some file here matches a path or glob, the value of the setting `key`; yields a message if none does."""
     path = Path(str(pattern)).expanduser()
     if path.exists() or glob.glob(str(path), recursive=True):  # noqa: PTH207
         return
@@ -308,7 +316,11 @@ def _missing_file_problems(key: str, pattern: object) -> Iterator[str]:
 
 
 def _resume_problems(config: RunConfig) -> Iterator[str]:
-    """An error message if the checkpoint to resume from (`run.resume`, or the newest in the run's directory) cannot be used."""
+    """Check that the checkpoint that `run.resume` names can be used; yields an error message if not.
+
+    Nothing is checked with `run.resume=auto` (the newest checkpoint of the run's directory, if there is one) or `never`, and if
+    the run's own directory has newer checkpoints than the one that is named.
+    """
     resume = config.run.resume
     run_dir = config.run.dir
     try:
@@ -343,7 +355,7 @@ def _output_directory_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _run_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about the run directory, its checkpoints and its device, one setting after the other."""
+    """Check the settings of the run itself: its directory, its checkpoints, what it resumes from, its device; yields messages."""
     yield from _resume_problems(config)
     yield from _output_directory_problems(config)
     # `run.accept` names kinds of changes, such as `data`, with which a resumed run may go on.
@@ -399,8 +411,10 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _tuning_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about what the tuning method does not go with: strategy, precision, data, objective, export,
-    added tokens, quantisation, and ranks that share rows or experts."""
+    """Check the tuning method (LoRA, say) against all settings that not every method works with; yields error messages.
+
+    Those are strategy, precision, data, objective, export, added tokens, quantisation, and ranks that share rows or experts.
+    """
     kind = objective_family(config.objective).kind
     other_settings = SettingsBesideTuning(
         strategy=config.strategy,

@@ -51,9 +51,9 @@ class AnomalyLog:
         self.print_line = print_line
 
     def __call__(self, outlier: Outlier) -> None:
-        """Append the outlier to `events.jsonl`, with the documents of its step, and print a warning that names some of them.
+        """Tell the user of a step that stands out, and which documents it had: a line in `events.jsonl`, and a warning.
 
-        The guards call it on rank 0, as their `on_outlier`. Raises StorageError if the file cannot be written.
+        The guards, which judge each step, call it on rank 0 (`on_outlier`). Raises StorageError if the file cannot be written.
         """
         document_numbers = self.loader.documents(outlier.first_sample)
         documents: list[dict[str, Any]] = []
@@ -79,11 +79,12 @@ class AnomalyLog:
     def _warning_text(
         self, outlier: Outlier, sample_ranges: list[tuple[int, int]], documents: list[dict[str, Any]]
     ) -> str:
-        """The warning about an outlier: what stands out and how far, what was done, and which samples the step had.
+        """The warning about a step that stands out: what and how far, what was done about it, and which samples it had.
 
-        `sample_ranges`: ranges (first, count) of the step's samples in the run's order, such as [(640, 32)]. `documents`:
-        records with `file` and `line` of each; empty if unknown.
+        `sample_ranges`: ranges (first, count) of its samples in the run's order, such as [(640, 32)]. `documents`: records with
+        `file` and `line` of each, of which the first few are named; empty if unknown.
         """
+        # A level has risen and stayed: the text then says since when, and not that a single step stands out.
         level_began = outlier.began if outlier.is_level else None
         finding_text = outlier_text(outlier.values, outlier.scores, level_began)
         if not outlier.is_level:  # a single step
@@ -104,9 +105,10 @@ class AnomalyLog:
 
 
 def _document_record(table: DocumentTable, number: int) -> dict[str, Any]:
-    """What `events.jsonl` says of one document: where it came from, and the SHA-256 of its content.
+    """What `events.jsonl` says of a document, so that it is found again: its row, file and line, and the SHA-256 of its content.
 
-    The content is its other fields as JSON, with sorted keys and without empty ones.
+    `number`: its row in documents.arrow, the prepared data. The content is its other fields as JSON, with sorted keys and
+    without empty ones: the hash is the same wherever the document lies.
     """
     document = table.document(number)
     origin = {key: getattr(document, key) for key in ORIGIN_FIELDS}

@@ -102,9 +102,10 @@ class XAxis(StrEnum):
 
 
 def tracked_name(name: str) -> str:
-    """The name in trackers of a metric of `metrics.jsonl`. The name of a metric of an evaluation stays as it is.
+    """Translate the name of a metric in `metrics.jsonl` into that in W&B and other trackers, which has a group in front.
 
-    `loss` is `train/loss`, a term `kl` of an objective `train/kl`, `step_tokens/web` is `data/step_tokens/web`.
+    `loss` becomes `train/loss`, a term `kl` of an objective `train/kl`, `step_tokens/web` becomes `data/step_tokens/web`. The
+    name of a metric of an evaluation, such as `eval/loss`, stays as it is.
     """
     if name in TRACKED_METRIC_BY_NAME:
         return TRACKED_METRIC_BY_NAME[name].name
@@ -119,12 +120,11 @@ def tracked_name(name: str) -> str:
 def tracked_row(
     row: Mapping[str, Any], *, step: int, training_s: float, edition: int = CURRENT_NAMES_EDITION
 ) -> dict[str, Any]:
-    """A row of `metrics.jsonl` under the names that trackers show, with the step and the seconds of all steps so far.
+    """Translate a row of `metrics.jsonl` for trackers: {"loss": 2.3, "kl": 0.1} becomes {"train/loss": 2.3, "train/kl": 0.1}.
 
-    A step's {"loss": 2.3, "kl": 0.1} becomes {"train/loss": 2.3, "train/kl": 0.1}. A row without a `loss` is of an evaluation:
-    of its names only those in `POSITION_METRICS` change. `edition`: which set of names the run began with, 2 or 3; from 3 on,
-    KTO's `desirable_reward` is `train/rewards/chosen`, as the reward of a preferred answer is. `training_s`: only trackers get
-    it.
+    A row without a `loss` is of an evaluation: of its names only those in `POSITION_METRICS` change. `step` and `training_s`,
+    the seconds of all steps so far, are added as axes. `edition`: which set of names the run began with, 2 or 3, since the
+    curves of a resumed run must go on under their names. From 3 on, KTO's `desirable_reward` is `train/rewards/chosen`.
     """
     is_of_step = "loss" in row
     compares_rewards = is_of_step and "margin" in row  # of preference pairs, as in DPO
@@ -142,9 +142,10 @@ def tracked_row(
 
 
 def recorded_name(tracker_name: str) -> str | None:
-    """The name in `metrics.jsonl` of a step's metric in a tracker: `kl` for `train/kl`, the inverse of `tracked_name`.
+    """Translate a tracker's name of a metric back into that of `metrics.jsonl`: `train/kl` becomes `kl`.
 
-    None for a metric of an evaluation, and for the training seconds, which that file does not have.
+    The inverse of `tracked_name` for metrics of steps. None for a metric of an evaluation, which has one name in both places,
+    and for the training seconds, which that file does not have.
     """
     if tracker_name == TRAINING_S.name or not tracker_name.startswith(TRACKER_GROUP_PREFIXES):
         return None
@@ -159,10 +160,10 @@ def recorded_name(tracker_name: str) -> str | None:
 
 
 def restore_rated_reward_names(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of a step of a run that rates answers one by one (KTO), with its rewards under their names in `metrics.jsonl`.
+    """Correct the names of rewards in a step's row that was read from a tracker, for a run that rates answers one by one (KTO).
 
-    {"chosen_reward": 0.4} becomes {"desirable_reward": 0.4}: in trackers both have one name, which `recorded_name` takes for that
-    of preference pairs.
+    {"chosen_reward": 0.4} becomes {"desirable_reward": 0.4}: in trackers both have one name, which `recorded_name` takes for
+    that of preference pairs.
     """
     rated_name_by_pair_name = {pair_name: rated_name for rated_name, pair_name in PAIR_REWARD_BY_RATED_REWARD.items()}
     return {rated_name_by_pair_name.get(name, name): metric for name, metric in row.items()}
