@@ -36,7 +36,7 @@ from trainer.step import BuiltModel
 
 
 def describe_run(config: RunConfig) -> DryRunResult:
-    """Compute sizes, batch arithmetic, steps and memory of a run, without training it.
+    """Answer `train --dry-run`: sizes, batch arithmetic, steps and memory of a run, which is not trained.
 
     Prepares the data, which the run itself then finds in the cache, and reads only the headers of the weights. If the model is
     not on this machine, its published shape stands for it, and the data is not read.
@@ -118,7 +118,7 @@ def describe_run(config: RunConfig) -> DryRunResult:
 
 
 def _gpu_kinds(config: RunConfig) -> set[str]:
-    """The cluster's names for the cards that the job may be given; empty on this machine."""
+    """The cluster's names for the GPUs that a SLURM job of this run may be given, such as {"h100"}; empty without SLURM."""
     if not isinstance(config.launcher, SlurmConfig):
         return set()
     slurm = settings_as_submitted(config.launcher)
@@ -126,7 +126,10 @@ def _gpu_kinds(config: RunConfig) -> set[str]:
 
 
 def _long_step_warnings(config: RunConfig, built: BuiltModel, samples: SampledLengths) -> list[str]:
-    """Warnings if a step is too long for settings in seconds, such as `run.timeout_s`; none without SLURM and known GPUs."""
+    """Warn in a dry run if a step is estimated to take too long for settings in seconds, such as `run.timeout_s`.
+
+    `samples`: the lengths of the run's documents. No warnings without SLURM, or for GPUs whose speed is not known.
+    """
     if not isinstance(config.launcher, SlurmConfig):
         return []
     gpu_kinds = _gpu_kinds(config)

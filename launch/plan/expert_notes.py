@@ -18,8 +18,8 @@ from trainer.step import BuiltModel
 def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: int) -> list[str]:
     """The lines of the start screen about expert parallelism, for `built` on meta and `world_size` ranks; none without it.
 
-    Sets up expert parallelism in the plan of `built.step_module`; if groups of experts cross hosts, `built.substitutions` gets a
-    note. Raises ConfigError for experts that cannot be divided.
+    Sets up expert parallelism in the plan of `built.step_module`; if groups of experts cross hosts, `built.substitutions`
+    gets a note. Raises ConfigError for experts that cannot be divided.
     """
     if config.parallel.experts == 1:
         return []
@@ -42,10 +42,11 @@ def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: in
 
 
 def imbalance_notes(job: PlannedJob, expert_parallel_degrees: set[int]) -> list[str]:
-    """Notes on how many tokens the plan assumes for the busiest rank of an expert group.
+    """Say how unevenly a plan assumes that tokens are spread over experts: by how much the busiest rank gets more than the mean.
 
-    `expert_parallel_degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one note.
-    With it, there is one on the degree that the run has measured, and one each on smaller and larger degrees, if there are any.
+    `expert_parallel_degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one
+    note. With it, there is one on the degree that the run has measured, and one each on smaller and larger degrees, if there
+    are any.
     """
     assumption = (
         f"the busiest rank is assumed to get {job.expert_imbalance:.3g} times the mean of tokens in every layer"
@@ -70,7 +71,10 @@ def imbalance_notes(job: PlannedJob, expert_parallel_degrees: set[int]) -> list[
 
 
 def _cross_host_notes(job: PlannedJob, expert_parallel_degrees: set[int]) -> list[str]:
-    """A note for each size of expert groups (`parallel.experts`) whose groups do not lie within hosts."""
+    """Warn of groups of ranks that share experts and lie on several hosts, where sending tokens is slow: a note for each size.
+
+    `expert_parallel_degrees`: sizes of groups (`parallel.experts`) in the plan.
+    """
     notes = []
     for degree in sorted(expert_parallel_degrees):
         note = expert_groups_across_hosts_note(degree, job.ranks_per_node, job.num_nodes)
@@ -80,7 +84,9 @@ def _cross_host_notes(job: PlannedJob, expert_parallel_degrees: set[int]) -> lis
 
 
 def expert_parallel_notes(answer: PlanAnswer) -> list[str]:
-    """Notes on expert parallelism (`parallel.experts`), for the text and the page of a plan; empty if no choice uses it.
+    """Say what a plan's reader should know of expert parallelism (a layer's experts are distributed over ranks).
+
+    Empty if no option of the plan uses it (`parallel.experts` above 1):
 
     - whether the fastest choice with it is faster than the fastest without, which gathers all experts of a layer on each rank;
     - which of its groups cross hosts;
@@ -100,9 +106,9 @@ def expert_parallel_notes(answer: PlanAnswer) -> list[str]:
 
 
 def _comparison_notes(answer: PlanAnswer) -> list[str]:
-    """A note on how the fastest choice with expert parallelism compares with the fastest that gathers all experts on each rank.
+    """Say whether expert parallelism pays: the fastest option with it beside the fastest that gathers all experts on each rank.
 
-    None if the former does not fit, or if the plan has none of the latter.
+    No note if the former does not fit, or if the plan has none of the latter.
     """
     # `best_choices` begins with the fastest.
     fastest = next(choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1)
@@ -120,7 +126,10 @@ def _comparison_notes(answer: PlanAnswer) -> list[str]:
 
 
 def _worst_imbalance_notes(answer: PlanAnswer) -> list[str]:
-    """A note on whether the first choice would still fit if one rank got all tokens; none if that was not simulated."""
+    """Say whether the plan's first option would still fit in the worst case, where the experts of one rank get all tokens.
+
+    No note if that was not simulated, because the option distributes no experts.
+    """
     worst = answer.worst_imbalance_fit
     if worst is None:
         return []

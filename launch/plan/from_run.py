@@ -43,9 +43,10 @@ class CalibratedCard:
 def calibrate_card(
     card: Card, run_dir: str, settings: PlanConfig, permissions: list[str], command: list[str]
 ) -> CalibratedCard:
-    """The card with the figures that the run in `run_dir` measured, relative to a simulation of that run.
+    """Correct the figures of a GPU ("card") by a run on such GPUs, so that a plan predicts what is measured there.
 
-    `permissions`: settings that allow the run to use something outside of its directory, such as
+    The run in `run_dir` is simulated as it ran. How much longer its steps took than predicted, and so on, then applies to every
+    option of the plan. `permissions`: settings that allow the run to use something outside of its directory, such as
     "model.trust_remote_code=true". `command`: the command line, for messages. `settings`: those of the planner.
     Raises ConfigError if the run was not on this card, or measured nothing.
     """
@@ -92,7 +93,10 @@ class _Calibration:
     """What the run did not measure, so that the card's own figure stays."""
 
     def take_step_time(self, measured_s: float | None, estimated_s: float) -> None:
-        """Set `card.pace`, by which all estimates of a step are multiplied."""
+        """Take over how long steps really took: sets `card.pace`, by which all estimates of a step are multiplied.
+
+        `measured_s` is None if the run tells no time of a step.
+        """
         if measured_s is None:
             self.uncalibrated_reasons.append("it tells no time of a step")
             return
@@ -102,7 +106,10 @@ class _Calibration:
         )
 
     def take_peak_memory(self, measured_gib: float | None, simulated_gib: float) -> None:
-        """Set `card.tensors`, by which the simulated bytes of tensors are multiplied; nothing if no peak was measured."""
+        """Take over how much memory tensors really took: sets `card.tensors`, a factor of at least 1 on simulated bytes.
+
+        Nothing is done if no peak was measured.
+        """
         if measured_gib is None:
             return
         # Its longest documents need not have met in one micro-batch: a smaller peak is no proof that less is needed.
@@ -111,9 +118,11 @@ class _Calibration:
         self.lines.append(f"tensors take {self.card.tensors:.2f} x what is simulated ({peaks})")
 
     def take_rounds(self, rounds: _MeasuredRounds | None, config: RunConfig, estimated_generation_s: float) -> None:
-        """Set `card.writing_pace`, by which estimates of generating answers are multiplied, and `card.scoring_s`.
+        """Take over how long the run's rounds of reinforcement learning took: writing answers, and scoring each.
 
-        `estimated_generation_s`: of answers that are all as long as they may be, while those of the run were shorter.
+        Sets `card.writing_pace`, by which estimates of writing are multiplied, and `card.scoring_s`.
+        `estimated_generation_s`: the estimate for answers that are all as long as allowed; those of the run were shorter, so
+        it is scaled by their length.
         """
         if rounds is None:
             self.uncalibrated_reasons.append(
@@ -132,7 +141,7 @@ class _Calibration:
         )
 
     def take_allocator_share(self, share: float | None) -> None:
-        """Set `card.allocator`: what the allocator reserves beyond what is allocated, as a share of the latter."""
+        """Take over what torch's allocator reserved beyond what was allocated, as a share of the latter (`card.allocator`)."""
         if share is None:
             self.uncalibrated_reasons.append("it tells no memory that the allocator reserved")
             return
@@ -140,7 +149,7 @@ class _Calibration:
         self.lines.append(f"the allocator reserves {share:.1%} beyond what is allocated")
 
     def take_disk_rate(self, disk_gb_s: float | None) -> None:
-        """Set `card.disk_gb_s`, the rate at which a node writes checkpoints."""
+        """Take over the rate at which a node wrote checkpoints, in GB/s (`card.disk_gb_s`); None if none was written."""
         if disk_gb_s is None:
             self.uncalibrated_reasons.append("it wrote no checkpoint")
             return
@@ -170,7 +179,10 @@ class _MeasuredRounds:
 
 
 def _measured_rounds(run_dir: Path) -> _MeasuredRounds | None:
-    """What the rounds in `metrics.jsonl` took; None if fewer than two rounds have all metrics, or a median is 0."""
+    """Measure a run's rounds of reinforcement learning by its `metrics.jsonl`: seconds of writing and scoring answers.
+
+    Medians over all rounds but the first. None if there are none, or if no time or length was recorded.
+    """
     needed_metrics = {"write_s", "reward_s", "completions/max_length"}
     metrics_of_rounds = [row for row in read_rows(run_dir / METRICS_FILE).rows if row.keys() >= needed_metrics]
     # The first round also holds what libraries set up when a model is first called.
@@ -224,9 +236,11 @@ class _MeasuredRun(NamedTuple):
 
 
 def _read_measured_run(run_dir: Path, permissions: list[str], command: list[str]) -> _MeasuredRun:
-    """Read a run on GPUs. Raises ConfigError if it is not one, or if its receipt (predicted and measured cost) is incomplete.
+    """Read the run of `from=`: its settings, its record, and what it measured. It must have run on GPUs.
 
-    `permissions`: settings that allow what the run uses outside of its directory. `command`: the command line, for messages.
+    Raises ConfigError if it has not, or has measured nothing. Its receipt, in `run.json`, is the predicted beside the measured
+    cost. `permissions`: settings that allow what the run uses outside of its directory. `command`: the command line, for
+    messages.
     """
     from launch.config.read_run import RunReader, read_run, uses_model_alone
 
@@ -253,7 +267,7 @@ def _read_measured_run(run_dir: Path, permissions: list[str], command: list[str]
 def _planned_choice_of_run(
     config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig, expert_imbalance: MeasuredImbalance | None
 ) -> PlannedChoice | NotSimulated:
-    """What a plan predicts for a run with the very settings that it had: the ranks and the micro-batch of its `record`.
+    """Predict a run that has ended, with the settings, ranks and micro-batch that it had, to compare with what it measured.
 
     If that cannot be simulated, returns why, as a clause for a message: "its run.json does not say world_size".
     """

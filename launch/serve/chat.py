@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
 
 
 def _prompt_of_command_or_pipe(arguments: ChatArguments) -> str | None:
-    """The prompt of the command line, else the text that is piped in; None for a dialogue in the terminal.
+    """The one prompt to answer: that of the command line, else the text that is piped in; None for a dialogue in the terminal.
 
     Raises ConfigError if the prompt is empty.
     """
@@ -148,7 +148,7 @@ def _load_conversations(
 
 
 def _print_answers(conversations: list[Conversation], prompt: str, *, as_json: bool) -> None:
-    """Print the answer of each model to one prompt.
+    """Answer one prompt with each model (the base and the tuned one, say), and print the answers.
 
     - `as_json`: one JSON object (`_answers_as_json`);
     - a terminal, and two models: side by side;
@@ -192,7 +192,7 @@ def _answers_as_json(conversations: list[Conversation], prompt: str) -> str:
 
 
 def _converse(conversations: list[Conversation]) -> int:
-    """Read prompts from the terminal and show each model's answers until /quit or Ctrl-D; returns the exit code 0."""
+    """Hold a dialogue in the terminal: each prompt is answered by every model, until /quit or Ctrl-D; returns the exit code 0."""
     from launch.serve.chat_screen import stream_in_columns
 
     names = " and ".join(conversation.chat_model.name for conversation in conversations)

@@ -66,7 +66,7 @@ server of transformers does. By default only this machine can reach it (127.0.0.
 def main(argv: list[str]) -> int:
     """Run `shardtune serve` with the arguments `argv`: serve an export until a signal comes, or show how; returns the exit code.
 
-    With vLLM, that replaces this process. Errors: ConfigError.
+    If vLLM serves it, it replaces this process, and nothing is returned. Raises ConfigError.
     """
     if asks_for_help(argv):
         show_help(USAGE)
@@ -108,7 +108,9 @@ def main(argv: list[str]) -> int:
 
 
 def choose_engine(config: ServeConfig, exported: ExportedModel) -> ServingEngine:
-    """The engine that will serve an export. `config.python`: a Python that has vLLM; None for this one.
+    """Decide what computes the answers of a served export: vLLM if it can, else the server of transformers.
+
+    `config.python`: a Python that has vLLM; None for this one.
 
     - serve.engine=transformers: that;
     - vLLM is requested by serve.engine=vllm or serve.python: vLLM;
@@ -141,7 +143,10 @@ def choose_engine(config: ServeConfig, exported: ExportedModel) -> ServingEngine
 def print_serve_plan(
     exported: ExportedModel, config: ServeConfig, engine: ServingEngine, arguments: ServeArguments
 ) -> None:
-    """Print what `serve` would start: as JSON (`--json`), as the commands of vLLM and SGLang (`--print`), else in a sentence."""
+    """Show what `serve` would start, and start nothing: as JSON (`--json`), as commands (`--print`), else in a sentence.
+
+    The commands are those of vLLM and SGLang, which serve the export without shardtune.
+    """
     from launch.serve.other_servers import as_shell_command, compute_type_name, sglang_command, vllm_command
 
     # Values of "vllm" and "sglang": the command as text, "" if the server does not take the adapter.
@@ -172,7 +177,10 @@ def print_serve_plan(
 
 
 def replace_process_by_vllm(exported: ExportedModel, config: ServeConfig) -> NoReturn:
-    """Replace this process by vLLM, with our middleware in front of all its addresses; never returns."""
+    """Serve an export with vLLM: this process becomes vLLM's server (`exec`), so that signals reach it; never returns.
+
+    Our middleware stands in front of all its addresses.
+    """
     from launch.serve.other_servers import as_shell_command, compute_type_name, vllm_command, vllm_environment
     from launch.serve.vllm_environment import create_gateway_directory
 
@@ -188,7 +196,10 @@ def replace_process_by_vllm(exported: ExportedModel, config: ServeConfig) -> NoR
 
 
 def print_serve_commands(directory: Path) -> None:
-    """Print how to serve an export with shardtune, vLLM and SGLang; nothing for a model that does not generate text."""
+    """Tell the user after an export how to serve it: the commands of shardtune, vLLM and SGLang, as far as each can.
+
+    Nothing is printed for a model that does not generate text as a chat does.
+    """
     from launch.serve.exported import find_export
     from launch.serve.other_servers import as_shell_command, sglang_command, vllm_command
 

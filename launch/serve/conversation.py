@@ -59,11 +59,11 @@ class Conversation:
         self._stop_requested.set()
 
     def stream_answer(self, prompt: str) -> Iterator[str]:
-        """Generate the answer to a prompt and yield it in pieces; at its end the turn is added to `messages`.
+        """Answer a prompt of the user: yields the answer in pieces as it is generated, then adds the turn to `messages`.
 
-        An answer that is stopped (`stop`) ends where it is, and its turn is added too; one whose reader gives up is not. A model
-        without a chat template keeps no turns. Raises ConfigError if the prompt does not fit into the model's context, or
-        if the chat template refuses it.
+        An answer that is stopped (`stop`) ends where it is, and its turn is added too; one whose reader gives up is not. A
+        model without a chat template keeps no turns. Raises ConfigError if the prompt does not fit into the model's context,
+        or if the chat template refuses it.
         """
         messages = [*self.messages, {"role": "user", "content": prompt}]
         prompt_ids = self._prompt_ids(messages)
@@ -84,7 +84,7 @@ class Conversation:
             self.messages[:] = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The token ids that the model gets, with the system prompt first if there is one.
+        """Write the conversation out as the token ids that the model goes on from, the system prompt first if there is one.
 
         - with a chat template: all `messages`, and the opening of the answer;
         - without: the last message alone, which is the prompt.
@@ -105,7 +105,7 @@ class Conversation:
             ) from error
 
     def _generate(self, prompt_ids: list[int], max_tokens: int) -> Iterator[str]:
-        """Generate up to `max_tokens` tokens in a thread, and yield the text as it comes.
+        """Generate up to `max_tokens` tokens in a thread, since transformers' loop blocks, and yield the text as it comes.
 
         At the end it sets `num_answer_tokens` and `is_cut` (whether the answer was cut off at `max_tokens`). If the reader
         stops early, the thread is stopped too. An error of the thread is raised here.
@@ -137,11 +137,11 @@ class Conversation:
             raise errors[0]
         output_ids = outputs[0]  # (1, tokens of the prompt and the answer)
         self.num_answer_tokens = output_ids.shape[1] - len(prompt_ids)
-        end_tokens = self.chat_model.generation_config.eos_token_id or []
+        end_tokens = self.chat_model.generation_config.eos_token_id or []  # a list: a model may have several
         self.is_cut = self.num_answer_tokens >= max_tokens and int(output_ids[0, -1]) not in end_tokens
 
     def _generate_into_streamer(self, streamer: Any, prompt_ids: list[int], max_tokens: int) -> Any:
-        """Generate an answer, of which transformers gives each piece to `streamer`, until `stop` is asked for.
+        """Generate an answer, piece by piece into `streamer`, until it ends or `stop` is asked for. Runs in the thread.
 
         Returns the token ids of prompt and answer, int64 [1, tokens].
         """
@@ -163,7 +163,7 @@ class Conversation:
         )
 
     def _generation_config(self, max_tokens: int) -> Any:
-        """The generation settings for one answer: the model's own, with `max_tokens` and the temperature of this chat."""
+        """transformers' settings for one answer: those of the export, with the length and the temperature of this chat."""
         import copy
 
         generation_config = copy.deepcopy(self.chat_model.generation_config)

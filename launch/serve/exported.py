@@ -39,7 +39,7 @@ class ExportedModel:
 
 
 def check_base_of_export(exported: ExportedModel, *, accept: bool) -> list[str]:
-    """Compare the base model of an adapter with the one that it was trained on; returns the differences, one line each.
+    """Make sure that an adapter is served on the base model that it was trained on; returns accepted differences, one line each.
 
     Empty for a whole model, and for a base that is not on this machine: loading it will fail with a message of its own.
     Raises ConfigError that names the files, if the base differs and `accept` is False.
@@ -78,7 +78,7 @@ def stored_type_name(exported: ExportedModel) -> str | None:
 
 
 def find_export(argument: str) -> ExportedModel:
-    """The export that a command-line argument names: a run directory, or the directory of an export.
+    """Find the exported model that a command-line argument names: a run directory, or the directory of an export.
 
     "runs/first" and "runs/first/export" are both the export of that run, called "first".
     Raises ConfigError if there is none, or if it generates no text.
@@ -105,10 +105,11 @@ def find_export(argument: str) -> ExportedModel:
 
 
 def _read_export(path: Path, settings_file: str, name: str) -> ExportedModel:
-    """Read the settings of an export in a directory. `name`: what the export is called.
+    """Read what an export is, from the settings in its directory: a whole model or an adapter, and on what base.
 
-    `settings_file`: its name, which tells the kind of the export: `MODEL_CONFIG_FILE` for a whole model, else an adapter, which
-    has a base model. Raises ConfigError if the export cannot be served, or has small files that libraries could not read.
+    `name`: what the export is called. `settings_file`: its name, which tells the kind of the export: `MODEL_CONFIG_FILE` for
+    a whole model, else an adapter, which has a base model. Raises ConfigError if the export cannot be served, or has small
+    files that libraries could not read.
     """
     check_files_read_by_libraries(path)
     settings = read_json_object(path / settings_file)

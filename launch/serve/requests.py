@@ -84,8 +84,8 @@ def translate_request(path: str, request: dict[str, Any], served: ServedTextMode
 
     The engine is transformers' server; vLLM checks the fields of its requests itself. Fields at a value that changes nothing
     (`NEUTRAL_VALUES_BY_FIELD`) are left out. {"messages": [...], "seed": 3, "n": 1} -> {"model": ..., "stream": False,
-    "messages": [...], "seed": 3, "temperature": 1.0, "max_tokens": ...}. Raises RefusedRequest for a field that the engine would
-    ignore or cannot compute.
+    "messages": [...], "seed": 3, "temperature": 1.0, "max_tokens": ...}. Raises RefusedRequest for a field that the engine
+    would ignore or cannot compute.
     """
     # Each step moves its fields from `body` to `engine_body`: what is left at the end is unknown.
     body = {key: value for key, value in request.items() if value is not None and key not in IGNORED_FIELD_NAMES}
@@ -108,7 +108,10 @@ def translate_request(path: str, request: dict[str, Any], served: ServedTextMode
 
 
 def _drop_neutral_fields(body: dict[str, Any]) -> None:
-    """Remove the fields that no engine here computes, if their values change nothing. Raises RefusedRequest otherwise."""
+    """Remove fields that no engine here computes from a request, if their values ask for nothing: n=1, logit_bias={}.
+
+    Clients send such defaults. Raises RefusedRequest for any other value, since it would be ignored.
+    """
     for key in NEUTRAL_VALUES_BY_FIELD.keys() & body.keys():
         value = body.pop(key)
         if not any(_is_same_json_value(value, neutral) for neutral in NEUTRAL_VALUES_BY_FIELD[key]):
@@ -117,7 +120,7 @@ def _drop_neutral_fields(body: dict[str, Any]) -> None:
 
 
 def _is_same_json_value(value: Any, neutral: Any) -> bool:
-    """Whether two JSON values are equal. In Python True equals 1 and False equals 0, in JSON they differ."""
+    """Whether a value is the neutral one in JSON too, where 1 and true differ: in Python they are equal."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
@@ -128,7 +131,7 @@ def _require_field(
     requirement: str,
     is_valid: Callable[[Any], bool] | None = None,
 ) -> Any:
-    """Require that a field of a request has the expected type and that `is_valid` returns True for it; returns its value.
+    """Return the value of a field of a request if it has the expected type and `is_valid` returns True for it.
 
     Otherwise raises RefusedRequest: "<field_name>: must be <requirement>, not <value>", such as "seed: must be a whole number
     from 0 to 2^63 - 1, not -1".
@@ -164,7 +167,10 @@ def _move_messages_and_count_tokens(body: dict[str, Any], engine_body: dict[str,
 
 
 def _move_tools(body: dict[str, Any], engine_body: dict[str, Any]) -> None:
-    """Check the tools of a chat and move them to `engine_body`; with tool_choice "none" leave them out. Raises RefusedRequest."""
+    """Check the functions that the model may call (`tools`), and move them from `body` to `engine_body`. Raises RefusedRequest.
+
+    With tool_choice "none" they are checked and left out: the model then does not hear of them.
+    """
     choice = body.pop("tool_choice", "auto")
     tools = _require_field(body.pop("tools", []), list, "tools", "a list of functions")
     for number, tool in enumerate(tools):
@@ -177,9 +183,9 @@ def _move_tools(body: dict[str, Any], engine_body: dict[str, Any]) -> None:
 
 
 def _require_template_variables(arguments: Any, tokenizer: Any) -> dict[str, Any]:
-    """Return the field `chat_template_kwargs` if it is {name of a template variable: text, number or bool}.
+    """Return the field `chat_template_kwargs`, variables of the chat template such as {"thinking": false}, if it is usable.
 
-    A number may be an integer or a float. Raises RefusedRequest otherwise.
+    Raises RefusedRequest unless each value is a text, a number or a bool.
     """
     # A variable that is called like a parameter of apply_chat_template would set that, and not reach the template.
     own_parameters = inspect.signature(tokenizer.apply_chat_template).parameters
@@ -234,7 +240,7 @@ def _check_tool_call(tool_call: Any, place: str) -> None:
 
 
 def _count_chat_tokens(engine_body: dict[str, Any], served: ServedTextModel) -> int:
-    """The number of tokens of a chat in the model's chat template.
+    """Count the tokens that a chat has when the model's chat template writes it out, to know how long the answer may be.
 
     `engine_body`: with the messages, tools and template variables of the chat. Raises RefusedRequest (400) if the model has no
     template, or if the template refuses the messages.
@@ -261,8 +267,9 @@ def _count_chat_tokens(engine_body: dict[str, Any], served: ServedTextModel) -> 
 
 
 def _message_for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of OpenAI's API as chat templates read it: its content one text, the arguments of tool calls an object.
+    """Bring a message of OpenAI's API into the form that chat templates read: content is one text, arguments are an object.
 
+    The API allows a list of parts as content, and has the arguments of a tool call as JSON text.
     {"role": "user", "content": [{"text": "a"}, {"text": "b"}]} -> {"role": "user", "content": "a b"}
     """
     content = message.get("content")
@@ -282,9 +289,9 @@ def _message_for_template(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _move_prompt_and_count_tokens(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
-    """Check the prompt of a completion and move it from `body` to `engine_body`; returns its number of tokens.
+    """Check the prompt of a completion (a text to go on with, no chat), and move it from `body` to `engine_body`.
 
-    Raises RefusedRequest.
+    Returns its number of tokens, by which the answer's length is limited. Raises RefusedRequest.
     """
     engine_body["prompt"] = _require_field(
         body.pop("prompt", None), str, "prompt", "a text (this server takes no lists and no token ids)"

@@ -66,7 +66,10 @@ class SettingDrawing:
 
 
 def render_search_page(study: Study, search: PlannedSearch, search_dir: Path) -> str:
-    """The page of a search as HTML, with every trial that the study has: the verdict, cards, a drawing by setting, the table."""
+    """Write the page of a search (search.html): the best trial, counts, the metric by each searched setting, and all trials.
+
+    `study`: Optuna's record of the trials so far. `search_dir`: with a directory for each trial.
+    """
     trials = study.get_trials(deepcopy=False)
     completed = completed_trials_best_first(trials, search)
     # An infinite metric has no position on an axis.
@@ -96,11 +99,10 @@ def render_search_page(study: Study, search: PlannedSearch, search_dir: Path) ->
 def _search_verdict(
     completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: PlannedSearch, search_dir: Path
 ) -> Callout:
-    """A call-out with the best trial, its arguments and the command that exports its model; or that there is no best trial.
+    """Tell the reader of a search's page first what came out: the best trial, its arguments, and how to export its model.
 
-    The best trial is the first of `completed`.
-    It also says how many trials are not done yet. `completed`: the trials with a result, the best first. `trials`: all that
-    were begun.
+    It also says how many trials are not done yet, and if none is, that there is no best one. `completed`: the trials with a
+    result, the best first. `trials`: all that were begun.
     """
     num_unfinished = sum(trial.state.name in ("RUNNING", "WAITING") for trial in trials)
     num_unfinished += max(search.settings.trials - len(trials), 0)  # those that were not begun yet
@@ -121,7 +123,7 @@ def _search_verdict(
 def _search_cards(
     completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: PlannedSearch
 ) -> list[PageCard]:
-    """A card with the best metric beside the median, then one with the number of trials for each way in which trials ended.
+    """The boxes at the top of a search's page: the best metric beside the median, then how many trials ended in which way.
 
     `completed`: the trials with a result, the best first.
     """
@@ -141,7 +143,7 @@ def _search_cards(
 
 
 def _failed_trials_with_reasons(trials: Sequence[FrozenTrial], search: PlannedSearch) -> list[tuple[str, str]]:
-    """(trial with its arguments, reason) of each failed trial."""
+    """Why trials failed, for a list on the page: ("trial 3: optim.lr=1e-2", "loss is not finite") for each that failed."""
     failures = []
     for trial in trials:
         if trial.state.name == "FAIL":
@@ -183,7 +185,7 @@ def _trials_table(
 
 
 def _metric_cell(trial: FrozenTrial) -> PageCell:
-    """The cell with the metric of a trial. The first case that applies:
+    """The cell that shows how good a trial is, in the table of a search's page. The first case that applies:
 
     - The trial has a result: that, as the value to sort by.
     - It was evaluated: its last metric, without a value to sort by, so that it is never the best.
@@ -207,7 +209,10 @@ def _setting_cell(setting: SearchedSetting, trial: FrozenTrial) -> PageCell:
 
 
 def _trial_remark(trial: FrozenTrial) -> str:
-    """How a trial ended, if its state and metric do not say it: a twin, pruned or failed; else empty."""
+    """What the table of trials says beside state and metric: why a trial failed or was ended early; else empty.
+
+    Also that it was not run, because the sampler drew the arguments of an earlier trial again (a twin).
+    """
     if "twin" in trial.user_attrs:
         return f"the same settings as trial {trial.user_attrs['twin']}, not run again"
     if trial.state.name == "PRUNED" and trial.intermediate_values:
@@ -220,7 +225,7 @@ def _trial_remark(trial: FrozenTrial) -> str:
 def setting_drawing(
     setting: SearchedSetting, completed: Sequence[FrozenTrial], search: PlannedSearch
 ) -> SettingDrawing:
-    """The drawing of the metric by the value of one setting, with a point for each trial.
+    """Draw which values of a searched setting are good: a point for each trial, at its value and its metric.
 
     `completed`: the trials with a finite result, the best first. The metric axis begins at the best one.
     """
@@ -249,7 +254,7 @@ def setting_drawing(
 def _trial_point(
     trial: FrozenTrial, setting: SearchedSetting, search: PlannedSearch, *, share_from_best: float, is_best: bool
 ) -> TrialPoint:
-    """The point of a trial in the drawing of one setting.
+    """Place a trial in the drawing of one setting: the value from left to right, the metric upwards.
 
     `share_from_best`: where its metric is on the axis, 0 at the best metric of all trials and 1 at the end of the axis; above 1
     it is drawn at the end.

@@ -62,10 +62,10 @@ class SearchProgress(RunsProgress):
         self._was_asked_to_end = False
 
     def update(self) -> None:
-        """Print how far the trial is, and report new evaluations; called many times a second.
+        """Print how far the trial is, and report its new evaluations to Optuna; called many times a second while it runs.
 
-        A trial that is to be pruned, or whose evaluations lack the metric, is asked to save and end, as by `shardtune stop`. Sets
-        `is_pruned` if it is to be pruned.
+        A trial that is to be pruned, or whose evaluations lack the metric, is asked to save and end, as by `shardtune stop`.
+        Sets `is_pruned` if it is to be pruned.
         """
         super().update()
         # Nothing here ends the search: the trial may not have written its metrics yet, and what cannot be written to the journal
@@ -88,7 +88,10 @@ class SearchProgress(RunsProgress):
             os.kill(os.getpid(), signal.SIGTERM)  # this process passes it on to the run, and starts nothing again
 
     def report_evaluations(self) -> None:
-        """Report evaluations to Optuna, each once. The one before the first step is the same for all trials, and left out."""
+        """Report the trial's evaluations to Optuna, which compares trials at the same step to prune (end early) the bad ones.
+
+        Each is reported once. The evaluation before the first step is the same for all trials, and left out.
+        """
         for step, metric_value in metric_by_step(self._trial_dir, self._metric).items():
             is_before_training = step < 1
             if is_before_training or step in self._reported_steps:
@@ -98,9 +101,9 @@ class SearchProgress(RunsProgress):
 
 
 def run_trial_to_end(name: str, composed: ComposedConfig, run_dir: Path, progress: RunsProgress) -> int:
-    """Run a trial to its end in processes of its own; returns its exit code.
+    """Run a trial of a search as `train` runs a job, in processes of its own, to its end; returns its exit code.
 
-    Raises ConfigError where `run_dir` holds another run.
+    `name`: for progress lines. Raises ConfigError where `run_dir` holds another run.
     """
     from launch.config.frozen import is_finished
     from launch.runs.freeze import write_run_config
@@ -125,7 +128,7 @@ def metric_by_step(run_dir: Path, metric: str) -> dict[int, float]:
 
 
 def missing_metric_problem(run_dir: Path, metric: str) -> str | None:
-    """An error message if the run's evaluations lack the metric by which trials are judged; None if they have it.
+    """Why a trial cannot be judged: the error message if its evaluations lack the metric of the search; None if they have it.
 
     None also before the first evaluation.
     """
@@ -146,7 +149,7 @@ def _evaluation_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _open_journal(search_dir: Path) -> JournalStorage:
-    """Optuna's storage of a search, read from the beginning of its journal. Raises OSError."""
+    """Open Optuna's record of a search: the journal in its directory, read from the beginning. Raises OSError."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -154,7 +157,7 @@ def _open_journal(search_dir: Path) -> JournalStorage:
 
 
 def open_study(search: PlannedSearch, search_dir: Path) -> Study:
-    """Optuna's study in the directory of a search, created if there is none.
+    """Open Optuna's study, its record of the trials of a search, in the directory of the search; it is created if there is none.
 
     Raises ConfigError if the directory holds another search or a damaged journal, StorageError if it cannot be written.
     """
@@ -188,9 +191,10 @@ def open_study(search: PlannedSearch, search_dir: Path) -> Study:
 
 
 def _record_or_check_identity(study: Study, identity: dict[str, str], search_dir: Path) -> None:
-    """Write what identifies a search into a new study; otherwise raise ConfigError, with every difference, if it is of another.
+    """Make sure that a directory's study is of this search, so that commands with other settings do not mix their trials.
 
-    `identity`: what must be the same when a search continues, as texts (`PlannedSearch.search_identity`).
+    What identifies the search is written into a new study. If a study is of another search, raises ConfigError with every
+    difference. `identity`: what must be the same when a search continues, as texts (`PlannedSearch.search_identity`).
     """
     recorded_identity = study.user_attrs.get("asked")
     if recorded_identity is None:  # the study is new
@@ -206,9 +210,9 @@ def _record_or_check_identity(study: Study, identity: dict[str, str], search_dir
 
 
 def run_search(search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> int:
-    """Run the trials that are left, each by `run_trial`, print their table, write the pages, and return the exit code.
+    """Run a search (`train -m sweeper=optuna`): the trials that are left, then the table and the pages; returns the exit code.
 
-    It is, by the first case that applies:
+    `run_trial` trains one trial. The exit code is, by the first case that applies:
 
     - A trial was stopped, or ended the whole search: its exit code.
     - Any trial has a result: 0.
@@ -242,7 +246,10 @@ def run_search(search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> 
 
 
 def _exit_code_of_results(trials: list[FrozenTrial]) -> int:
-    """0 if any trial has a result; else the exit code of the first failed trial, and 0 if none has failed."""
+    """The exit code of a search that was not stopped: 0 if any trial has a result, else that of the first failed trial.
+
+    0 as well if none has failed. `code` of a trial is the exit code that was recorded when it failed.
+    """
     if any(trial.state.name == "COMPLETE" for trial in trials):
         return 0
     exit_codes_of_failures = (trial.user_attrs["code"] for trial in trials if trial.user_attrs.get("code"))
@@ -300,10 +307,10 @@ def _run_trials(study: Study, search: PlannedSearch, search_dir: Path, run_trial
 def _take_over_unfinished_trial(
     study: Study, search: PlannedSearch, search_dir: Path, unfinished_numbers: list[int]
 ) -> _ClaimedTrial | None:
-    """Claim the first unfinished trial that no other command runs any more; None if there is none.
+    """Claim a trial whose command was killed, to resume it: the first unfinished one that no other command runs; None if none.
 
-    Removes each number that was tried from `unfinished_numbers`, the numbers of unfinished trials. A trial whose command was
-    killed before all of its values were drawn is reported as failed.
+    Each number that was tried is removed from `unfinished_numbers`. A trial whose command was killed before all of its values
+    were drawn is reported as failed.
     """
     while unfinished_numbers:
         number = unfinished_numbers.pop(0)
@@ -360,7 +367,10 @@ def _start_new_trial(study: Study, search: PlannedSearch, search_dir: Path) -> _
 
 
 def _acquire_trial_lease(search: PlannedSearch, search_dir: Path, number: int) -> Lease | None:
-    """The lease that allows this command to run trial `number`; None if another command holds it."""
+    """Claim trial `number` for this command, so that no other one runs it; None if another command holds it.
+
+    The claim is a lease, a file that its holder renews: if the holder is killed, it expires after `run.lease_s` seconds.
+    """
     lease_dir = search_dir / "commands" / str(number)
     try:
         return Lease.acquire(lease_dir, search.first_trial.config.run.lease_s, stop=is_signal_pending)
@@ -446,7 +456,7 @@ def _report_result(trial: Trial, search: PlannedSearch, run_dir: Path, exit_code
 
 
 def _completed_trial_with_arguments(study: Study, arguments: list[str], search: PlannedSearch) -> FrozenTrial | None:
-    """A completed trial with the same arguments, so that running them again would give the same result; None without one."""
+    """Find a completed trial with the same arguments (a twin), so that its result can be taken over; None without one."""
     for earlier_trial in study.get_trials(deepcopy=False):
         if earlier_trial.state.name == "COMPLETE" and search.trial_arguments(earlier_trial.params) == arguments:
             return earlier_trial

@@ -38,7 +38,7 @@ class SearchedSetting:
     """Whether values are drawn evenly on a logarithmic scale."""
 
     def distribution(self) -> BaseDistribution:
-        """The Optuna distribution from which values of the setting are drawn."""
+        """What Optuna draws the setting's values from: a list of choices, whole numbers, or numbers between two ends."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices:
@@ -48,7 +48,7 @@ class SearchedSetting:
         return FloatDistribution(self.low, self.high, log=self.is_logarithmic, step=self.step)
 
     def value_text(self, value: Any) -> str:
-        """A drawn value as on the command line: a choice as it is, a number with `SIGNIFICANT_DIGITS`, such as `0.0002`."""
+        """Write a drawn value as one would type it: a choice as it is, a number with `SIGNIFICANT_DIGITS`, such as `0.0002`."""
         if self.choices:
             return str(value)
         if self.is_integer:
@@ -62,15 +62,19 @@ class SearchedSetting:
         return f"{self.key}={self.value_text(value)}"
 
     def arguments_at_ends(self) -> list[str]:
-        """An argument for each choice, or for both ends of the numbers: if these are legal, so is every value between them."""
+        """The arguments by which a search is checked before it starts: one for each choice, or for both ends of the numbers.
+
+        If these are legal, so is every value between them.
+        """
         values = self.choices or dict.fromkeys((self.low, self.high))
         return [self.argument(value) for value in values]
 
 
 def split_searched_settings(arguments: list[str]) -> tuple[list[SearchedSetting], list[str]]:
-    """Split arguments into (the searched settings, which have several values; the arguments with one, which all trials share).
+    """Find out which settings a search varies: returns (the searched settings, the other arguments, which all trials share).
 
-    Raises ConfigError with every problem at once.
+    A searched setting has several values, such as `optim.lr=interval(1e-5,1e-3)` or `tuning=lora,full`. Raises ConfigError
+    with every problem at once.
     """
     problems: list[str] = []
     searched_settings: list[SearchedSetting] = []
@@ -97,7 +101,7 @@ def split_searched_settings(arguments: list[str]) -> tuple[list[SearchedSetting]
 
 
 def _read_setting(argument: str) -> SearchedSetting | None:
-    """The searched setting of an argument with several values; None for an argument with one. Errors: ConfigError.
+    """Read one argument of a search: the searched setting if it has several values, None if it has one. Raises ConfigError.
 
     Several values are written as `a,b`, as a pattern of names (`glob(*)`), or by a sweep function: `interval(1e-5,1e-3)`.
     """
@@ -123,7 +127,7 @@ def _unique_values(value_arguments: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedSetting | None:
-    """The searched setting of an argument in Hydra's sweep syntax: `choice(...)`, `interval(...)` or `range(...)`.
+    """Read an argument in Hydra's sweep syntax as a searched setting: `choice(...)`, `interval(...)` or `range(...)`.
 
     None if the argument has one value, as in `int(3)`, or is a text that only looks like a function. Raises ConfigError.
     """
@@ -169,10 +173,10 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
 
 
 def _with_interval(argument: str, setting: SearchedSetting, low: float, high: float) -> SearchedSetting:
-    """The setting with `low` and `high` as the ends of its interval. Raises ConfigError if these are not ends of one.
+    """Give a searched setting the ends of its interval, between which any number may be drawn.
 
-    Only whole numbers are drawn if the setting takes no others, or if both ends are ints, as Hydra makes them of
-    int(interval(1,8)). `argument` is for messages.
+    Raises ConfigError if `low` and `high` are not ends of an interval. Only whole numbers are drawn if the setting takes no
+    others, or if both ends are ints, as Hydra makes them of int(interval(1,8)). `argument` is for messages.
     """
     is_integer = _takes_integers(setting.key) or (isinstance(low, int) and isinstance(high, int))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -187,7 +191,7 @@ def _with_interval(argument: str, setting: SearchedSetting, low: float, high: fl
 
 
 def _with_range(argument: str, setting: SearchedSetting, start: float, stop: float, step: float) -> SearchedSetting:
-    """The setting with the numbers start, start + step, ... below `stop`, as in Python: range(1,9,2) is 1, 3, 5, 7.
+    """Give a searched setting the numbers of a range, as in Python without `stop`: range(1,9,2) is 1, 3, 5, 7.
 
     Raises ConfigError if there are none. Only whole numbers are drawn if all three are ints. `argument` is for messages.
     """

@@ -66,7 +66,7 @@ class PlannedSearch:
         return is_greater_better(self.first_trial.config)
 
     def search_identity(self) -> dict[str, str]:
-        """What must be the same so that another command may continue this search in its directory; also shown in messages.
+        """What makes two commands work on the same search: texts that must be equal, by what they are, as messages show them.
 
         For example `{"optim.lr=": "interval(1e-5,1e-3)", "metric": "eval/loss, smaller is better", ...}`.
         """
@@ -109,7 +109,7 @@ def requested_sweeper_name(arguments: list[str]) -> str:
 
 
 def plan_search(all_arguments: list[str]) -> PlannedSearch:
-    """Read the arguments of a search, and compose enough trials to know that every one is legal.
+    """Read the arguments of `train -m sweeper=...`, and compose enough trials to know that every one is legal.
 
     Raises ConfigError with every problem at once.
     """
@@ -162,7 +162,7 @@ def plan_search(all_arguments: list[str]) -> PlannedSearch:
 
 
 def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list[str]]:
-    """Split arguments into (the settings of the search, `sweeper.*`; the other arguments, which are settings of its runs).
+    """Take the settings of the search out of a command line: returns (`sweeper.*` as an object, the arguments of its runs).
 
     Raises ConfigError with every problem at once.
     """
@@ -196,14 +196,14 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
 
 
 def _trial_config_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweeper_name: str) -> list[str]:
-    """Why a legal configuration cannot be a trial of a search, as error messages:
+    """Check that trials can be judged and run here; returns an error message for each of these:
 
     - There is no evaluation data by which trials could be judged.
     - Trials are to be pruned, but the metric is not measured during training.
     - SLURM is the launcher.
 
-    `first_trial` stands for all trials. `sweeper_name`, such as `optuna`, is for messages. The metric by which trials are judged
-    is `evaluation.watched`.
+    `first_trial` stands for all trials. `sweeper_name`, such as `optuna`, is for messages. The metric by which trials are
+    judged is `evaluation.watched`.
     """
     from trainer.config.evaluation import watches_held_out_loss
     from trainer.config.run import LauncherName
@@ -236,7 +236,10 @@ def _trial_config_problems(first_trial: ComposedConfig, settings: SweeperConfig,
 
 
 def search_summary_text(search: PlannedSearch) -> str:
-    """What is printed before a search starts: number of trials, directory, metric, and the searched settings."""
+    """What is printed before a search starts: number of trials, directory, metric, and the searched settings.
+
+    "sweeper.trials=20 in runs/search-1f2e, eval/loss (smaller is better), of", then a line for each setting.
+    """
     better = "larger" if search.greater_is_better else "smaller"
     trials = search.settings.trials
     lines = [f"sweeper.trials={trials} in {search.directory}, {search.metric} ({better} is better), of"]

@@ -36,10 +36,11 @@ PANEL_SECTIONS = [
 
 
 def write_sweep_file(arguments: list[str], *, print_only: bool = False) -> int:
-    """Write `sweep.yaml` into the directory of the search, and print how the sweep is started; returns the exit code.
+    """Hand a search over to W&B (`train -m sweeper=wandb`): write `sweep.yaml`, and print how W&B's agents start its trials.
 
-    `workspace.py` is written beside it: a script that shows the trials in W&B. With `print_only`, `sweep.yaml` is printed,
-    and nothing is written. Raises ConfigError with every problem, StorageError.
+    Nothing is trained here. `arguments`: of the command line. `workspace.py` is written beside it: a script that shows the
+    trials in W&B. With `print_only`, `sweep.yaml` is printed, and nothing is written. Returns the exit code. Raises ConfigError
+    with every problem, StorageError.
     """
     import yaml
 
@@ -62,9 +63,10 @@ def write_sweep_file(arguments: list[str], *, print_only: bool = False) -> int:
 
 
 def wandb_sweep_config(search: PlannedSearch) -> dict[str, Any]:
-    """The search as W&B's sweep configuration: parameters, metric, and the command that runs a trial.
+    """The content of `sweep.yaml`: which settings W&B draws, the metric to improve, and the command that runs a trial.
 
-    Raises ConfigError for settings that W&B's agent does not have.
+    {"project": ..., "method": "bayes", "metric": ..., "run_cap": trials, "parameters": ..., "command": [...]}. Raises
+    ConfigError for settings of the search that W&B's agent does not have.
     """
     _refuse_settings_without_equal_in_wandb(search.settings)
     logging = search.first_trial.config.logging  # that of all trials
@@ -85,7 +87,10 @@ def wandb_sweep_config(search: PlannedSearch) -> dict[str, Any]:
 
 
 def _refuse_settings_without_equal_in_wandb(settings: SweeperConfig) -> None:
-    """Raise ConfigError if the search is to prune trials, or to draw by a seed, which W&B's agent does in its own way."""
+    """Refuse what W&B's agent does in its own way: ending bad trials early (`sweeper.prune`), and drawing by a seed.
+
+    Raises ConfigError.
+    """
     problems = []
     if settings.prune is not TrialPruning.none:
         problems.append(
@@ -99,7 +104,7 @@ def _refuse_settings_without_equal_in_wandb(settings: SweeperConfig) -> None:
 
 
 def trials_group_name(search: PlannedSearch) -> str:
-    """The group of the trials in W&B, by which `workspace.py` finds them."""
+    """The group of a search's trials in W&B, by which `workspace.py` finds them: `logging.group`, or the directory's name."""
     return search.first_trial.config.logging.group or search.directory.resolve().name
 
 

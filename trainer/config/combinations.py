@@ -104,7 +104,7 @@ class CombinationVerdict:
 
 
 def methods_by_name() -> dict[str, TuningMethod]:
-    """Every tuning method by its name: the choice of `tuning=`, such as `lora`, or of `tuning.type` under `tuning=peft`."""
+    """All tuning methods by the name that users type: that of `tuning=`, such as `lora`, or of `tuning.type` with tuning=peft."""
     return {**TUNING_METHODS, **PEFT_METHODS}
 
 
@@ -116,10 +116,10 @@ def method_name_of(config: TuningConfig) -> str:
 def combination_verdict(
     method_name: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw
 ) -> CombinationVerdict:
-    """The verdict on one combination: refused, with the reason and what to use instead; testable on GPUs only; or tested.
+    """Whether a tuning method works under a strategy with a feature and an optimizer, for the tables of the documentation.
 
-    `method_name`: a tuning method, such as "lora". `feature`: a key of `FEATURES`, such as "packing". The first reason for a
-    refusal counts:
+    Refused, with the reason and what to use instead; testable on GPUs only; or tested. `method_name`: a tuning method, such
+    as "lora". `feature`: a key of `FEATURES`, such as "packing". The first reason for a refusal counts:
     - the method does not run under the strategy, or the optimizer does not
     - the method refuses the feature, or the feature by itself does not go with strategy, optimizer or method
     - the method refuses the optimizer
@@ -157,9 +157,10 @@ def combination_verdict(
 def _refusal_of_feature(
     method_name: str, strategy: StrategyName, feature: str, optim: OptimName
 ) -> CombinationVerdict | None:
-    """The refusal of a feature that does not go with the strategy, the optimizer or the method; None if it does.
+    """Refuse a feature that by itself does not go with the strategy, the optimizer or the method; None if it does.
 
-    `method_name`: a tuning method, such as "lora". `feature`: a key of `FEATURES`.
+    What single methods refuse stands in their own tables; these rules hold for several. `method_name`: a tuning method, such
+    as "lora". `feature`: a key of `FEATURES`.
     """
     refused = CombinationState.refused
     if feature == "sequence" and strategy is StrategyName.single:
@@ -174,12 +175,13 @@ def _refusal_of_feature(
 
 
 def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig) -> Iterator[str]:
-    """Error messages for what a tuning method refuses and no other check reports, one line each: `key=value: reason; what to do`.
+    """Check a run's tuning method against its strategy, compiled blocks, full activation checkpointing, and its optimizer.
 
-    That is the strategy, compiled blocks, full activation checkpointing, and the optimizer.
+    Yields an error message for each that the method refuses: `key=value: reason; what to do`. Other refusals, such as that of
+    a quantised base, are reported where those settings are checked.
     """
     method_name = method_name_of(tuning)
-    if method_name not in methods_by_name():
+    if method_name not in methods_by_name():  # an unknown type of peft, which is reported by itself
         return
     method = methods_by_name()[method_name]
     tuning_text = f"tuning.type={method_name}" if method_name in PEFT_METHODS else f"tuning={method_name}"
@@ -202,8 +204,7 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
 def states_under_strategies_text(
     method_name: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw
 ) -> str:
-    """A cell of the tables of `docs/methods.md`: whether a method works with a feature, and with an optimizer, under each
-    strategy.
+    """Write a cell of the tables in docs/methods.md: under which strategies a method works with a feature and an optimizer.
 
     `tested`, `refused` or `GPU only` if that holds under all strategies that run the optimizer; else those under which it is
     not tested, such as "refused under `ddp`, `zero3`". `feature`: a key of `FEATURES`. With a feature or another optimizer than

@@ -21,9 +21,10 @@ from trainer.rollout.rewards.model_files import reward_model_problems
 
 
 def reward_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about the rewards of a run, one line each. Reads the syntax of reward files, and first rows of the data.
+    """Check the rewards of a run that learns from them (`objective.rewards`) before it starts; yields error messages.
 
-    Columns are only compared with the data if the rewards have no other problem.
+    Reads the syntax of reward files, and first rows of the data. Columns are only compared with the data if the rewards have
+    no other problem.
     """
     objective = config.objective
     yield from _watch_problems(config)  # for other objectives too: they have no metrics of rewards
@@ -52,7 +53,10 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _format_problems(config: RunConfig) -> Iterator[str]:
-    """An error message for each source of data whose format (`data.format`, `data.sources.NAME.format`) has no prompts."""
+    """Check that each source of data gives prompts (`data.format`, `data.sources.NAME.format`); yields a message for each other.
+
+    The model answers prompts in such a run; formats of other objectives, such as pairs of answers, do not fit.
+    """
     for key, data_format in formats_of(config.data).items():
         if data_format not in (DataFormat.auto, DataFormat.prompt):
             yield (
@@ -62,7 +66,10 @@ def _format_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _watch_problems(config: RunConfig) -> Iterator[str]:
-    """An error message if `evaluation.watch` is a metric of rewards and the objective has none, or the other way round."""
+    """Check that the objective has the watched metric (`evaluation.watch`): yields a message if not.
+
+    Objectives that learn from rewards have metrics such as `eval/reward`, and no `eval/loss`; others the other way round.
+    """
     watch = config.evaluation.watched  # `evaluation.watch`, or the default of the objective
     if watch in metric_directions(tasks_to_run(config)) or watch in FORGETTING_METRIC_NAMES:
         return
@@ -76,9 +83,10 @@ def _watch_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _single_reward_problems(name: str, reward: RewardEntry) -> Iterator[str]:
-    """Error messages about one reward by itself: its name, and which of `kind`, `function` and `path` are set.
+    """Check one entry of `objective.rewards` by itself; yields error messages.
 
-    If exactly one of them is, then the problems of that one.
+    `name`: the user's, such as "maths". It must have exactly one of `kind` (built in), `function` (of a Python file) and `path`
+    (a reward model), which is then checked further.
     """
     key = f"objective.rewards.{name}"
     if not name.replace("-", "_").isidentifier():
@@ -96,10 +104,10 @@ def _single_reward_problems(name: str, reward: RewardEntry) -> Iterator[str]:
 
 
 def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str]:
-    """An error message for each reward that needs a column which the data lacks.
+    """Check that the data has the columns which the rewards need, such as `solution`; yields a message for each that lacks one.
 
-    Reads the first row of each input that is on this machine. Inputs that are elsewhere, or cannot be read, are not checked here:
-    preparing the data looks at them.
+    Reads the first row of each input that is on this machine. Inputs that are elsewhere, or cannot be read, are not checked
+    here: preparing the data looks at them.
     """
     if config.data.remote:
         return
@@ -125,7 +133,10 @@ def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str
 
 
 def _columns_of_first_row(data_input: SourceInput) -> set[str] | None:
-    """The columns of the first row of an input, as rewards see them; None if it is not on this machine or cannot be read."""
+    """The names of an input's columns under which rewards get them, by its first row; None if that cannot be read here.
+
+    Inputs on the hub or at a remote address are not read.
+    """
     if any(is_hub_path(str(path)) or is_remote_address(str(path)) for path in data_input.origin.paths):
         return None
     try:

@@ -21,7 +21,7 @@ from trainer.optim.support import OPTIMIZER_SUPPORT, Needs
 
 
 def sharding_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Error messages for everything that does not fit the strategy.
+    """Check that the other settings fit the strategy (how the model is distributed over ranks); yields error messages.
 
     `world_size` is the number of ranks; None if it is not known, which leaves out the rules about it.
     """
@@ -52,7 +52,7 @@ def sharding_problems(config: RunConfig, world_size: int | None) -> Iterator[str
 
 
 def _long_rows_problems(strategy: StrategyConfig) -> Iterator[str]:
-    """Error messages for settings that conflict with one of the two options for long rows.
+    """Check the two options that save memory with long rows against recomputation and compiled blocks; yields error messages.
 
     These are the MLP computed in tiles of tokens (`strategy.mlp_tokens`), and inputs of recomputed blocks that are kept in host
     memory (`strategy.offload_activations`).
@@ -85,7 +85,7 @@ def _long_rows_problems(strategy: StrategyConfig) -> Iterator[str]:
 
 
 def _sequence_parallel_conflicts(config: RunConfig) -> Iterator[str]:
-    """Error messages if ranks cannot share rows of documents (`parallel.sequence`).
+    """Check what does not go with sequence parallelism, in which ranks share each row (`parallel.sequence`); yields messages.
 
     What depends on the model is checked when its files are read.
     """
@@ -107,10 +107,11 @@ def _sequence_parallel_conflicts(config: RunConfig) -> Iterator[str]:
 
 
 def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Error messages if the experts of an MoE model cannot be spread over groups of `parallel.experts` ranks.
+    """Check what does not go with expert parallelism, in which a group of ranks shares a layer's experts; yields messages.
 
-    What depends on the model is checked when its files are read. The last rule, that the groups divide the ranks of a replica, is
-    only checked under FSDP2 and HSDP, and if the number of ranks is known and divides into replicas.
+    `parallel.experts` is the size of a group. What depends on the model is checked when its files are read. The last rule,
+    that the groups divide the ranks of a replica, is only checked under FSDP2 and HSDP, and if the number of ranks is known
+    and divides into replicas.
     """
     expert_ranks = config.parallel.experts
     setting = f"parallel.experts={expert_ranks}"
@@ -155,7 +156,7 @@ def num_replicas_of(strategy: StrategyConfig, config: RunConfig) -> int:
 
 
 def _replicas_problems(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Error messages if the ranks do not divide into replicas (hsdp), or if replicas are asked of fsdp2, which has none.
+    """Check that the ranks divide into replicas of the model (hsdp), and that none are asked of fsdp2; yields messages.
 
     Both strategies have the class `Fsdp2Config`.
     """
@@ -172,7 +173,10 @@ def _replicas_problems(strategy: Fsdp2Config, config: RunConfig, world_size: int
 
 
 def _zero_problems(strategy: ZeroConfig) -> Iterator[str]:
-    """Error messages for a stage that is not that of the strategy, and for offloading that the stage cannot do."""
+    """Check the settings of DeepSpeed's ZeRO: its stage, and whether that stage can offload as asked; yields error messages.
+
+    Offloading keeps the optimizer's state, or parameters, in host memory (cpu) or on a drive (nvme).
+    """
     places = ("none", "cpu", "nvme")
     if strategy.name.value != f"zero{strategy.stage}":
         own_stage = strategy.name.value.removeprefix("zero")

@@ -73,7 +73,10 @@ class BaseModelResults:
         self._measure_base(engine)
 
     def _measure_base(self, engine: Engine) -> None:
-        """Have the base run the tasks, and keep its results in `tasks` and in the file. All ranks must call."""
+        """Let the base model run the tasks that measure forgetting, and keep its results in `tasks` and in the file.
+
+        `engine`: of the model before its first step, or of one whose adapter can be switched off. All ranks must call.
+        """
         built = self.evaluator.model.built
         keeps_base = built.tuning.keeps_base
         self.evaluator.model.engine = engine
@@ -118,8 +121,8 @@ class BaseModelResults:
     def _results_key(self) -> list[list[object]]:
         """What the kept results are of, one list a task, such as ["general", "loss", 64, "<fingerprint of its data>"].
 
-        That is name, kind, number of cases, and the fingerprint of a task that computes losses. Other tasks or cases have another
-        key, so that their results are not taken for these.
+        That is name, kind, number of cases, and the fingerprint of a task that computes losses. Other tasks or cases have
+        another key, so that their results are not taken for these.
         """
         key: list[list[object]] = []
         for prepared in self.evaluator.tasks:
@@ -130,13 +133,13 @@ class BaseModelResults:
 
 
 def _loss_task_fingerprint(task: Task) -> list[str]:
-    """The fingerprint of the prepared data of a task that computes losses; empty for any other task."""
+    """What identifies the data of a task that computes losses: [its fingerprint]; empty for any other task."""
     if isinstance(task, HeldOutLossTask) and task.dataset is not None:
         return [task.dataset.fingerprint]
     return []
 
 
 def _main_metric_value(finished: FinishedTask) -> float:
-    """The value of the metric that stands for a task."""
+    """The value of the metric that stands for a task, its first one, such as accuracy."""
     metric = finished.prepared.task.metrics[0]
     return finished.metrics[metric.name]

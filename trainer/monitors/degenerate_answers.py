@@ -65,7 +65,10 @@ def repeats_itself(text: str) -> bool:
 
 
 def recognised_language(text: str) -> str | None:
-    """The language of a text, as a code such as `en`; None if it is too short to be sure, or py3langid is not installed."""
+    """Recognise the language of a written answer, as a code such as `en`; None if that is not sure, as for a short text.
+
+    None as well if the package py3langid is not installed.
+    """
     from trainer.data.transforms.filters import detect_text_language
 
     if find_spec("py3langid") is None:
@@ -93,7 +96,7 @@ class DegenerateCount:
 
 
 def degenerate_counts_by_kind(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCount]:
-    """How many answers are `empty`, `repeated`, or `foreign` (in a language that no reference has), by that kind.
+    """Count the answers of an evaluation that are degenerate: `empty`, `repeated`, or `foreign` (a language of no reference).
 
     Such as {"empty": DegenerateCount(answers=3, references=1, total=50), ...}: the references are the right answers of the same
     prompts, which may be empty or repeat themselves too. Only pairs whose languages are both recognised count for `foreign`;
@@ -112,9 +115,10 @@ def degenerate_counts_by_kind(answers: Sequence[ModelAnswer]) -> dict[str, Degen
 
 
 def _count_answers_in_foreign_language(answers: Sequence[ModelAnswer]) -> DegenerateCount | None:
-    """How many answers are in a language that no reference has; None if no pair of answer and reference is recognised.
+    """Count the answers in a language that no reference (right answer) has, as when a model falls back into English.
 
-    Of the references none can be, by definition.
+    None if there is no pair of answer and reference whose languages are both recognised. Of the references none can be foreign,
+    by definition.
     """
     answer_languages = []
     reference_languages = []
@@ -132,7 +136,10 @@ def _count_answers_in_foreign_language(answers: Sequence[ModelAnswer]) -> Degene
 
 
 def logged_metrics(evidence: Evidence) -> dict[str, float]:
-    """What is logged in each evaluation: the shares of answers `output/empty`, `output/repeated` and `output/foreign`."""
+    """The metrics that this detector adds to an evaluation: shares of its answers, such as {"output/empty": 0.02}.
+
+    `output/repeated` and `output/foreign` likewise; {} if the evaluation generated no answers.
+    """
     if not evidence.answers:
         return {}
     metrics = {}
@@ -142,7 +149,7 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
 
 
 def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
-    """The finding that answers of this evaluation are degenerate more often than the references; None if they are not.
+    """Report an evaluation whose generated answers are degenerate more often than the right answers are; None if they are not.
 
     Degenerate is empty, repeated or foreign, see `degenerate_counts_by_kind`. Each kind must be frequent and pass Fisher's
     exact test. The evaluation before the first step is not judged: those answers are the base's.
@@ -179,9 +186,9 @@ PREDICATE_BY_KIND = {"empty": "are empty", "repeated": "repeat themselves", "for
 
 
 def fisher_p_value_of_more_degenerate(num_degenerate_answers: int, num_degenerate_references: int, total: int) -> float:
-    """The p-value of "answers are degenerate no more often than references" (Fisher's exact test, one-sided).
+    """How likely chance makes so many more answers degenerate than references: the p-value of Fisher's exact test, one-sided.
 
-    Both numbers are of `total` texts.
+    There are `total` answers and as many references (the right answers of the same prompts).
     """
     # If answers and references are alike, any choice of `total` texts out of all is equally likely to be the answers.
     num_texts = 2 * total

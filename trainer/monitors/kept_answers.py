@@ -47,7 +47,7 @@ class KeptAnswers:
         self._pending[task] = [asdict(answer.cut()) for answer in answers[:MAX_ROWS]]
 
     def write_pending_answers(self, step: int) -> None:
-        """Write the answers that were taken since the last call to the file, as those at this step.
+        """Write the answers of the evaluation that has ended into `answers.json`, so that the run's page shows how they changed.
 
         The file has two sets, each {"step": 40, "tasks": {task: answers}}: `first`, of the run's first evaluation, and `last`,
         which this replaces. A reader compares them. Raises StorageError if that fails; the answers are not written later then.
@@ -65,7 +65,7 @@ class KeptAnswers:
 
 
 def read_kept_answers(run_dir: Path) -> dict[str, Any]:
-    """`answers.json` of a run; empty if there is none that can be read."""
+    """Read the answers that a run has kept, {"first": {"step": 0, "tasks": ...}, "last": ...}; {} if it has none."""
     try:
         content = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
 """Levels: a loss or gradient norm that rises within tens of steps and stays there, whether or not a single step stands out.
 
-A step is compared with the median of earlier steps. If a number climbs in several small steps, none of them stands out, and half
-a window later the new level is the median. So the median of the last steps is compared with the steps before them, too. Both
-lie in one window, which makes slow drifts harmless: they widen the spread as much as they raise the median.
+A step is compared with the median of earlier steps. If a number climbs in several small steps, none of them stands out, and
+half a window later the new level is the median. So the median of the last steps is compared with the steps before them, too.
+Both lie in one window, which makes slow drifts harmless: they widen the spread as much as they raise the median.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ class LevelShiftDetector:
     """Looks for levels in the numbers of the last steps, on the host. The same on all ranks; nothing communicates."""
 
     def __init__(self, threshold: float, window: int, rows: Sequence[Mapping[str, float]] = ()) -> None:
-        """`threshold`: from which a single step stands out. `window`: steps that are remembered. `rows`: of an earlier watch."""
+        """`threshold`: robust standard deviations from which a single step stands out. `window`: how many steps are remembered.
+
+        `rows`: the remembered steps of a checkpoint, to go on from; empty for a new run.
+        """
         self._min_robust_score = LEVEL_THRESHOLD_SHARE * threshold
         self._window = window
         self.rows: list[dict[str, float]] = [dict(row) for row in rows]
@@ -66,7 +69,7 @@ class LevelShiftDetector:
         at this step, or is at a level that was. A checkpoint has them."""
 
     def add_step(self, row: Mapping[str, Any], first_sample: int, reported_names: Sequence[str]) -> list[SustainedRise]:
-        """Remember the metrics of a step, and return the sustained rises that it shows for the first time.
+        """Take in a step, and return the loss or gradient norm that has risen and stayed, if this step is the first to show it.
 
         `first_sample`: samples consumed before the step. `reported_names`: which of `loss` and `grad_norm` were reported
         already since they stand out in this single step. A rise is not returned if one of its steps was reported already. A
@@ -93,7 +96,7 @@ class LevelShiftDetector:
         return new_rises
 
     def _current_rise(self, name: str) -> SustainedRise | None:
-        """The rise of a number (`loss` or `grad_norm`) that has lasted until now; None if it has not risen.
+        """Judge whether a number (`loss` or `grad_norm`) has risen and stayed until now; None if not.
 
         It has if all three hold:
 
@@ -120,8 +123,8 @@ class LevelShiftDetector:
         """The step at which a number began to rise, if it rose already before the step that stands out now; else None.
 
         A rollback returns to a checkpoint from before that step. Called before the step that stands out is added. `names`: the
-        numbers that stand out (`loss`, `grad_norm`); of several rises the earliest counts. A number was rising if the newest step
-        added is more than `RISING_ROBUST_SCORE` robust standard deviations above the median.
+        numbers that stand out (`loss`, `grad_norm`); of several rises the earliest counts. A number was rising if the newest
+        step added is more than `RISING_ROBUST_SCORE` robust standard deviations above the median.
         """
         first_steps = []
         for name in names:
@@ -133,7 +136,10 @@ class LevelShiftDetector:
         return min(first_steps, default=None)
 
     def _first_step_above(self, name: str, threshold: float) -> int:
-        """The first step since which every remembered step is above `threshold` in the number `name`."""
+        """When a number that is high now became so: the first step since which all remembered steps are above `threshold`.
+
+        `name`: `loss` or `grad_norm`. Called only if the newest step is above it.
+        """
         first_step = int(self.rows[-1]["step"])
         for row in reversed(self.rows):
             if row[name] <= threshold:
@@ -155,11 +161,12 @@ def _reported_key(name: str) -> str:
 
 
 def _robust_score(value: float, earlier_values: Sequence[float]) -> float:
-    """How many robust standard deviations `value` is above the median of `earlier_values`.
+    """How far a value lies above earlier ones, in robust standard deviations above their median; negative below it.
 
-    The deviation of fewer than `STEPS_OF_STEADY_SPREAD` numbers may be small by chance, and is widened. If all are positive,
-    logarithms are compared: gradient norms vary by factors, and a high one is less odd than it looks. The deviation is never
-    taken for smaller than `MIN_SPREAD` of the median; the score is 0 if it is still 0, because most earlier values are 0.
+    Robust: estimated by medians, so that outliers among them do not count. The deviation of fewer than
+    `STEPS_OF_STEADY_SPREAD` numbers may be small by chance, and is widened. If all are positive, logarithms are compared:
+    gradient norms vary by factors, and a high one is less odd than it looks. The deviation is never taken for smaller than
+    `MIN_SPREAD` of the median; the score is 0 if it is still 0, because most earlier values are 0.
     """
     compared_value = value
     compared_earlier = list(earlier_values)

@@ -47,12 +47,12 @@ class ReplicaCheck:
         self._last_compared_step = step
 
     def check_replicas(self, engine: Engine, step: int, *, now: bool = False) -> None:
-        """Compare the parameters that several ranks hold copies of, by checksums. Raises ReplicasDiffer on all ranks.
+        """Make sure that parameters which several ranks hold copies of are still equal; raises ReplicasDiffer, on all ranks.
 
-        It is done every `guards.replicas_every_steps` steps (0: never), or `now`, as before a checkpoint: copies that have come
-        apart mean memory that flips bits, and no checkpoint should have them. A step that was compared already is not compared
-        again. All ranks must call, after the same steps. Waits for the device. As long as all agree, each rank sends one number
-        for each shard that it holds parts of: the sum of its checksums.
+        They are compared by checksums. It is done every `guards.replicas_every_steps` steps (0: never), or `now`, as before a
+        checkpoint: copies that have come apart mean memory that flips bits, and no checkpoint should have them. A step that
+        was compared already is not compared again. All ranks must call, after the same steps. Waits for the device. As long
+        as all agree, each rank sends one number for each shard that it holds parts of: the sum of its checksums.
         """
         if not self._is_due(step, now=now):
             return
@@ -78,7 +78,10 @@ class ReplicaCheck:
         return now or step - self._last_compared_step >= self.every_steps
 
     def _shard_and_checksum_by_name(self, engine: Engine) -> dict[str, tuple[ShardPosition, int]]:
-        """(shard, checksum) of each parameter that other ranks may hold, too, by name. Waits for the device once."""
+        """The checksum of each parameter of this rank that other ranks may hold too: {name: (shard, checksum)}.
+
+        `shard`: which part of the parameter it is; () for the whole. Waits for the device once.
+        """
         parameters = list(replicated_parameters(engine))
         if not parameters:
             return {}
@@ -92,10 +95,11 @@ class ReplicaCheck:
     def _raise_difference(
         self, checksum_by_name: dict[str, tuple[ShardPosition, int]], last_equal_step: int, step: int
     ) -> None:
-        """Raise ReplicasDiffer with the parameters that differ, and the ranks that hold other values than most. A collective.
+        """Find out which parameters and ranks differ, after a first comparison has failed, and raise ReplicasDiffer with them.
 
-        `checksum_by_name`: this rank's (shard, checksum) of each parameter; ranks with an equal shard should have equal
-        checksums. `last_equal_step`: of the last comparison, in which all agreed.
+        All ranks must call, since each sends all of its checksums. `checksum_by_name`: this rank's (shard, checksum) of each
+        parameter; ranks with an equal shard should have equal checksums. `last_equal_step`: of the last comparison, in which
+        all agreed.
         """
         host_and_checksums_by_rank = gather_objects((socket.gethostname(), checksum_by_name), self.runtime)
         host_by_rank = [host for host, _ in host_and_checksums_by_rank]
@@ -128,7 +132,7 @@ def _difference_message(
 
 
 def _deviating_ranks(checksum_of_each_rank: list[tuple[ShardPosition, int]]) -> set[int]:
-    """Ranks whose checksum is not that of most ranks with the same shard; all ranks of a shard if there is no majority.
+    """Decide by majority which ranks hold a wrong copy of one parameter; all ranks of a shard if there is no majority.
 
     `checksum_of_each_rank`: (shard, checksum) of one parameter, by rank. A shard is a rank's position in the device mesh, as
     far as the parameter is split over it: ranks at the same position hold copies of the same part. Of [((0,), 7), ((0,), 7),
@@ -160,7 +164,7 @@ class ReplicatedParameter(NamedTuple):
 
 
 def replicated_parameters(engine: Engine) -> Iterator[ReplicatedParameter]:
-    """Each parameter of this rank that other ranks may hold a copy of, too.
+    """Pick out the parameters of this rank that can be compared with other ranks: those of which others may hold a copy, too.
 
     - Partitioned over all ranks, by ZeRO-3 or by a DTensor that is sharded over all dimensions of its mesh: left out.
     - No DTensor: a whole copy.
@@ -204,7 +208,7 @@ def tensor_checksum(tensor: Tensor) -> Tensor:
 
 
 def _sums_differ(sums_by_rank: list[dict[ShardPosition, int]]) -> bool:
-    """Whether two ranks have different sums for the same shard."""
+    """Whether two ranks have different sums for the same shard. `sums_by_rank`: by rank, the sum of each shard that it holds."""
     first_sums: dict[ShardPosition, int] = {}
     for rank_sums in sums_by_rank:
         for shard, shard_sum in rank_sums.items():

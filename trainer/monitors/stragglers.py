@@ -79,10 +79,11 @@ class Stragglers:
                 self._update_rank(rank, slowness_factor(rank, times), rows[-1]["step"])
 
     def _update_rank(self, rank: int, factor: float, step: int) -> None:
-        """Record that a rank is slow, or slow no longer, once `INTERVALS_TO_CONFIRM` intervals in a row show the change.
+        """Take in how slow a rank was in an interval; after `INTERVALS_TO_CONFIRM` in a row it counts as slow, or normal again.
 
-        Then calls `on_change` on rank 0. `factor`: how many times as long as the other ranks it took in this interval. All ranks
-        must call with the same arguments: a rank that becomes slow is named with its host, which is asked in a collective.
+        Then calls `on_change` on rank 0. `factor`: how many times as long as the other ranks it took in this interval. All
+        ranks must call with the same arguments: a rank that becomes slow is named with its host, which is asked in a
+        collective.
         """
         slow_rank = next((slow for slow in self._slow_ranks_now() if slow.rank == rank), None)
         was_slow = slow_rank is not None
@@ -115,10 +116,11 @@ class Stragglers:
 
 
 def slowness_factor(rank: int, times: list[RankTime]) -> float:
-    """How many times as long as the median of the other ranks a rank computes. `times`: of each rank, by rank.
+    """Compare a rank's computing time with that of the others: 1.5 if it takes half as long again as their median.
 
-    The lesser of two ratios, in all and for a token: a rank with more tokens is not slow, nor is one whose few tokens each bear
-    more of the fixed cost of a pass. 1 if the rank takes so little longer that it does not matter to the step.
+    `times`: of each rank, by rank. The lesser of two ratios, in all and for a token: a rank with more tokens is not slow, nor
+    is one whose few tokens each bear more of the fixed cost of a pass. 1 if the rank takes so little longer that it does not
+    matter to the step.
     """
     own_time = times[rank]
     other_times = [*times[:rank], *times[rank + 1 :]]

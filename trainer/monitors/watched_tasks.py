@@ -25,7 +25,10 @@ class WatchedTasks:
         """Worst rows of the last run, and those that changed sides since the first one."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Run the tasks: yield (name, value) of each metric. All ranks must call; raises Interrupted on all or none."""
+        """Run the tasks of an evaluation with the weights of `engine`, and yield each metric, such as ("eval/qa/accuracy", 0.7).
+
+        All ranks must call. Raises Interrupted on all ranks or none.
+        """
         self.task_evaluator.model.engine = engine
         self.tables = {}
         base_results = self.detectors.base_results
@@ -50,7 +53,9 @@ class WatchedTasks:
             yield f"eval/{finished_task.prepared.task.name}/{metric}", value
 
     def _make_tables(self, finished_task: FinishedTask) -> None:
-        """Add the tables of a task's rows to `tables`, compared with its first evaluation, whose rows are remembered."""
+        """Make the tables of a task for trackers (`logging.tables`): its worst rows, and those that are right now and were wrong
+        at its first evaluation, or the other way round.
+        """
         task = finished_task.prepared.task
         first_rows = self.detectors.first_rows.rows_of(task.name)
         if first_rows is None:  # this is the first evaluation of the task: there is nothing to compare with

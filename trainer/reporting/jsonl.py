@@ -39,9 +39,10 @@ class JsonlTracker:
             ) from error
 
     def _rewrite_up_to(self, step: int) -> None:
-        """Rewrite the file with its rows up to this step alone, durably, and set `earlier` to what they measured.
+        """Drop the rows after a step, durably, because training continues from there; sets `earlier` to what the others measured.
 
-        Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning. Raises OSError with all rows still there.
+        Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning. Raises OSError with all rows still
+        there.
         """
         recorded = read_rows(self.path)
         if recorded.unreadable:  # they are in that file before they disappear from this one
@@ -157,7 +158,7 @@ def json_text(content: Any, **dumps_arguments: Any) -> str:
 
 
 def _replace_non_finite(value: Any) -> Any:
-    """A copy of nested JSON values with None for each number that is not finite: [1.0, nan] -> [1.0, None]."""
+    """A copy of nested values that standard JSON can write, with None for NaN and infinite numbers: [1.0, nan] -> [1.0, None]."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -272,7 +272,7 @@ class RunRecord:
         return not self.keys
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON values by key, for `run.json`.
+        """The content of `run.json`, to be written: the record as JSON values by key.
 
         - A record of a live run: every key, but keys of `OPTIONAL_KEYS` only if their value is not the default.
         - A record that was read from a file: the keys of that file, also those that this version does not know, and keys whose
@@ -301,7 +301,10 @@ FIELDS_NOT_IN_FILE = ("other", "keys")
 
 
 def read_run_record(run_dir: Path) -> RunRecord:
-    """The record of a run directory. Raises OSError or ValueError, whose texts say what is wrong, without the file's name."""
+    """Read the record of a run strictly: raises if `run.json` is missing, or if anything in it cannot be read.
+
+    OSError, or ValueError for wrong content or a later version; their texts do not name the file.
+    """
     content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MAX_RECORD_BYTES))
     if not isinstance(content, dict):
         raise ValueError("it holds no object")
@@ -314,9 +317,9 @@ def read_run_record(run_dir: Path) -> RunRecord:
 
 
 def readable_run_record(run_dir: Path) -> RunRecord:
-    """What can be read of the record of a run directory, also of one that a later version wrote.
+    """Read as much of a run's record as can be read, where a part of it is better than an error.
 
-    It is an empty record if there is no file, or nothing in it can be read.
+    Also of a record that a later version wrote. Empty (`is_empty`) if there is no file, or nothing in it can be read.
     """
     try:
         content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MAX_RECORD_BYTES))
@@ -328,7 +331,7 @@ def readable_run_record(run_dir: Path) -> RunRecord:
 
 
 def parse_run_record(content: Mapping[str, Any], type_errors: list[str]) -> RunRecord:
-    """The record in the content of a `run.json`, such as {"version": 1, "strategy": "ddp", ...}.
+    """Turn the content of a `run.json`, such as {"version": 1, "strategy": "ddp", ...}, into a record.
 
     If a value has another type than its field, the field keeps its default, and a line is appended to `type_errors`.
     """
@@ -347,7 +350,7 @@ def parse_run_record(content: Mapping[str, Any], type_errors: list[str]) -> RunR
 def _arguments_of_right_type(
     record_class: type, content: Mapping[str, Any], prefix: str, type_errors: list[str]
 ) -> dict[str, Any]:
-    """Keyword arguments for a dataclass of this module, from the JSON values of its fields in `content`.
+    """Check JSON values against the fields of a dataclass of this module; returns the keyword arguments to make one.
 
     - A value that is null is left out.
     - An object for a field that is a dataclass itself, such as `outcome`, becomes an instance of that dataclass.
@@ -392,7 +395,7 @@ def _type_without_none(hint: Any) -> Any:
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of the type `hint`, such as `list[int]`: [1, null] is, ["a"] is not.
+    """Whether a value in `run.json` has the type of its field, such as `list[int]`: [1, null] has, ["a"] has not.
 
     `hint`: Any, list[X], dict[str, X], or a class such as `str`; no union.
     Inside lists and objects null is of any type, since it stands for a number that is not finite.

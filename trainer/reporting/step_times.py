@@ -22,9 +22,9 @@ STEP_PARTS = ("forward_s", "backward_s", "optimizer_s")
 
 
 def moment_on_device(device: torch.device) -> Moment:
-    """A mark of this moment, for `seconds_between`: a recorded event on a GPU, else the clock's seconds.
+    """Mark this moment of the computation, to measure the seconds between two such marks without waiting for the GPU.
 
-    The event is reached when the GPU has computed what was queued before it. Recording it waits for nothing.
+    On a GPU, an event that is reached when what was queued before it has been computed; elsewhere the clock's seconds.
     """
     if device.type != "cuda":
         return time.perf_counter()
@@ -62,9 +62,10 @@ class StepPartTimes:
 
     @contextmanager
     def timing_part(self, part: str) -> Iterator[None]:
-        """A context in which one pass, or the update, is timed.
+        """A context around one forward pass, backward pass or update of a step, which times it.
 
-        `part`: which of `STEP_PARTS` it is; the update, the last of them, ends the step.
+        `part`: which of `STEP_PARTS` it is, such as "forward_s". A step has one pass of each kind for each micro-batch; the
+        update ends the step.
         """
         start = moment_on_device(self.device)
         yield
@@ -74,7 +75,10 @@ class StepPartTimes:
             self._current_step = []
 
     def take_seconds_by_step(self) -> list[list[float]]:
-        """The seconds of each step since the last call, in the order of `STEP_PARTS`; forgets them. Waits for the device."""
+        """Read and forget the times of the steps since the last call: [[forward, backward, update], ...] in seconds.
+
+        The passes of all micro-batches of a step are summed. Waits for the device.
+        """
         steps = self._steps
         self._steps = []
         seconds_by_step = []

@@ -86,7 +86,7 @@ class ModelFacts:
 
     @property
     def held_out_metrics(self) -> dict[str, float]:
-        """Held-out metrics of these weights, as training measured them.
+        """Held-out metrics of the weights that the documents describe, as training measured them: {"eval/loss": 1.9}.
 
         - Weights that are of no single checkpoint, or a run without a recorded end: empty.
         - Weights of the run's last step: the metrics of the last evaluation.
@@ -107,10 +107,10 @@ class ModelFacts:
 
     @property
     def data_counts(self) -> dict[str, dict[str, int]]:
-        """Number of documents, of tokens, and of rows with each problem, by split: {"train": {"documents": 9, "too_long": 2}}.
+        """What data preparation counted, for the model card: documents, tokens, and rows with each problem, by split.
 
-        They are from the report of data preparation that `run.json` has (`data_report`). A split that counted nothing has no
-        entry.
+        {"train": {"documents": 9, "tokens": 800, "too_long": 2}}. From the report of data preparation in `run.json`
+        (`data_report`). A split that counted nothing has no entry.
         """
         counts_by_split = {}
         for split, split_report in self.run.data_report.items():
@@ -128,7 +128,10 @@ class ModelFacts:
 
     @property
     def data_size(self) -> str | None:
-        """Size of the training data, and how often it was seen; None if the run did not record it."""
+        """Size of the training data, and how often it was seen, as the documents say it; None if the run did not record it.
+
+        Such as "9,000 tokens in 120 documents; 27,000 tokens seen in training, each 3 times on average".
+        """
         split = self.run.data_report.get("train") or {}
         tokens = split.get("tokens")
         documents = split.get("documents")
@@ -146,10 +149,10 @@ class ModelFacts:
 
     @property
     def measured_metrics(self) -> list[dict[str, Any]]:
-        """Every metric of evaluation reports on these very weights, such as {"name": "qa/accuracy", "value": 0.7, "base": 0.6}.
+        """Every metric that `shardtune evaluate` measured of these very weights, for the documents.
 
-        `value` is from the newest report. `base` is the value of the base model on the same rows, from the newest report that
-        has it; None if none has.
+        Such as {"name": "qa/accuracy", "value": 0.7, "base": 0.6}. `value` is from the newest report. `base` is the value of
+        the base model on the same rows, from the newest report that has it; None if none has.
         """
         newest_by_name: dict[str, dict[str, Any]] = {}
         for report in self.reports_of_kind(EVALUATION_REPORT):
@@ -196,7 +199,7 @@ class ModelFacts:
 
 
 def _split_counts(split_report: Mapping[str, Any]) -> dict[str, int]:
-    """Counts of one split of the data report: its sizes, then how many rows had each problem, if any had.
+    """Flatten the data report of a split into counts: its sizes, then how many rows had each problem, if any had.
 
     {"documents": 9, "tokens": 800, "too_long": {"count": 2}} gives {"documents": 9, "tokens": 800, "too_long": 2}.
     """
@@ -211,11 +214,11 @@ def _split_counts(split_report: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _report_metrics(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every metric of one evaluation report as a dictionary for the templates, with that of the base if the report has it.
+    """Flatten an evaluation report into one dictionary a metric, with the base model's value beside it if the report has it.
 
-    A report looks like {"tasks": {"qa": {"num_rows": 200, "metrics": {"accuracy": {"value": 0.7}}}}, "against": {"what": "base",
-    "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.6}}}}}}, and its metric here is `qa/accuracy`. `change` is the record of
-    the comparison with the base, and `base` the base's value; both are None without one.
+    A report looks like {"tasks": {"qa": {"num_rows": 200, "metrics": {"accuracy": {"value": 0.7}}}}, "against": {"what":
+    "base", "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.6}}}}}}, and its metric here is `qa/accuracy`. `change` is
+    the record of the comparison with the base, and `base` the base's value; both are None without one.
     """
     comparison = report.get("against") or {}
     base_record_by_task: dict[str, Any] = {}
@@ -242,9 +245,10 @@ def _report_metrics(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_model_card_facts(run_dir: Path, run: RunRecord, answers: dict[str, Any]) -> ModelFacts:
-    """Facts of a run, read from its directory and that of its data. The caller then sets the fields about the weights.
+    """Gather what a run knows of itself, for the model card and the papers of an export. The caller adds facts about the weights.
 
-    `run`: the record of the run. `answers`: the owner's, by question.
+    Read from the run's directory and that of its data. `run`: its record (`run.json`). `answers`: what the owner answered, by
+    question, such as {"licence": "apache-2.0"}.
     """
     facts = ModelFacts(run=run, answers=answers, reports=kept_reports(run_dir))
     config_file = run_dir / "config.yaml"

@@ -68,9 +68,9 @@ class WandbRun:
             self._use_data_artifact(tracked_run.data, is_online=is_online)
 
     def _begin_run(self, mode: str) -> str | None:
-        """Start the run in W&B's client, and set `_run`. Returns None, or the reason if the server could not begin it.
+        """Start the run in W&B's client, which sets `_run`. Returns None, or why the server could not begin it.
 
-        `mode`: `online` or `offline`. Raises whatever the client raises if it cannot begin offline.
+        `mode`: `online` or `offline`. The caller then begins it offline. Raises whatever the client raises if that fails too.
         """
         import wandb
 
@@ -109,7 +109,7 @@ class WandbRun:
         return None
 
     def _set_hint(self, *, is_online: bool) -> None:
-        """Set `hint`, the line that is printed for the user: the run's URL, or offline the command that uploads its files."""
+        """Set what the last lines of the run show the user: the run's URL, or offline the command that uploads its files."""
         if is_online:
             self.hint = ("W&B", str(self._run.url))
         else:
@@ -127,7 +127,10 @@ class WandbRun:
         return sorted(directories, key=lambda directory: directory.name)  # the name begins with the time
 
     def _use_data_artifact(self, directory: Path, *, is_online: bool) -> None:
-        """Register the prepared data in `directory` as an artifact that this run used. Offline it only prints that it cannot."""
+        """Note in W&B which prepared data this run used, as an artifact (`logging.artifacts`); its files are not uploaded.
+
+        `directory`: of the prepared data. Offline, W&B cannot note it: a line says so.
+        """
         if not is_online:
             self._tracked_run.print_line(
                 "logging.artifacts: W&B notes what data a run has used online only; the export is registered"
@@ -139,7 +142,7 @@ class WandbRun:
         self._run.use_artifact(artifact)
 
     def _define_axes(self) -> None:
-        """Tell W&B to draw all metrics over what `logging.x` names, and to draw no panels of counters."""
+        """Tell W&B over what to draw its charts: steps, tokens or seconds (`logging.x`). Counters get no chart of their own."""
         # Rows of the first edition have the names of `metrics.jsonl`, and were always drawn over tokens, whatever `logging.x`
         # says.
         if self._tracked_run.metric_names == FIRST_NAMES_EDITION:
@@ -159,14 +162,14 @@ class WandbRun:
             self._restart_and_resend_rows()  # with this row, too
 
     def _log_row(self, metrics: dict[str, Any], step: int) -> None:
-        """Hand a row to W&B's process. Raises ConnectionError if that has ended."""
+        """Hand a row to W&B's own process, which writes and uploads it. Raises ConnectionError if that process has ended."""
         # Later editions have the step in every row, as `train/global_step`.
         if self._tracked_run.metric_names == FIRST_NAMES_EDITION:
             metrics = {"train_step": step, **metrics}
         self._run.log(metrics, step=step)
 
     def _keep_row(self, metrics: dict[str, Any], step: int) -> None:
-        """Keep the row for a new process of W&B, and forget the oldest ones beyond `MAX_KEPT_ROW_BYTES`."""
+        """Keep a row in case W&B's process is killed before it has written it; forgets the oldest beyond `MAX_KEPT_ROW_BYTES`."""
         size_bytes = len(json.dumps(metrics, default=str))
         self._recent_rows.append(_SentRow(step=step, metrics=metrics, size_bytes=size_bytes))
         self._recent_bytes += size_bytes
@@ -227,7 +230,10 @@ class WandbRun:
             self._end_run(ending)
 
     def _end_run(self, ending: RunEnding) -> None:
-        """Set the run's state, send the alert and register the export if asked for, and wait for the upload."""
+        """End the run in W&B: set its state, send an alert and register the export if asked for, and wait for the upload.
+
+        Raises ConnectionError if W&B's process has ended. An upload that takes too long is left to the user, by `hint`.
+        """
         if ending.state is RunState.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
         self._run.summary.update({"state": ending.tracked_state})
@@ -258,8 +264,9 @@ class WandbRun:
     def _set_diverged_tag(self, *, is_set: bool) -> None:
         """Add the tag `diverged` to the run (`is_set`), or remove the one that an earlier end of this run left.
 
-        W&B's client sets all tags at once, and sends the run's name and notes with them. So the tags, name and notes that people
-        have changed in the app are read first, and sent again. If they cannot be read, nothing is sent and a line is printed.
+        W&B's client sets all tags at once, and sends the run's name and notes with them. So the tags, name and notes that
+        people have changed in the app are read first, and sent again. If they cannot be read, nothing is sent and a line is
+        printed.
         """
         run = self._run
         tag = str(Alert.diverged)
@@ -286,7 +293,7 @@ class WandbRun:
 
 
 def _artifact_of_directory(directory: Path, name: str, kind: str, settings: dict[str, Any]) -> Any:
-    """A W&B artifact that names the files of a directory; none is copied or read.
+    """Make a W&B artifact that only points to a directory: its files are neither copied nor read.
 
     `kind`: `dataset` or `model`. `settings`: of the run; some of them become the artifact's metadata.
     """
