@@ -60,7 +60,7 @@ def _open_if_closed(descriptor: int, name: str) -> None:
 def restart_in_utf8() -> None:
     """Restart this process in Python's UTF-8 mode if its encoding of file names is ASCII alone; then it does not return.
 
-    Otherwise a path with any other character could not be opened. Python does so by itself in the locale C, unless PYTHONUTF8=0
+    Otherwise a text with any other character could name no file. Python does so by itself in the locale C, unless PYTHONUTF8=0
     says otherwise. Libraries and the ranks inherit the mode.
     """
     if sys.getfilesystemencoding().lower() not in ("ascii", "us-ascii", "ansi_x3.4-1968"):

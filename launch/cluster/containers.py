@@ -101,8 +101,7 @@ def _directories_of_settings(settings: Mapping[str, Any]) -> Iterator[Path]:
 
     - the current directory, and the cache of prepared data;
     - the directory in which the user's trust in settings is recorded, if there is one;
-    - of the model, the tokenizer and each data path: the directory itself, or the one of the file. "data/a.jsonl" and
-      "data/*.jsonl" -> "data". A hub id or a URL yields none, since there is no such path here.
+    - of the model, the tokenizer and each data path, as far as they are on this host.
     """
     yield Path.cwd()
     data = settings["data"]
@@ -116,14 +115,21 @@ def _directories_of_settings(settings: Mapping[str, Any]) -> Iterator[Path]:
     for path_setting in path_settings:
         path_texts = path_setting if isinstance(path_setting, list) else [path_setting]
         for path_text in path_texts:
-            if not isinstance(path_text, str):
-                continue
-            path = Path(path_text).expanduser()
-            # Upwards from a pattern to the directory that holds what it matches.
-            while GLOB_CHARACTERS & set(path.name):
-                path = path.parent
-            if path.exists():
-                yield path if path.is_dir() else path.parent
+            if isinstance(path_text, str):
+                yield from _directory_to_mount(path_text)
+
+
+def _directory_to_mount(path_text: str) -> Iterator[Path]:
+    """The directory that a container needs to see a path of the settings: the path itself, or the directory of the file.
+
+    "data/a.jsonl" and the pattern "data/*.jsonl" give "data". A hub id or a URL gives nothing, since there is no such path here.
+    """
+    path = Path(path_text).expanduser()
+    # Upwards from a pattern to the directory that holds what it matches.
+    while GLOB_CHARACTERS & set(path.name):
+        path = path.parent
+    if path.exists():
+        yield path if path.is_dir() else path.parent
 
 
 def refuse_unavailable_container(launcher: Mapping[str, Any]) -> None:

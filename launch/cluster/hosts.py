@@ -34,12 +34,9 @@ class ThisHost:
 def locate_this_host(launcher: LauncherConfig) -> ThisHost:
     """Find out which of a run's hosts this one is, and how the others reach it, when the same command is typed on each host.
 
-    By `launcher.rdzv`, which names the host where ranks meet, and this host's interfaces. The host's index (`ThisHost.node_rank`)
-    is `launcher.node_rank` if that is set. Else it is 0 on the host in `launcher.rdzv`, 1 on the other one of two hosts, and None
-    (not known) otherwise.
-
-    Raises ConfigError if no address is found at which others reach this host, or if `launcher.node_rank` contradicts
-    `launcher.rdzv`. The message names the setting that would help.
+    By `launcher.rdzv`, which names the host where ranks meet, and this host's interfaces. Raises ConfigError if no address is
+    found at which others reach this host, or if `launcher.node_rank` contradicts `launcher.rdzv`. The message names the setting
+    that would help.
     """
     assert launcher.rdzv is not None
     # "host:port" or "[IPv6]:port"
@@ -48,19 +45,34 @@ def locate_this_host(launcher: LauncherConfig) -> ThisHost:
     first_host_addresses = _resolve_addresses(first_host, f"launcher.rdzv={launcher.rdzv}")
     is_first = any(address in own_interfaces or is_loopback(address) for address in first_host_addresses)
     own_address = _address_others_reach(launcher, first_host, first_host_addresses, own_interfaces, is_first=is_first)
+    return ThisHost(
+        node_rank=_node_rank_of_this_host(launcher, first_host_addresses, is_first=is_first),
+        address=own_address,
+        interface=own_interfaces[own_address],
+        is_first=is_first,
+    )
+
+
+def _node_rank_of_this_host(launcher: LauncherConfig, first_host_addresses: list[str], *, is_first: bool) -> int | None:
+    """This host's index among the hosts of a run: `launcher.node_rank` if that is set, else derived from `launcher.rdzv`.
+
+    0 on the host in `launcher.rdzv` (`is_first`), 1 on the other one of two hosts, and None (not known yet) otherwise.
+    `first_host_addresses`: those of the host in `launcher.rdzv`, for the message.
+    Raises ConfigError if the two settings contradict each other, since ranks meet on the host with index 0.
+    """
     node_rank = launcher.node_rank
     if node_rank is None and is_first:
         node_rank = 0
     elif node_rank is None and launcher.nodes == 2:
         node_rank = 1
-    if is_first and node_rank != 0:
+    if is_first == (node_rank == 0):
+        return node_rank
+    if is_first:
         contradiction = "is this host"
         remedy = "leave launcher.node_rank out here"
-    elif not is_first and node_rank == 0:
+    else:
         contradiction = f"is another host ({', '.join(first_host_addresses)})"
         remedy = "give launcher.rdzv an address of that host"
-    else:
-        return ThisHost(node_rank, own_address, interface=own_interfaces[own_address], is_first=is_first)
     raise ConfigError(
         f"launcher.node_rank={node_rank}: launcher.rdzv={launcher.rdzv} {contradiction}, and the ranks meet on the host with "
         f"index 0; {remedy}"

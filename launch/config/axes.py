@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from launch.config.choices import MODEL_GROUP, WHOLE_RUN_GROUPS, choices_by_group
 from strategies.errors import ConfigError
@@ -245,17 +245,8 @@ def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
     `whole_argument`: for messages.
     Raises ConfigError if nothing matches, or if every published model does, since that is surely not meant.
     """
-    included: set[str] = set()
-    excluded: set[str] = set()
-    # An argument of glob is `pattern`, `[pattern,pattern]`, `include=...` or `exclude=...`.
-    for glob_argument in split_at_commas(glob_text.removeprefix("glob(").removesuffix(")")):
-        name, equals_sign, value = glob_argument.partition("=")
-        is_named = equals_sign and name.strip() in ("include", "exclude")
-        patterns = value if is_named else glob_argument  # a pattern without a name may hold an equals sign itself
-        matches = excluded if is_named and name.strip() == "exclude" else included
-        for pattern in split_at_commas(patterns.strip().strip("[]")):
-            matches.update(_matches_of_pattern(key, pattern.strip("'\" ")))
-    remaining = included - excluded
+    patterns = _parse_glob(glob_text)
+    remaining = _matches_of_patterns(key, patterns.included) - _matches_of_patterns(key, patterns.excluded)
     if key == MODEL_GROUP and remaining >= {*shape_names()}:
         raise ConfigError(
             f"{whole_argument}: would be a run of each of {len(shape_names())} published models; name some of them, as in "
@@ -267,13 +258,39 @@ def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
     return sorted(remaining)
 
 
-def _matches_of_pattern(key: str, pattern: str) -> list[str]:
-    """The choices of the group `key` that fit a pattern; for any other setting, the files."""
+class _GlobPatterns(NamedTuple):
+    """The patterns of a glob on the command line: a value is meant if one of `included` fits and none of `excluded`."""
+
+    included: list[str]
+    excluded: list[str]
+
+
+def _parse_glob(glob_text: str) -> _GlobPatterns:
+    """Read Hydra's way to write a glob: `glob([a*,b*],exclude=c)` has the patterns a* and b*, and excludes c.
+
+    An argument of glob is `pattern`, `[pattern,pattern]`, `include=...` or `exclude=...`.
+    """
+    patterns = _GlobPatterns(included=[], excluded=[])
+    for glob_argument in split_at_commas(glob_text.removeprefix("glob(").removesuffix(")")):
+        name, equals_sign, value = glob_argument.partition("=")
+        is_named = equals_sign and name.strip() in ("include", "exclude")
+        pattern_list = value if is_named else glob_argument  # a pattern without a name may hold an equals sign itself
+        target = patterns.excluded if is_named and name.strip() == "exclude" else patterns.included
+        target += [pattern.strip("'\" ") for pattern in split_at_commas(pattern_list.strip().strip("[]"))]
+    return patterns
+
+
+def _matches_of_patterns(key: str, patterns: list[str]) -> set[str]:
+    """The choices of the group `key` that fit one of the patterns; for a setting that is no group, the files that do."""
     from glob import glob
 
-    if key in choices_by_group():
-        return fnmatch.filter(choices_by_group()[key], pattern)
-    return glob(pattern, recursive=True)  # noqa: PTH207 - absolute patterns too
+    matches: set[str] = set()
+    for pattern in patterns:
+        if key in choices_by_group():
+            matches.update(fnmatch.filter(choices_by_group()[key], pattern))
+        else:
+            matches.update(glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too
+    return matches
 
 
 def point_exclusion_flags(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:

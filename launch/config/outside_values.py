@@ -240,6 +240,19 @@ def reward_code_identity(file: Path) -> dict[str, Any] | None:
     return None
 
 
+def _models_with_code(config: RunConfig, flag_key: str) -> list[tuple[str, str | None]]:
+    """The models, as (path or hub id, revision), whose Python code a flag such as `model.trust_remote_code` lets run.
+
+    For `flag_key` `model.trust_remote_code` these are the model and its tokenizer, otherwise the teacher of the objective.
+    """
+    if flag_key == "model.trust_remote_code":
+        models = [(config.model.path, config.model.revision), (config.model.tokenizer, config.model.revision)]
+    else:
+        objective: Any = config.objective
+        models = [(objective.teacher.path, objective.teacher.revision)]
+    return [(path, revision) for path, revision in dict.fromkeys(models) if path is not None]
+
+
 def _model_code_values(config: RunConfig, key: str) -> Iterator[ValueNeedingConsent]:
     """The Python code that a flag such as `model.trust_remote_code` lets run, as values that need the user's consent.
 
@@ -251,14 +264,7 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[ValueNeedingCons
 
     None of the two if there is no code.
     """
-    if key == "model.trust_remote_code":
-        sources = [(config.model.path, config.model.revision), (config.model.tokenizer, config.model.revision)]
-    else:
-        objective: Any = config.objective
-        sources = [(objective.teacher.path, objective.teacher.revision)]
-    for path, revision in dict.fromkeys(sources):
-        if path is None:
-            continue
+    for path, revision in _models_with_code(config, key):
         directory = local_model_directory(config.model, path, revision)
         if config.model.download and not Path(path).expanduser().is_dir():
             # Even if code is in the cache, files that are missing there are still fetched.

@@ -343,7 +343,7 @@ def _keep_template_date(config: RunConfig, earlier_config: RunConfig, run_dir: P
 def _keep_matmul_library(config: RunConfig, earlier_config: RunConfig) -> None:
     """Record in `config` the library of float32 matrix products that the run began with, unless the command names one.
 
-    Another library would round otherwise, and so change the loss of a resumed run. The note goes to `substitutions`, by which a
+    Another library may round otherwise, and so change the loss of a resumed run. The note goes to `substitutions`, by which a
     start knows what was chosen for `auto`.
     """
     library = settled_matmul(earlier_config)

@@ -140,11 +140,6 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
     `node`: the number of this one. Writes a file into the run directory, by which the coordinator sees this node.
     Nothing is judged here, and nothing that is missing raises an error. `heard_at` is left to the coordinator.
     """
-    packages = {}
-    for name in COMPARED_LIBRARIES:
-        version = installed_version(name)
-        if version is not None:
-            packages[name] = version
     environment = {}
     for name, setting in sorted(os.environ.items()):
         if name.startswith(RELEVANT_VARIABLE_PREFIXES):
@@ -160,7 +155,7 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "clone": code_facts(),
-        "packages": packages,
+        "packages": _versions_of_compared_libraries(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_free_gib": _memory_free_gib(),
         "environment": environment,
@@ -173,6 +168,16 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
         if model is not None:
             facts["models"][model] = model_facts(model, request.revision)
     return facts | gpu_facts()
+
+
+def _versions_of_compared_libraries() -> dict[str, str]:
+    """The versions of the installed libraries that must be the same on all nodes: {"torch": "2.8.0", ...}."""
+    versions = {}
+    for name in COMPARED_LIBRARIES:
+        version = installed_version(name)
+        if version is not None:
+            versions[name] = version
+    return versions
 
 
 def code_facts() -> dict[str, str]:

@@ -121,12 +121,7 @@ def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Itera
         for path, is_visible in facts["paths"].items():
             if not is_visible:
                 yield f"{host}: does not see {path}; data must be on a disk that all nodes share"
-        for model, model_facts in facts["models"].items():
-            missing_files = model_facts.get("lacking")
-            if not model_facts["files"]:
-                yield f"{host}: does not have the model {model}; put it where all nodes see it, or into each node's cache"
-            elif missing_files:
-                yield f"{host}: {model} is incomplete: {', '.join(missing_files[:3])} is missing; download it again"
+        yield from _model_problems(host, facts["models"])
         free_gib = facts["memory_free_gib"]
         if free_gib is not None and free_gib < request.memory_gib:
             yield (
@@ -138,6 +133,19 @@ def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Itera
                 f"{host}: has {facts['gpu_count']} GPUs, but {request.gpus_per_node} are needed "
                 "(launcher.gpus_per_node, launcher.gres)"
             )
+
+
+def _model_problems(host: str, facts_by_model: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """A problem for each model or tokenizer of the run that one node lacks, or that lacks files of its weights there.
+
+    `facts_by_model`: from `node_facts.model_facts` on that node: {"org/model": {"files": 12, "lacking": [], ...}}.
+    """
+    for model, model_facts in facts_by_model.items():
+        missing_files = model_facts.get("lacking")
+        if not model_facts["files"]:
+            yield f"{host}: does not have the model {model}; put it where all nodes see it, or into each node's cache"
+        elif missing_files:
+            yield f"{host}: {model} is incomplete: {', '.join(missing_files[:3])} is missing; download it again"
 
 
 def _run_dir_problems(host: str, run_dir: str | None, run_dir_facts: dict[str, Any] | None) -> Iterable[str]:
