@@ -239,10 +239,8 @@ class Checkpoints:
         - No directory can take it: nothing half-written stays. Raises StorageError on every rank with `must_succeed`, or after
           more than `checkpoint.max_failures` failures in a row. Else prints a warning and returns False.
 
-        Arguments:
-            must_succeed: the run cannot go on without it; usually its last one.
-            replaces_older: False for a checkpoint that is deleted after the export, so that no older one is deleted for it.
-            attachments: files beside the state by name, which rank 0 writes.
+        `must_succeed`: the run cannot go on without it; usually its last one. `replaces_older`: False for a checkpoint that is
+        deleted after the export, so that no older one is deleted for it. `attachments`: files beside the state, by name.
         """
         began_at = time.monotonic()
         # The size is known only after these collectives, which wait for rank 0: it may still be writing metrics to the disk.
