@@ -65,8 +65,7 @@ def _repeats_cell(point: ComparedPoint) -> str:
     """The range of a point's repeats for a table, slowest to fastest in tokens/s: `11,800-12,345`; `-` for a single repeat."""
     if point.summary.spread is None:
         return UNKNOWN_CELL
-    slowest, fastest = point.summary.spread
-    return f"{_rate_cell(slowest)}-{_rate_cell(fastest)}"
+    return f"{_rate_cell(point.summary.spread.low)}-{_rate_cell(point.summary.spread.high)}"
 
 
 class TextColumn(NamedTuple):

@@ -316,11 +316,11 @@ def _three_digits(value: float) -> str:
 
 
 def _slowest(point: ComparedPoint) -> float | None:
-    return point.summary.spread[0] if point.summary.spread else None
+    return point.summary.spread.low if point.summary.spread else None
 
 
 def _fastest(point: ComparedPoint) -> float | None:
-    return point.summary.spread[1] if point.summary.spread else None
+    return point.summary.spread.high if point.summary.spread else None
 
 
 def _start_without_evaluation_s(point: ComparedPoint) -> float | None:

@@ -18,7 +18,6 @@ from launch.compare.quality import (
     quality_metric,
 )
 from launch.compare.quality_evidence import SIGNIFICANCE_LEVEL, QualityDifference, quality_difference
-from launch.compare.recommendation import ranges_overlap
 from trainer.reporting.numbers import format_metric
 
 MAX_NAMED_SETTINGS = 3
@@ -260,10 +259,10 @@ def _speed_and_memory_clause(baseline: ComparedPoint, point: ComparedPoint) -> s
     ratios = []
     if baseline.measured.tokens_per_s and point.measured.tokens_per_s:
         speed = f"{_ratio_text(point.measured.tokens_per_s / baseline.measured.tokens_per_s)} x its tokens/s"
-        # `spread`: (slowest, fastest) repeat in tokens/s. If those of the two points overlap, nobody knows which is the faster.
+        # From the slowest to the fastest repeat. If these overlap, nobody knows which point is the faster.
         baseline_spread = baseline.summary.spread
         point_spread = point.summary.spread
-        if baseline_spread is not None and point_spread is not None and ranges_overlap(baseline_spread, point_spread):
+        if baseline_spread is not None and point_spread is not None and baseline_spread.overlaps(point_spread):
             speed += " (less than the repeats differ)"
         ratios.append(speed)
     if baseline.measured.memory_gib and point.measured.memory_gib:

@@ -20,6 +20,7 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING
 
 from launch.compare.curves import SAME_LOSS_TOLERANCE
+from launch.compare.interval import Interval
 from launch.compare.metric_meaning import HELD_OUT_LOSS, differing_keys
 from launch.compare.run_files import RecordedRun, last_held_out_metrics
 from strategies import atomic_io
@@ -46,10 +47,10 @@ class QualityDifference:
     """(value - baseline value) / |baseline value|: positive if the value is larger than the baseline's."""
     num_seeds: int
     """How many seeds the job with more seeds has."""
-    seed_interval: tuple[float, float] | None = None
-    """Its confidence interval (low, high) over seeds; None for one seed each, or if the seeds differ by rounding alone."""
-    document_interval: tuple[float, float] | None = None
-    """Its confidence interval (low, high) over held-out documents; None if it is not known."""
+    seed_interval: Interval | None = None
+    """Its confidence interval over seeds; None for one seed each, or if the seeds differ by rounding alone."""
+    document_interval: Interval | None = None
+    """Its confidence interval over held-out documents; None if it is not known."""
     report_intervals_disjoint: bool | None = None
     """Whether the intervals that `shardtune evaluate` reported for both jobs do not overlap; None if it reported none."""
 
@@ -63,9 +64,8 @@ class QualityDifference:
         excludes_chance: list[bool] = []  # for each kind of evidence that is known
         for interval in (self.seed_interval, self.document_interval):
             if interval is not None:
-                low, high = interval
                 # An interval on the other side of zero is evidence for the opposite.
-                excludes_chance.append(low > 0 if self.relative_difference > 0 else high < 0)
+                excludes_chance.append(interval.low > 0 if self.relative_difference > 0 else interval.high < 0)
         if self.report_intervals_disjoint is not None:
             excludes_chance.append(self.report_intervals_disjoint)
         is_more_than_rounding = abs(self.relative_difference) > SAME_LOSS_TOLERANCE
@@ -91,15 +91,17 @@ class QualityDifference:
         """
         clauses = []
         if self.document_interval is not None:
-            low, high = self.document_interval
-            clauses.append(f"95 % interval over held-out documents {low:+.2%} to {high:+.2%}")
+            clauses.append(f"95 % interval over held-out documents {_percent_text(self.document_interval)}")
         if self.seed_interval is not None:
-            low, high = self.seed_interval
-            clauses.append(f"95 % interval over {self.num_seeds} seeds {low:+.2%} to {high:+.2%}")
+            clauses.append(f"95 % interval over {self.num_seeds} seeds {_percent_text(self.seed_interval)}")
         if self.report_intervals_disjoint is not None:
             apart_or_overlap = "apart" if self.report_intervals_disjoint else "overlap"
             clauses.append(f"intervals of shardtune evaluate {apart_or_overlap}")
         return "; ".join(clauses)
+
+
+def _percent_text(interval: Interval) -> str:
+    return f"{interval.low:+.2%} to {interval.high:+.2%}"
 
 
 def quality_difference(
@@ -123,10 +125,8 @@ def quality_difference(
     )
 
 
-def _seed_interval(
-    baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float
-) -> tuple[float, float] | None:
-    """How far the difference of two jobs depends on the seed: a confidence interval (low, high).
+def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float) -> Interval | None:
+    """How far the difference of two jobs depends on the seed: a confidence interval.
 
     It is that of the relative difference of the metric, by Student's t-test with equal variances, on the means over the
     seeds. None if both jobs have one seed, or if the seeds of a job differ by rounding alone: such seeds are like repeats.
@@ -153,13 +153,13 @@ def _seed_interval(
     relative_difference = (mean - baseline_mean) / scale
     standard_error = standard_deviation * math.sqrt(1 / len(baseline_values) + 1 / len(values))
     margin = student_t_quantile(1 - significance_level / 2, degrees_of_freedom) * standard_error
-    return relative_difference - margin, relative_difference + margin
+    return Interval(relative_difference - margin, relative_difference + margin)
 
 
 def _document_interval(
     baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float
-) -> tuple[float, float] | None:
-    """How far the difference of two jobs depends on the held-out documents: a confidence interval (low, high).
+) -> Interval | None:
+    """How far the difference of two jobs depends on the held-out documents: a confidence interval.
 
     It is that of the relative difference of the metric. Both jobs evaluated the same micro-batches of documents, so these
     are compared in pairs. None if
@@ -189,13 +189,13 @@ def _document_interval(
         # error that of a ratio.
         relative_difference = (math.fsum(run_sums) - baseline_total) / baseline_total
         margin = quantile * standard_error_of_ratio(baseline_sums, run_sums)
-        return relative_difference - margin, relative_difference + margin
+        return Interval(relative_difference - margin, relative_difference + margin)
     # Any other metric counts each micro-batch alike: Student's test of the paired changes.
     changes = [run_sum - baseline_sum for baseline_sum, run_sum in pairs]
     scale = abs(baseline_total) / len(pairs)
     relative_difference = fmean(changes) / scale
     margin = quantile * stdev(changes) / math.sqrt(len(pairs)) / scale
-    return relative_difference - margin, relative_difference + margin
+    return Interval(relative_difference - margin, relative_difference + margin)
 
 
 def _paired_batch_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[tuple[float, float]] | None:
@@ -247,13 +247,13 @@ def _report_intervals_disjoint(
     job_interval = _reported_interval(job.done_runs[0], metric)
     if baseline_interval is None or job_interval is None:
         return None
-    baseline_low, baseline_high = baseline_interval
-    job_low, job_high = job_interval
-    return baseline_high < job_low if job_is_larger else job_high < baseline_low
+    if job_is_larger:
+        return baseline_interval.high < job_interval.low
+    return job_interval.high < baseline_interval.low
 
 
-def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | None:
-    """The confidence interval (low, high) of a task's metric in the newest report of `shardtune evaluate` on a run.
+def _reported_interval(run: RecordedRun, metric: str) -> Interval | None:
+    """The confidence interval of a task's metric in the newest report of `shardtune evaluate` on a run.
 
     `metric`: such as `eval/qa/accuracy`, the metric `accuracy` of the task `qa`. The report must be on the run's last
     weights. None if there is no such report, or if no task has the metric.
@@ -268,7 +268,7 @@ def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | N
             # A report does not say of which step the weights are: that of another checkpoint has another value than the run's
             # last evaluation.
             if math.isclose(reported["value"], last_held_out_metrics(run)[metric], rel_tol=1e-6):
-                return float(reported["low"]), float(reported["high"])
+                return Interval(float(reported["low"]), float(reported["high"]))
         except (KeyError, TypeError, ValueError):
             continue
     return None

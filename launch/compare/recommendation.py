@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from launch.compare.interval import Interval
 from launch.compare.quality import RankedJobs, point_has_diverged
 from trainer.reporting.numbers import format_metric
 from trainer.reporting.status import RunState
@@ -199,23 +200,23 @@ def _point_with_least_memory(points: Sequence[ComparedPoint]) -> _BestPoint | No
 
 
 class _MeasuredValue(NamedTuple):
-    """The speed or memory of one point: its value, and the (low, high) within which it may lie."""
+    """The speed or memory of one point: its value, and the range within which it may lie."""
 
     value: float
-    value_range: tuple[float, float]
+    value_range: Interval
     point: ComparedPoint
 
 
 def _best_point(
     points: Sequence[ComparedPoint],
     value_of: Callable[[ComparedPoint], float | None],
-    range_of: Callable[[ComparedPoint, bool], tuple[float, float] | None],
+    range_of: Callable[[ComparedPoint, bool], Interval | None],
     *,
     largest_is_best: bool,
 ) -> _BestPoint | None:
     """Find the point with the best speed or memory, and which points are not shown to differ from it: their ranges overlap.
 
-    `value_of`: reads a point's value, None if it is not known. `range_of(point, is_repeated)`: the (low, high) within which
+    `value_of`: reads a point's value, None if it is not known. `range_of(point, is_repeated)`: the interval within which
     it may lie; `is_repeated` says whether all points have several repeats. None if fewer than two points have a value and a
     range.
     """
@@ -231,13 +232,11 @@ def _best_point(
     choose = max if largest_is_best else min
     best = choose(measured_values, key=lambda measured: measured.value)
     others = [measured for measured in measured_values if measured is not best]
-    not_shown_to_differ = [
-        measured.point for measured in others if ranges_overlap(best.value_range, measured.value_range)
-    ]
+    not_shown_to_differ = [measured.point for measured in others if best.value_range.overlaps(measured.value_range)]
     return _BestPoint(best.point, not_shown_to_differ, is_any_shown_worse=len(not_shown_to_differ) < len(others))
 
 
-def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
+def speed_range(point: ComparedPoint, is_repeated: bool) -> Interval | None:
     """The range in tokens/s within which a point's speed may lie, by which two points are told apart.
 
     The first case that applies:
@@ -256,7 +255,7 @@ def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] 
     return measured.tokens_per_s_quartiles
 
 
-def memory_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
+def memory_range(point: ComparedPoint, is_repeated: bool) -> Interval | None:
     """The range in GiB within which a point's memory may lie, by which two points are told apart; None if it was not measured.
 
     It covers the peaks of all repeats if all points are repeated (`is_repeated`), and is at least `MEMORY_TOLERANCE` of the
@@ -268,14 +267,7 @@ def memory_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float]
     peaks = point.summary.memory_gib_repeats if is_repeated else ()
     is_cpu = point.first_repeat.record.device == "cpu"
     half_width = peak * (CPU_MEMORY_TOLERANCE if is_cpu else MEMORY_TOLERANCE) / 2
-    return min([*peaks, peak - half_width]), max([*peaks, peak + half_width])
-
-
-def ranges_overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:
-    """Whether two (low, high) ranges overlap."""
-    first_low, first_high = first
-    second_low, second_high = second
-    return first_low <= second_high and second_low <= first_high
+    return Interval(min([*peaks, peak - half_width]), max([*peaks, peak + half_width]))
 
 
 def merge_recommendations_by_point(recommendations: Sequence[Recommendation]) -> list[Recommendation]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from launch.compare.interval import Interval
 from launch.compare.profiles import exposed_communication_s
 from launch.compare.run_files import (
     RecordedRun,
@@ -52,10 +53,10 @@ class RepeatsSummary:
     """US dollars for a million tokens at the median speed, all devices together."""
 
     @property
-    def spread(self) -> tuple[float, float] | None:
-        """The slowest and the fastest repeat, tokens/s; None for a single one."""
+    def spread(self) -> Interval | None:
+        """From the slowest to the fastest repeat, in tokens/s; None for a single one."""
         speeds = self.tokens_per_s_repeats
-        return (min(speeds), max(speeds)) if len(speeds) > 1 else None
+        return Interval(min(speeds), max(speeds)) if len(speeds) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from launch.compare.interval import Interval
 from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
@@ -102,7 +103,7 @@ class RunMeasurements:
     supervised_tokens_per_s: float | None
     mfu: float | None
     step_s: float | None
-    tokens_per_s_quartiles: tuple[float, float] | None
+    tokens_per_s_quartiles: Interval | None
     """The lower and the upper quartile: half of the steps lie between them."""
     warmup_steps: int
     """Steps left out of the medians, the first logging interval's as a rule; 0 where there are no others."""
@@ -319,12 +320,12 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
     )
 
 
-def _quartiles(values: list[float]) -> tuple[float, float] | None:
-    """(lower quartile, upper quartile); None for fewer than two values."""
+def _quartiles(values: list[float]) -> Interval | None:
+    """The lower and the upper quartile, between which half of the values lie; None for fewer than two values."""
     if len(values) < 2:
         return None
     lower, _, upper = quantiles(values, n=4, method="inclusive")
-    return lower, upper
+    return Interval(lower, upper)
 
 
 def last_held_out_metrics(run: RecordedRun) -> dict[str, float]:
