@@ -213,36 +213,31 @@ class FollowedRun:
     """Byte offset in each log file up to which it was printed."""
     _launcher: LauncherProcess | None = None
     """The process on this host that would start the ranks again; None if there is none."""
+    _queue: JobQueue | None = None
+    """SLURM's queue as it was last read; None before that."""
+    _queue_read_at: float = float("-inf")
+    """When it was read, by `time.monotonic`."""
     _reported_wait: str = ""
     """What the run was last reported to wait for; empty if it did not wait then."""
 
     def print_until_done(self) -> None:
         """Print what is added to the logs until the run is done, or has ended and nothing will start it again.
 
-        The state of the run is read every `STATE_INTERVAL_S` seconds. A run that did not succeed is followed a little
-        longer.
+        The state of the run is read every `STATE_INTERVAL_S` seconds, at once in the first turn.
         """
         from launch.runs.logs import AddedLinesReader
-        from launch.runs.queue import JobQueue, read_queue
         from trainer.reporting.status import RunState
 
         lines_reader = AddedLinesReader(self.offset_by_file)
-        queue = JobQueue()
-        queue_read_at = float("-inf")
         state_read_at = float("-inf")
         over_since: float | None = None  # None while the run is not over
         while True:
-            # Read the state (at once in the first turn), and the queue less often: while the run trains, nothing depends on it.
             now = time.monotonic()
             if now - state_read_at >= STATE_INTERVAL_S:
                 state_read_at = now
-                run = self._find_launcher_and_read_run(queue)
-                if run.state != RunState.running and now - queue_read_at >= QUEUE_INTERVAL_S:
-                    queue = read_queue()
-                    queue_read_at = now
-                    run = self._find_launcher_and_read_run(queue)
+                run = self._read_run(now)
                 self._print_waiting_reason(run)
-                if not self._is_over(run, queue):
+                if not self._is_over(run):
                     over_since = None
                 elif over_since is None:
                     over_since = now
@@ -253,6 +248,21 @@ class FollowedRun:
                 self._print_end(run)
                 return
             time.sleep(READ_INTERVAL_S)
+
+    def _read_run(self, now: float) -> RunView:
+        """Read the state of the run and, every `QUEUE_INTERVAL_S` seconds while it does not train, SLURM's queue.
+
+        While the run trains, nothing depends on the queue. `now`: by `time.monotonic`.
+        """
+        from launch.runs.queue import JobQueue, read_queue
+        from trainer.reporting.status import RunState
+
+        run = self._find_launcher_and_read_run(self._queue or JobQueue())
+        if run.state == RunState.running or now - self._queue_read_at < QUEUE_INTERVAL_S:
+            return run
+        self._queue = read_queue()
+        self._queue_read_at = now
+        return self._find_launcher_and_read_run(self._queue)
 
     def _print_added_lines(self, lines_reader: AddedLinesReader) -> None:
         """Print the lines that were added to the log files since the last call."""
@@ -280,7 +290,7 @@ class FollowedRun:
             self._launcher = launcher_process(owner) or self._launcher
         return read_run_view(self.run_dir, queue)
 
-    def _is_over(self, run: RunView, queue: JobQueue) -> bool:
+    def _is_over(self, run: RunView) -> bool:
         """Whether the run has ended, and neither a job nor a launcher is known that would start it again.
 
         `run`: its state now.
@@ -293,7 +303,7 @@ class FollowedRun:
             return True
         if run.state not in (RunState.failed, RunState.preempted, LOST) or run.job is not None:
             return False
-        may_be_queued = run.job_id is not None and queue.problem is not None
+        may_be_queued = run.job_id is not None and self._queue is not None and self._queue.problem is not None
         if may_be_queued:
             return False
         if self._launcher is None:  # nobody on this host restarts the run, and no job is in the queue
