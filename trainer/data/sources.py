@@ -392,8 +392,8 @@ def row_ranges(ids_and_rows: Iterator[tuple[InputId, SourceRow | RejectedRow]]) 
             offset = current.offset + len(current.rows) if is_same_input else 0
             current = RowRange(number, split, source, offset, [])
             num_bytes = 0
-        # Rows of text files are measured in bytes, those of tables count alike.
         current.rows.append(row)
+        # Rows of text files are measured in bytes, those of tables count alike.
         num_bytes += len(row.raw) if isinstance(row, UnparsedRow) else TABLE_ROW_BYTES
     if current.rows:
         yield current

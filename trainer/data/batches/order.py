@@ -67,9 +67,9 @@ class Order(ABC):
     def position_ranges(self, first_sample: int, num_samples: int) -> list[tuple[int, int]]:
         """Find where consecutive samples of the run are in the endless order of all epochs: ranges as (first position, count).
 
-        Positions that `set_skipped` left out belong to no sample, and are not counted by `first_sample`. With the positions 3 and
-        4 left out, the samples 2 to 4 are at [(2, 1), (5, 2)]. `first_sample`: how many samples come before the first of
-        `num_samples`.
+        `first_sample`: how many samples come before the first of `num_samples`. Positions that `set_skipped` left out belong to
+        no sample, and are not counted by `first_sample`. With the positions 3 and 4 left out, the samples 2 to 4 are at [(2, 1),
+        (5, 2)].
         """
         positions = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
         # The skipped ranges are ascending, and each one moves on all samples from its first position.

@@ -168,10 +168,11 @@ def _report_by_group(
     target_shares: np.ndarray,
     limited_by: list[str | None],
 ) -> dict[str, GroupReport]:
-    """Say for the report what balancing did to each group, by its name. `num_uses`: how often each document is used, int64 [n].
+    """Say for the report what balancing did to each group (label or source), by its name.
 
-    `limited_by`: by group, the setting (`cap`, `max_repeats`) because of which it misses its target share; None if none.
-    `group_of_document` (int64 [n]): indices into `groups`. `target_shares`: the shares that were aimed at.
+    `group_of_document` (int64 [n]): indices into `groups`. `num_uses` (int64 [n]): how often each document is used.
+    `target_shares`: the shares that were aimed at. `limited_by`: by group, the setting (`cap`, `max_repeats`) because of which it
+    misses its target share; None if none.
     """
     sizes_before = np.bincount(group_of_document, minlength=len(groups))
     sizes_after = np.bincount(group_of_document, weights=num_uses, minlength=len(groups)).astype(np.int64)

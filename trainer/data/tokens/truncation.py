@@ -133,6 +133,7 @@ def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[s
         codes.append("no_supervised" if last_id < 0 else "missing_eos")
     if any(map(spells_control_tokens, document.texts())):
         codes.append("control_tokens_in_text")
+        # Answers keep theirs, since the model is to learn them; elsewhere they are escaped.
         becomes_text = encoder.control_tokens is ControlTokens.text
         if becomes_text and any(map(spells_control_tokens, encoder.context_texts(document))):
             codes.append("control_tokens_as_text")
