@@ -53,8 +53,7 @@ def plan_expert_parallelism(built: BuiltModel, config: RunConfig, runtime: Runti
 
 
 def expert_groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, hosts: int) -> str | None:
-    """A warning for the user that groups of `expert_ranks` ranks cross hosts, so that tokens go over the network; None if they
-    do not.
+    """A warning for the user if groups of `expert_ranks` ranks cross hosts, so that tokens go over the network; else None.
 
     A layer's experts are distributed over the ranks of a group. Groups are neighbouring ranks, so all of them lie within hosts
     if their size divides the ranks of a host.
@@ -118,9 +117,7 @@ def _bytes_of_token_to_experts(built: BuiltModel, precision: Precision) -> float
 
 
 def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
-    """The models in a step module, the trained one first, each by the setting that names it in messages, such as
-    `model.path=<path>`.
-    """
+    """The models in a step module, the trained one first, each by the setting that names it, such as `model.path=<path>`."""
     models: dict[str, nn.Module] = {f"model.path={config.model.path}": step.model}
     if step.teacher is not None:  # a teacher, or a frozen copy of the model if the objective names none
         teacher = teacher_model(config.model, config.objective)
@@ -253,8 +250,7 @@ def _module_problem(degree: str, setting: str, name: str, module: Any) -> str | 
 def _division_problem(
     config: RunConfig, setting: str, expert_counts: list[int], num_ranks: int, num_hosts: int
 ) -> str | None:
-    """Why the experts of a model cannot be divided evenly among ranks, as a line for the user that proposes a setting; None if
-    they can.
+    """Why the experts of a model cannot be divided evenly among ranks, as a line that proposes a setting; None if they can.
 
     Each rank must get equally many experts of a layer. Ranks that share the same experts shard them as whole experts, so a
     layer must have at least one expert for each rank of a replica (a copy of the model).
@@ -289,8 +285,7 @@ def _division_problem(
 
 
 def _possible_settings(common_divisor: int, fewest_experts: int, world_size: int) -> str | None:
-    """Settings for the user under which `world_size` ranks can divide the experts, with as few replicas as possible; None if
-    there are none.
+    """Settings under which `world_size` ranks can divide the experts, with as few replicas as possible; None without any.
 
     For example "parallel.experts=2 or 4": a divisor of the experts of each layer and of the ranks of a replica.
     `common_divisor`: the greatest number that divides the experts of all layers. `fewest_experts`: those of the smallest layer.

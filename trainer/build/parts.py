@@ -91,8 +91,7 @@ def prepare_data(
 
 
 def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:
-    """Do part i of n of the preparation's first pass over the raw data, for `shard` = (i, n), so that several hosts can share
-    it.
+    """Do part i of n of the first pass over the raw data, for `shard` = (i, n), so that several hosts can share it.
 
     When all are done, `prepare_data` merges them. `stop`: called now and then; True if the preparation shall stop.
     """

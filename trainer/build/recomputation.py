@@ -28,9 +28,7 @@ USABLE_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The largest forward pass that a rank of a run makes, by which memory is estimated: a micro-batch of the longest
-    documents.
-    """
+    """The largest forward pass that a rank makes, by which memory is estimated: a micro-batch of the longest documents."""
 
     train: TokenDataset
     micro_batch: int
@@ -68,9 +66,7 @@ def longest_sequence_lengths(data_spec: DataSpec, workload: Workload) -> list[in
 
 
 def num_tokens_of_longest_micro_batch(built: BuiltModel, workload: Workload) -> int:
-    """How many tokens one rank computes with in the longest micro-batch, padding included; if ranks share rows, those of its
-    slice.
-    """
+    """How many tokens one rank computes with in the longest micro-batch: padding included, or those of its slice of rows."""
     lengths = longest_sequence_lengths(built.data_spec, workload)
     tokens = sum(lengths)
     if built.layout is not Layout.padding_free:
@@ -82,8 +78,7 @@ def num_tokens_of_longest_micro_batch(built: BuiltModel, workload: Workload) -> 
 
 
 def placeholder_micro_batch(built: BuiltModel, lengths: list[int], cut: RowCut | None) -> dict[str, Any]:
-    """Make a micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step whose result does not
-    matter.
+    """Make a micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step without real data.
 
     Every token that may be a target is one. Token ids, counts (`totals`) and the means that some objectives take before a
     step's first backward pass (`step_means`) are placeholders, on which no shape depends. `cut`: which slice of the rows a rank
@@ -101,8 +96,7 @@ def placeholder_micro_batch(built: BuiltModel, lengths: list[int], cut: RowCut |
 
 
 def counted_activations(built: BuiltModel, workload: Workload, precision: Precision) -> ActivationBytes:
-    """Count the bytes of activations that the longest micro-batch keeps for its backward pass, on meta tensors: allocates
-    nothing.
+    """Count the bytes of activations that the longest micro-batch keeps for its backward pass, on meta: allocates nothing.
 
     The result knows them block by block for each way of recomputation. Raises ConfigError for an encoder-decoder model, and for
     one whose forward pass reads values, which meta tensors do not have.

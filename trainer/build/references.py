@@ -76,8 +76,7 @@ def _attach_frozen_model(
     source: WeightSource,
     tokenizer: Any,
 ) -> None:
-    """Add a teacher, or a frozen copy of the model before training, to the step module on meta, so that the engine shards it
-    too.
+    """Add a teacher, or a frozen copy of the model before training, to the step module on meta; the engine shards it too.
 
     Sets in `source.frozen_sources` where its weights are read.
     """

@@ -63,8 +63,7 @@ class RoundInputs:
 
 
 def num_prompts_per_round(config: RunConfig) -> int:
-    """How many prompts a round of generation has: the completions that it learns from, over those of each prompt
-    (`group_size`).
+    """How many prompts a round of generation has: the completions of its batches over those of each prompt (`group_size`).
 
     A round: the model generates answers to prompts, rewards score them, and a few optimizer steps learn from them.
     """
@@ -260,8 +259,7 @@ def _prompt_sharing_problem(config: RunConfig, built: BuiltModel, cut: RowCut | 
 
 
 def max_concurrent_completions(built: BuiltModel, engine: Engine, runtime: Runtime, tokens: int) -> int:
-    """How many completions a rank generates at a time: the largest power of two whose KV cache fits beside the gathered
-    weights.
+    """How many completions a rank generates at a time: the largest power of two whose KV cache fits beside whole weights.
 
     At least 1, and at most `MAX_GENERATION_ROWS`. `tokens`: of the longest prompt with its completion. The number follows from
     the size of the devices and from what this process has allocated for model and optimizer, not from the memory that is free

@@ -54,8 +54,8 @@ class LayerHeads:
         return heads_of_busiest * ranks / self.num_query_heads
 
     def max_all_to_all_elements(self, tokens: int, ranks: int) -> int:
-        """Elements that the busiest rank sends to others in a forward pass of one layer, for a row of `tokens` tokens that
-        `ranks` ranks share.
+        """Elements that the busiest of `ranks` ranks sends to others in a forward pass of one layer, for a row of `tokens`
+        tokens.
 
         Before attention a rank sends its slice of all heads that it does not attend with; after it, its heads of all other
         slices.
@@ -75,8 +75,8 @@ class LayerHeads:
         return max(sent_by_rank)
 
     def all_to_all_elements_counted_on_rank_0(self, tokens: float, ranks: int) -> float:
-        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a forward pass of one layer, as a measured
-        step counts them.
+        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a layer's forward pass, as a step counts
+        them.
 
         An estimate to be compared with these counters (`strategies/communication_counters.py`). They count an all-to-all with
         the larger of what is sent and what is received, the rank's own part included. `tokens`: of the row that the `ranks`

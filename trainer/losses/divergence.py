@@ -265,8 +265,7 @@ class _LinearDivergence(torch.autograd.Function):
 def distillation_losses(
     head: LossHead, hidden: Tensor, targets: Tensor, comparison: TeacherComparison
 ) -> DistillationLosses:
-    """The losses of a student's rows `hidden [N, H]`: cross-entropy with `targets [N]`, and divergence from a teacher at some
-    rows.
+    """The losses of a student's rows `hidden [N, H]`: cross-entropy with `targets [N]`, and divergence from a teacher.
 
     Called inside the forward pass of the student's head `head`. `comparison`: the teacher's states and head, which rows are
     compared, and the weights of the losses. Without `comparison.head`, teacher and student share the head.

@@ -19,8 +19,7 @@ class LogitTransform(NamedTuple):
 
 
 def head_transform(hf_config: Any) -> LogitTransform:
-    """What an architecture does to the logits after its head, from transformers' configuration: a soft cap (Gemma), a factor
-    (Cohere).
+    """What an architecture does to the logits after its head: a soft cap (Gemma), a factor (Cohere).
 
     Computed by the loss itself, where the head is replaced.
     """
@@ -36,8 +35,7 @@ def head_transform(hf_config: Any) -> LogitTransform:
 
 
 def install_loss_head(model: Any, hf_config: Any, *, frozen_row: int | None = None) -> None:
-    """Replace a model's output layer by one that computes the loss itself (a LossHead), if it is a plain linear one; else
-    nothing changes.
+    """Replace a model's output layer, if it is a plain linear one, by a LossHead, which computes the loss itself.
 
     `frozen_row`: the row of the input embedding that is always zero (as a rule the padding token's), so that it must not train
     through a layer that is tied to the embedding. None if there is none.

@@ -34,8 +34,7 @@ class _RowLogps:
 
 
 def row_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's target, and entropy in nats of its distribution, `[N]` float32 each, for reinforcement
-    learning.
+    """Log-probability of each row's target and entropy in nats of its distribution, `[N]` float32, for reinforcement learning.
 
     `hidden [N, H]`: the rows' states. Logits are divided by `temperature` first. Gradients flow through the log-probabilities
     alone. Calls `head` exactly once, as a module, also for no rows: a sharded head is gathered on all ranks together.

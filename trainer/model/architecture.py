@@ -106,8 +106,7 @@ def _dropout_while_building(hf_config: Any, probability: float) -> Iterator[None
 
 
 def transformers_class(kind: ModelKind, hf_config: Any) -> Any:
-    """Choose transformers' auto class (such as AutoModelForCausalLM) that builds a model of this kind for the configuration
-    `hf_config`.
+    """Choose transformers' auto class (AutoModelForCausalLM, say) that builds a model of this kind for a configuration.
 
     A model that also reads images or sound is built whole, since its checkpoint is of the whole.
     """
@@ -180,9 +179,7 @@ def modules_beside_text(model: Any) -> tuple[str, ...]:
 
 
 def from_config_options(config: ModelConfig) -> dict[str, Any]:
-    """Arguments for every `from_config` of transformers, beside the attention: remote code, data type and the function for
-    experts.
-    """
+    """Arguments for every `from_config` of transformers but the attention: remote code, data type, function for experts."""
     options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
     if not config.trust_remote_code:  # a model's own code need not know this argument
         options["experts_implementation"] = experts.EXPERTS_FUNCTION
@@ -223,8 +220,7 @@ def set_head_settings(hf_config: Any, num_outputs: int | None, pad_token_id: int
 
 
 def grow_vocabulary(config: ModelConfig, hf_config: Any, num_tokens: int, num_added_tokens: int) -> None:
-    """Make room for added tokens: set the vocabulary in `hf_config` to at least `num_tokens`, before the model is built from
-    it.
+    """Make room for added tokens in `hf_config`, before the model is built from it: at least `num_tokens` in the vocabulary.
 
     Of these, `num_added_tokens` are those of `model.add_tokens`. The vocabulary never shrinks: a model may have more rows than
     its tokenizer has tokens. Built at its final size, the model needs no resizing after sharding.
@@ -272,8 +268,7 @@ def width_and_num_blocks(model: Any) -> tuple[int, int]:
 
 
 def attention_crossover_tokens(hf_config: Any) -> int:
-    """The length in tokens at which a document's attention costs as much as its products with the weights, to balance ranks by
-    cost.
+    """The length in tokens at which a document's attention costs as much as its products with the weights.
 
     A document of n tokens costs about n + n^2 / crossover, in units of one token's products with the weights.
 

@@ -120,9 +120,7 @@ def _has_chunks(module: nn.Module) -> bool:
 
 
 def _chunk_of(module: nn.Module) -> int | None:
-    """Tokens of the chunks in which a layer attends as in documents of their own (Llama 4); None if it attends to whole
-    documents.
-    """
+    """Tokens of the chunks in which a layer attends as in documents of their own (Llama 4); None if it has no chunks."""
     config: Any = getattr(module, "config", None)
     layer = getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
@@ -158,8 +156,7 @@ def _chunk_bounds(bounds: list[int], size: int | None) -> list[int]:
 
 
 def _scaled_by_document_position(module: Any, query: Tensor, document_bounds: list[int]) -> Tensor:
-    """Correct queries `[1, H, T, D]` that Llama 4 has scaled by their position in the row: as if scaled by that in their
-    document.
+    """Correct queries `[1, H, T, D]` that Llama 4 has scaled by their position in the row: that in their document counts.
 
     It scales in layers without rotary positions, from position `floor_scale` on: a shorter row is as it should be.
     """
@@ -232,8 +229,7 @@ class Segments:
 
 
 def segments_of_branches(bounds: Sequence[int], branches: Sequence[Sequence[int]]) -> Segments:
-    """Cut a row whose documents have branches (answers that share one prompt, the trunk) into sequences for a variable-length
-    kernel.
+    """Cut a row of documents with branches (answers to one prompt, the trunk) into sequences for a variable-length kernel.
 
     A branch sees the trunk and itself, so the trunk's keys come once for each branch. `bounds`: where documents begin in the
     row, and the row's end. `branches`: where the branches of each document begin, counted from the document's begin.
@@ -281,8 +277,8 @@ class AttentionRule:
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
     def mask_of_last_queries(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """Which keys each query sees if the queries are the last tokens of the keys, as an answer behind its prompt: bool
-        `[queries, keys]`.
+        """Which keys each query sees, bool `[queries, keys]`, if the queries are the last of the keys: an answer behind its
+        prompt.
         """
         query = torch.arange(keys - queries, keys, device=device)
         distance = query[:, None] - torch.arange(keys, device=device)[None, :]
@@ -339,9 +335,7 @@ def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRul
 
 
 def _attend_with_mask(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
-    """Attention of queries to the keys that `mask` shows, bool `[queries, keys]`; None: causal if the rule is, else to all
-    keys.
-    """
+    """Attention to the keys that `mask` shows, bool `[queries, keys]`; None: causal if the rule is, else to all keys."""
     if rule.softcap is not None or rule.sinks is not None:  # torch's kernel knows neither
         return _attend_with_score_matrix(q, k, v, rule, mask)
     return F.scaled_dot_product_attention(

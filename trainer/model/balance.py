@@ -42,8 +42,7 @@ class RouterLosses:
         return bool(self.balance_weight or self.z_weight)
 
     def tokens_by_expert(self, record: RoutingRecord) -> Tensor:
-        """How many tokens chose each expert (have it among their `top_k`), over all layers of a forward pass: int64
-        `[experts]`.
+        """How many tokens chose each expert (have it among their `top_k`), over all layers of a pass: int64 `[experts]`.
 
         `record`: the routers' logits of the pass. Padding does not count.
         """
@@ -153,9 +152,7 @@ def router_losses_of_run(
 
 
 def _first_setting(meta_model: nn.Module, text_config: Any, names: tuple[str, ...]) -> Any:
-    """Look up a setting that models name differently: the first attribute in `names` that the model has, else that
-    `text_config` has; None if neither.
-    """
+    """The first of `names` that the model has as an attribute, else that `text_config` has; None if neither has one."""
     for owner in (meta_model, text_config):
         for name in names:
             setting = getattr(owner, name, None)
@@ -177,8 +174,7 @@ def logit_z_weight(hf_config: Any) -> float:
 
 
 def _balance_loss_difference(meta_model: nn.Module, top_k: int) -> str | None:
-    """Test whether transformers' balancing loss for a model class is the one here; returns the difference as text for "has
-    ...", or None.
+    """How transformers' balancing loss for a model class differs from the one here, as text for "has ..."; None if it does not.
 
     Both are computed for a few random logits of two routers. `top_k`: experts that a token counts for.
     """

@@ -128,8 +128,7 @@ def _types_of_same_package(config_class: type, model_types: Iterable[str]) -> li
 
 
 def can_generate_with_cache(causal_model: Any) -> bool:
-    """Whether `generate` of a model can keep keys and states of the text so far, in place of reading the whole text for each
-    token.
+    """Whether `generate` of a model can keep keys and states of earlier tokens, in place of reading the text for each token.
 
     transformers 5.24 takes the number of tokens in a cache from an attention layer. A model that asks for that number without
     an attention layer, such as Jamba with linear layers alone, ends in a ValueError. Mamba does not ask.
@@ -288,8 +287,7 @@ def output_recorders(module: nn.Module, kind: str) -> list[Any] | None:
 
 
 def zeroes_loaded_embedding(model: Any, row: int) -> bool:
-    """Whether an architecture, whenever it is loaded, sets `row` of its token embeddings to zero, so that training it would be
-    lost.
+    """Whether an architecture, whenever it is loaded, sets `row` of its token embeddings to zero: training it would be lost.
 
     Calls `PreTrainedModel._init_weights` on a small embedding of ones that is marked `_is_hf_initialized`, as the loader marks
     weights that it read. The public way is to load the model from files and look.
@@ -348,8 +346,7 @@ class ConversionRules:
         return {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
 
     def name_in_model(self, stored_name: str, state: Mapping[str, Tensor], prefix: str) -> tuple[str, str | None]:
-        """The parameter that a stored tensor belongs to, and the pattern of the converter that takes it (None: it is only
-        renamed).
+        """The parameter that a stored tensor belongs to, and the pattern of the converter that takes it (None: only renamed).
 
         `state`: the model's tensors by name. `prefix` ("model", a `base_model_prefix`): checkpoints have it or not, so it is
         added or removed where that gives a name of `state`.
@@ -362,9 +359,7 @@ class ConversionRules:
         return name, pattern
 
     def converted_name(self, name: str) -> tuple[str, str | None]:
-        """The name under which a converter files the tensor `name`, and the pattern that took it; None for the pattern if no
-        converter does.
-        """
+        """The name under which a converter files the tensor `name`, and the pattern that took it (None: no converter does)."""
         from transformers.core_model_loading import apply_converters
 
         converted, pattern = apply_converters(name, self.converters)
@@ -423,8 +418,7 @@ def stacking_dimension(operation: Any) -> int | None:
 
 
 def keeps_rows_apart(operation: Any, dimensions: int) -> bool:
-    """Whether row i of what a converter's operation makes depends on row i of its sources alone, so that rows can be read one
-    by one.
+    """Whether row i of what a converter's operation makes depends on row i of its sources alone: rows can be read one by one.
 
     `dimensions`: number of dimensions of the tensors. Knows `Concatenate`, `Interleave` and `Transpose` of
     `transformers.core_model_loading`; any other operation may mix rows.

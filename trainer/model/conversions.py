@@ -117,9 +117,7 @@ class _GroupedTensors(NamedTuple):
 
 
 class Conversions:
-    """Translates between the parameters of a model and the tensors in a checkpoint's files: names, shapes and values, in both
-    directions.
-    """
+    """Translates between a model's parameters and the tensors in a checkpoint's files: names, shapes and values, both ways."""
 
     def __init__(self, meta_model: Any, files: SafetensorsFiles) -> None:
         """Sort the stored tensors by the parameters that they become.
@@ -287,8 +285,7 @@ class Conversions:
     # -- and back ------------------------------------------------------------------------------------------------
 
     def stored_groups(self, names: Iterable[str]) -> list[StoredGroup]:
-        """Plan how parameters and buffers are written back as the checkpoint stores them: the groups of them that are converted
-        together.
+        """Plan how parameters and buffers are written as the checkpoint stores them: groups of them are converted together.
 
         The groups come in the order in which they are complete, so that an export writes each as soon as it has all values. A
         parameter that is only renamed is a group by itself. Parameters that become stored tensors together are a group once all
@@ -349,8 +346,7 @@ class Conversions:
         return target_by_name
 
     def convert_back(self, group: StoredGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn the parameters of one group back into the tensors that the checkpoint stores, {stored name: tensor}, in the
-        order of writing.
+        """Turn the parameters of one group back into the checkpoint's tensors, {stored name: tensor}, in the order of writing.
 
         The experts of a layer, one parameter in the model, become a stored tensor each. Weights that were quantised in the
         files come out in full precision.
@@ -365,8 +361,7 @@ class Conversions:
         return {group.stored_name(name): tensor for name, tensor in converted.items()}
 
     def _stored_prefix(self, target_by_name: dict[str, _StoredTarget]) -> str:
-        """What the names in the files begin with if the trained model is a part of a larger one: "language_model." for Llama 4;
-        else "".
+        """What names in the files begin with if the model is a part of a larger one: "language_model." for Llama 4; else "".
 
         transformers' rules remove this prefix on the way in, and do not put it back. It is found by tensors that are only
         renamed: the stored `language_model.model.norm.weight` is `model.norm.weight` by the reversed rules. Also "" if these
@@ -426,8 +421,7 @@ def _only_source(group: ConversionGroup) -> str:
 
 
 def dequantizer(hf_config: Any, path: str) -> Any:
-    """transformers' object that turns the weights of a quantised checkpoint into plain numbers while they are read; None if the
-    checkpoint is not quantised.
+    """transformers' object that makes plain numbers of quantised weights as they are read; None for an unquantised checkpoint.
 
     `hf_config`: its `quantization_config` is the dictionary of config.json, or transformers' object of it. `path`: of the
     model, for messages. Raises ConfigError for a kind of quantisation that is not in `READABLE_QUANTISATIONS`.

@@ -50,8 +50,7 @@ def decoder_start_token_id(hf_config: Any, directory: Path | None) -> int:
 
 
 def prepare_encoder_decoder(model: Any, directory: Path | None) -> EncoderDecoder:
-    """Prepare an encoder-decoder model, which is on meta, for training: untie parameters that the checkpoint holds apart, and
-    note its first token.
+    """Untie what the checkpoint holds apart in an encoder-decoder model, which is on meta, and note its first token.
 
     `directory`: of the checkpoint; None for a published shape. Without weights, as a plan does without them, what the
     configuration ties stays tied; a run reads the weights later, and says that they are missing.

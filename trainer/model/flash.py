@@ -13,8 +13,7 @@ HEAD_SIZE_SETTINGS = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim"
 
 
 def head_sizes(hf_config: Any) -> list[int]:
-    """The sizes of attention heads in a model, from its transformers config, ascending, such as `[64, 128]`; empty if it states
-    none.
+    """The sizes of attention heads that a transformers config states, ascending, such as `[64, 128]`; empty without any.
 
     A kernel must have each of them. Without a setting for it, the size is the hidden size over the number of heads.
     """

@@ -127,8 +127,7 @@ def _document_of(positions: Tensor) -> Tensor | None:
 
 
 def _positions_of(positions: Tensor) -> Tensor:
-    """The positions in their documents of all tokens of the row, of which `positions [1, t]` are a rank's slice, int64 `[1,
-    T]`.
+    """The positions in their documents of all tokens of the row, of which `positions [1, t]` are a slice: int64 `[1, T]`.
 
     `positions` itself if it is the whole row, or if no row is known.
     """
@@ -154,8 +153,7 @@ def block_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> BlockMask:
-    """Build FlexAttention's mask for the current packed row: which blocks of positions attend to each other, within documents
-    only.
+    """Build FlexAttention's mask for the current packed row: which blocks of positions attend to each other.
 
     transformers calls it for each kind of layer. `mask_function(batch, head, query, key)`: the architecture's own rule
     (causality, windows). Not every one keeps documents apart, so the boundaries of the row do. `q_length`, `kv_length`: tokens
@@ -295,8 +293,7 @@ def _attend_on_shapes(
 def _attend_over_pairs(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention as FlexAttention's kernel computes it, by plain products over all pairs of positions: for CPUs, in proofs and
-    tests.
+    """Attention as FlexAttention's kernel computes it, by plain products over all pairs of positions: for CPUs, in proofs.
 
     Every query sees a key: at least itself, since masks are causal. Returns (output `[B, H, T, D]`, logarithm of the sum of
     exp(score) of each query `[B, H, T]`).
@@ -315,8 +312,7 @@ def _attend_over_pairs(
 
 
 def flex_refusal(meta_model: Any, head_sizes: list[int], *, dropout: float) -> str | None:
-    """Why flex attention cannot compute the attention of a model on a GPU in half precision, as part of a sentence; None if it
-    can.
+    """Why flex attention cannot compute a model's attention on a GPU in half precision, as part of a sentence; else None.
 
     `meta_model`: the model on meta. `head_sizes`: of its layers. `dropout`: of its attention; 0.0: none.
     """

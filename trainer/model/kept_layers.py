@@ -70,8 +70,7 @@ class KeptLayers:
         return sum(kept < index for kept in self.indices)
 
     def settings_of_kept_layers(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings that a small copy with only these layers needs: those that depend on the number or order of layers, with
-        new values.
+        """The settings that depend on the number or order of layers, with new values for a copy with only these layers.
 
         If layers 0, 1 and 31 of 32 are kept: `num_hidden_layers` 32 -> 3, `first_k_dense_replace` 1 -> 1 (a number of first
         layers), `mlp_only_layers` [0, 31] -> [0, 2] (indices of layers), and of a list of 32 entries these three stay.
@@ -161,8 +160,7 @@ def _shortest_prefix_length(kinds: list[tuple[Any, ...]], times: int) -> int:
 
 
 def _first_layer_of_each_kind(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
-    """The fewest layers with every kind: indices of the first of each, and further ones from the start until there are
-    `MIN_LAYERS`.
+    """The fewest layers with every kind: indices of the first of each, and further ones up to `MIN_LAYERS` layers.
 
     For 4 layers of which the last is of another kind: (0, 3).
 
@@ -211,8 +209,7 @@ def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
 
 
 def layer_kinds_with_settings(full_model: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
-    """Describe what tells each layer of a model from the others, by index; of layers with equal entries a small copy needs only
-    one.
+    """Describe what tells each layer of a model from the others, by index; of layers with equal entries one is enough.
 
     An entry has what the layer is built of, its name in lists such as `layer_types`, its own settings, and its side of each
     border. A border is drawn by a setting such as `n_input_layers`, between layers that are built alike but used differently.

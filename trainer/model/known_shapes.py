@@ -65,8 +65,7 @@ def names_by_hub_id() -> dict[str, str]:
 
 
 def shape_instead_of_files(config: ModelConfig) -> KnownShape | None:
-    """The published sizes of a model (its shape), which stand for its files in plans; None if its files are here, or it has no
-    known shape.
+    """The published sizes of a model (its shape) that stand for its files in plans; None if these are here, or none is known.
 
     A revision of a model may have another shape, so one that is named has none here. Nor has a model that may be downloaded: a
     hub that cannot be reached for a moment must not change what is trained.

@@ -68,8 +68,7 @@ def choose_attention_layout(
     needs_padding: bool,
     kernels: KernelChoices,
 ) -> AttentionLayout:
-    """Choose how documents lie in memory, padded or one after another in a row (padding-free), and which kernel computes
-    attention.
+    """Choose how documents lie: padded, or one after another in a row (padding-free); and which kernel computes attention.
 
     `attention_setting`: the setting `model.attention`. `needs_padding`: the objective or tuning needs a row for each document.
     `reason_for_own_rows(kernel)`: why documents cannot lie in one row with that kernel; empty if they can. Cases, in order:

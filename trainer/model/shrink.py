@@ -124,8 +124,7 @@ class NotShrinkable(Exception):
 
 
 def small_copies(hf_config: Any, full_model: nn.Module, *, keep_counts: bool = False) -> Iterator[Any]:
-    """Yield configurations of small copies of a model, on which its behaviour can be tested in a moment; the likeliest to work
-    first.
+    """Yield configurations of small copies of a model, on which it can be tested in a moment; the likeliest to work first.
 
     A copy keeps every kind of layer of the model. There is one for each way to shrink sizes and each choice of layers, without
     those that the configuration's class refuses. None is tried out here: callers build one after the other until one runs.
@@ -179,9 +178,7 @@ def changed_sizes(hf_config: Any, small_config: Any) -> dict[str, tuple[Any, Any
 
 
 def kept_counts(hf_config: Any, small_config: Any) -> dict[str, int]:
-    """The numbers of heads and experts that a small copy has in common with the model, for a report: {"num_attention_heads":
-    32}.
-    """
+    """Which numbers of heads and experts a small copy keeps, for a report: {"num_attention_heads": 32}."""
     kept: dict[str, int] = {}
     for full_settings, small_settings in _nested_settings(
         _settings_of(hf_config), _settings_of(small_config), type(hf_config)
@@ -338,8 +335,7 @@ def _sizes_by_name(settings: dict[str, Any], full_settings: dict[str, Any]) -> d
 def _sizes_with_counts(
     settings: dict[str, Any], full_settings: dict[str, Any], *, scales_width: bool
 ) -> dict[str, Any]:
-    """Small sizes by setting that keep the model's own numbers of heads and experts, so that ranks divide the copy like the
-    model.
+    """Small sizes by setting with the model's own numbers of heads and experts, so that ranks divide the copy like the model.
 
     Where the size of a head is not a setting, it is the model's width over its heads. Then the width, and every setting equal
     to it, becomes heads times 16. `scales_width`: do so in any case.
@@ -371,8 +367,7 @@ def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:
 
 
 def _attention_width_sizes(small_settings: dict[str, Any], full_settings: dict[str, Any]) -> dict[str, Any]:
-    """Small sizes for an attention with a width of its own (`attention_hidden_size` in RWKV and Zamba): it keeps its ratio to
-    the model's width.
+    """Small sizes for an attention with a width of its own (RWKV, Zamba), which keeps its ratio to the model's width.
 
     The size of a head follows, if in `full_settings` heads times their size is this width. Empty if `full_settings`, the
     settings of the model, has no such width. `small_settings`: the settings that are already shrunk.
@@ -398,8 +393,7 @@ def _at_most(limit: int, value: Any) -> Any:
 
 
 def _inner_width_sizes(small_settings: dict[str, Any], full_settings: dict[str, Any]) -> dict[str, Any]:
-    """Sizes of a state-space (Mamba) layer that keep heads times head size equal to the layer's inner width, if it is so in
-    `full_settings`.
+    """Sizes of a state-space (Mamba) layer whose heads times head size stay equal to the layer's inner width.
 
     The inner width is the setting `mamba_d_ssm`, which then follows heads and size. Or it is the hidden size times an expansion
     factor: then heads are set to 8, and their size follows. Empty if the model has no such layer, or the product is neither.
@@ -422,8 +416,7 @@ def _inner_width_sizes(small_settings: dict[str, Any], full_settings: dict[str, 
 
 
 def _sizes_in_proportion(settings: dict[str, Any], full_settings: dict[str, Any]) -> dict[str, Any]:
-    """Small sizes by setting for models whose setting names do not suffice: widths and numbers of heads are divided by one
-    number.
+    """Small sizes by dividing widths and numbers of heads by one number, for models whose setting names do not suffice.
 
     The size of a head then stays as it is. The divisor is the largest power of two up to 32 that divides all numbers of heads
     in `full_settings`, the settings of the model: for 32 and 8 heads 8.

@@ -132,8 +132,7 @@ def _difference_of_small_copy(hf_config: Any, meta_model: nn.Module, kind: Model
 
 
 def _small_model(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> Any:
-    """The first small copy of the model that can be built, with random weights in float64, so that rounding hides no
-    difference.
+    """The first small copy that can be built, with random weights in float64, so that rounding hides no difference.
 
     Raises the error of the first one if none can.
     """

@@ -39,8 +39,7 @@ class PretrainedWeights:
         self._tied = tied or {}
 
     def name_in_checkpoint(self, name: str) -> str | None:
-        """The name under which a checkpoint has a parameter: its own, or another name of a parameter that is shared; None if it
-        has neither.
+        """The name under which the files have a parameter: its own, or another name of a shared one; None if they have neither.
 
         An output layer that is tied to the embeddings is stored once, under one of both names.
         """
@@ -92,8 +91,7 @@ def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, l
 
 
 def fill_buffers(model: nn.Module, checkpoint: PretrainedWeights, base_name: Callable[[str], str]) -> None:
-    """Load the buffers of a model that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay
-    zero.
+    """Load the buffers that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay zero.
 
     Called once, while the model is built. `base_name`: gives a buffer's name in the model
     before tuning.
@@ -107,9 +105,7 @@ def fill_buffers(model: nn.Module, checkpoint: PretrainedWeights, base_name: Cal
 
 
 class BaseWeights(PretrainedWeights):
-    """The checkpoint that a run trains on, as the run sees it: adapters of `model.adapters` merged in, and rounded where it is
-    stored quantised.
-    """
+    """The weights that a run trains on: adapters of `model.adapters` merged in, and rounded where they are stored quantised."""
 
     def __init__(
         self,
@@ -157,9 +153,7 @@ class BaseWeights(PretrainedWeights):
         ]
 
     def full_tensor(self, name: str) -> Tensor:
-        """A full parameter as the model computes with it: adapters merged in, and rounded (then float32) where it is stored
-        quantised.
-        """
+        """A full parameter as the model computes with it: adapters merged in; rounded, in float32, if it is stored quantised."""
         parameter = super().full_tensor(name)
         if name not in self.quantised_shapes or self.scheme is None:
             return parameter
@@ -195,8 +189,7 @@ class BaseWeights(PretrainedWeights):
         return self._last_quantised[1]
 
     def use_packed_cache(self, adapters: list[str], host_rank: HostRank) -> None:
-        """Let the ranks of this host quantise each matrix once between them, and keep the bytes in a cache that later runs read
-        too.
+        """Let the ranks of this host quantise each matrix once between them, into a cache that later runs read too.
 
         `adapters`: directories of those that are merged into the base, since other adapters give other bytes.
         """
@@ -207,8 +200,7 @@ class BaseWeights(PretrainedWeights):
         )
 
     def read_quantised(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes `[start, stop)` of a weight that is stored quantised, uint8: from this host's cache if it has the weight, else
-        quantised now.
+        """Bytes `[start, stop)` of a quantised weight, uint8: from this host's cache if it is there, else quantised now.
 
         The cache has matrices only. Experts are quantised anew by the ranks that hold them.
         """
@@ -261,9 +253,7 @@ class StartingWeights:
 
 
 class WeightSource:
-    """Gives an engine the initial value of each parameter (a `strategies.base.ParameterSource`), from a checkpoint, a tuning
-    method and a seed.
-    """
+    """Gives an engine the initial value of each parameter: from a checkpoint, from the tuning method, or drawn from a seed."""
 
     def __init__(
         self,
@@ -336,8 +326,7 @@ class WeightSource:
             )
 
     def _shape_problem(self, base_name: str, model_shape: tuple[int, ...]) -> list[str]:
-        """Compare the shape of a stored parameter with that of the architecture; returns one line of text if they differ, else
-        [].
+        """Compare the shape of a stored parameter with the architecture's; returns one line of text if they differ, else [].
 
         `model_shape`: in the model; for a quantised weight that of its bytes, so its shape before quantisation counts.
         """
@@ -405,9 +394,7 @@ class WeightSource:
         return self.checkpoint.rows(name, indices)
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Draw the value of a parameter that the checkpoint lacks: biases 0, norms 1, matrices normal with `init_std`; the same
-        on every rank.
-        """
+        """Draw a parameter that the checkpoint lacks: biases 0, norms 1, matrices normal with `init_std`; alike on every rank."""
         if name.endswith("bias"):
             return torch.zeros(shape)
         if len(shape) < 2:
@@ -416,8 +403,7 @@ class WeightSource:
         return torch.randn(shape, generator=generator) * self.init_std
 
     def _with_new_rows(self, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of a flattened vocabulary matrix, in which the row of each added token is the mean of the
-        known rows.
+        """Elements `[start, stop)` of a flattened vocabulary matrix; the row of an added token is the mean of the known rows.
 
         `stored`: its name in the checkpoint. `shape`: in the model, with the new rows.
         """

@@ -47,8 +47,7 @@ def group_parameters(
     model_names: Sequence[str],
     lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> list[ParameterGroup]:
-    """Sort parameters into groups of one learning rate and weight decay for torch's optimizers, ordered by their first
-    parameters.
+    """Sort parameters into groups of one learning rate and weight decay, for torch's optimizers; first parameters first.
 
     Goes by full names and shapes, so that groups are the same under every strategy. Matrices decay, vectors (norms, biases) do
     not, and the user's rules in `config.groups` override that. `layer_decay` counts the blocks in `model_names` (all

@@ -93,8 +93,7 @@ class RankAllocation:
             parameter.grad.add_(gradient)
 
     def after_update(self, step: int, *, is_applied: bool) -> None:
-        """Update how important each rank of each adapter is, and prune the least important ones; called after each optimizer
-        step.
+        """After each optimizer step: update how important each rank of an adapter is, and prune the least important ones.
 
         Importance comes from the gradients that were just applied. `step` counts from 1. `is_applied`: whether the optimizer
         took the step; it skips one whose gradients are not finite. The last allocation, `tfinal` steps before the end, makes
@@ -129,9 +128,7 @@ class RankAllocation:
             self._create_missing_state()  # peft drops its own with the last allocation; checkpoints have the same tensors still
 
     def _update_importance_and_prune(self, step: int) -> None:
-        """Let peft's allocator update the importance of ranks and prune those that `step` is to prune; notes in `_masks` which
-        are kept.
-        """
+        """Let peft's allocator update the importance of ranks and prune those that `step` is to prune; keeps the masks."""
         # peft leaves `rank_pattern` at None if this step prunes no rank; else it is {name: [True, False, ...]}, by rank.
         self.settings.rank_pattern = None
         self.tuner.update_and_allocate(step)
@@ -139,8 +136,7 @@ class RankAllocation:
             self._masks[name].copy_(torch.tensor(kept_ranks, dtype=torch.float32)[:, None])
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """The allocation's state of a parameter, which checkpoints hold beside the optimizer's: live tensors of the parameter's
-        shape.
+        """What checkpoints hold of a parameter for the allocation, beside the optimizer's state: live tensors of its shape.
 
         `name`: the parameter's plain name; {} for one that is no adapter's. `importance` and `uncertainty` are peft's running
         means of the importance of each entry and of its changes. `kept` is the mask of E (1 kept, 0 pruned), by which a resumed
@@ -197,9 +193,7 @@ class RankAllocation:
         return parameters
 
     def _create_missing_state(self) -> None:
-        """Make the state that peft would make in its first step, as zeros (all ranks kept): checkpoints always have the same
-        tensors.
-        """
+        """Make the state that peft would make in its first step, as zeros, so that checkpoints always have the same tensors."""
         allocator = self.allocator
         for name, parameter in self._adapter_parameters():
             if name not in allocator.ipt:

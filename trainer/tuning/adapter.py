@@ -67,8 +67,7 @@ class Adapter:
         """The adapter that training continues from; None without one."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Wrap a model, which is on meta, in a PeftModel as the settings say, and find the adapter that training continues
-        from.
+        """Wrap a model, which is on meta, in a PeftModel as the settings say; open the adapter that training continues from.
 
         Sets `note`: which linear layers `all-linear` left out, or that typed targets reach few of the weights. Raises
         ConfigError if a target matches no module, or if the adapter of `tuning.from` does not fit.
@@ -89,8 +88,7 @@ class Adapter:
         return peft_model
 
     def _open_continued_adapter(self, peft_model: Any, directory: str) -> StoredAdapter:
-        """Open the adapter in `directory` (`tuning.from`) that training continues from, and match it with the parameters of the
-        PeftModel `peft_model`.
+        """Open the adapter in `directory` (`tuning.from`) that training continues from, and match it with `peft_model`.
 
         Also gives the buffers of `peft_model` their stored values; parameters get theirs later, from `initial_value`. Raises
         ConfigError if the adapter does not fit.
@@ -140,8 +138,7 @@ class Adapter:
         return peft_model
 
     def _peft_settings_and_note(self, model: Any) -> tuple[Any, str]:
-        """Make peft's config for this run, and a note for the user on modules that `all-linear` leaves out ("" if there are
-        none).
+        """Make peft's config for this run, and a note for the user on modules that `all-linear` leaves out ("" without any).
 
         The config has the method's options, which modules get adapters, which train in full, and the task. `model`: not wrapped
         yet. Raises ConfigError.
@@ -171,8 +168,7 @@ class Adapter:
         return settings, note
 
     def _fully_trained_module_names(self, model: Any, peft_settings: Any) -> list[str]:
-        """Names of the modules that train in full beside the adapters (`modules_to_save` of peft): those of the settings, new
-        heads, grown embeddings.
+        """Names of the modules that train in full beside the adapters: those of the settings, new heads, grown embeddings.
 
         Such as `["score", "model.embed_tokens"]`. If grown embeddings are tied to the head, this also tells `peft_settings` to
         keep them tied. Raises ConfigError if peft cannot.
@@ -195,8 +191,7 @@ class Adapter:
         return names
 
     def _record_adapters(self, peft_model: nn.Module, settings: Any) -> None:
-        """Record the parameters that peft added to each layer, and make `self.layer_builder`, which gives them their initial
-        values.
+        """Record the parameters that peft added to each layer, and make `self.layer_builder`, which gives initial values.
 
         Also changes `peft_model`: parameters that peft left on the CPU move to meta; buffers that are on meta get their values,
         since no rank draws these later. `settings`: peft's config with the initial values that the run asks for.
@@ -258,8 +253,7 @@ class Adapter:
 
     @contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:
-        """Within it, `model` computes as the reference model: adapters are off, and modules trained in full are back at their
-        originals.
+        """Within it, `model` computes as the reference: without adapters, and with the originals of modules trained in full.
 
         Only flags change, so that an engine may gather parameters meanwhile.
         """
@@ -280,9 +274,7 @@ class Adapter:
         return name in self._layer_and_key_by_name or name in self._added_buffer_names
 
     def rewrites(self, name: str) -> bool:
-        """Whether a base weight starts at another value than the checkpoint's: a part was split off it, or an earlier run
-        trained it in full.
-        """
+        """Whether a base weight starts at another value than the checkpoint's: a part was split off, or it was trained before."""
         if self._continued_adapter is not None and name in self._continued_adapter.file_key_by_name:
             return True
         return self.needs_conversion and name.endswith(".base_layer.weight")

@@ -84,9 +84,7 @@ def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseWeights
 
 
 def _double_rank(settings: Any) -> None:
-    """Double the rank in peft's `settings` and keep the scale of the update, which is `alpha / r`, or `alpha / sqrt(r)` with
-    rsLoRA.
-    """
+    """Double the rank in peft's `settings`, and keep the update's scale: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
     settings.r *= 2
     alpha_factor = 2**0.5 if settings.use_rslora else 2
     settings.lora_alpha *= alpha_factor
@@ -95,9 +93,7 @@ def _double_rank(settings: Any) -> None:
 
 
 def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tied parameters under their other names, since peft's files have each name, while `trained` has each tensor
-    once.
-    """
+    """Copies of tied parameters under their other names: peft's files have each name, `trained` has each tensor once."""
     first_names: dict[int, str] = {}
     copies = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

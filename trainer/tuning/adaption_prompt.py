@@ -34,8 +34,7 @@ class AdaptionPrompt(AddedParameters):
     wrapper_prefix = PEFT_PREFIX
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Add an adaption prompt (LLaMA-Adapter) to the last layers of the model: learned tokens that their attention also
-        reads.
+        """Add an adaption prompt (LLaMA-Adapter) to the last layers: learned tokens that their attention reads as well.
 
         `model`: on meta. Raises ConfigError for architectures that peft cannot adapt, and for more layers than there are.
         """

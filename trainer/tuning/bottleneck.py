@@ -105,8 +105,7 @@ class Bottleneck(AddedParameters):
     def save_adapter(
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
-        """Write the trained adapter into `directory` as `bottleneck_config.json` and `adapter_model.safetensors`, which `load`
-        reads.
+        """Write the trained adapter into `directory`, for `load`: `bottleneck_config.json` and `adapter_model.safetensors`.
 
         `trained`: the full trainable tensors by the model's parameter names. `base_name`, `revision`: of the base model, for
         the config. Raises OSError or SafetensorError if a file cannot be written.
@@ -203,8 +202,7 @@ def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, 
 
 
 def _adapted_module_names(module: nn.Module, config: BottleneckConfig) -> AdaptedModuleNames | None:
-    """Find the attention and the feed-forward module in `module`, by name within it; None if it lacks one, so that it is no
-    block.
+    """Find the attention and the feed-forward module in `module`, by name; None if it lacks one, so that it is no block.
 
     `tuning.attention` and `tuning.feedforward` name them; the usual names are tried for one that is not set. A block of Llama
     gives `AdaptedModuleNames("self_attn", "mlp")`, one of BERT `AdaptedModuleNames("attention.output.dense", "output.dense")`.

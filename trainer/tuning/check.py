@@ -66,8 +66,7 @@ class SettingsBesideTuning:
 
 
 def tuning_combination_problems(tuning: TuningConfig, run: SettingsBesideTuning) -> Iterator[str]:
-    """Yield every problem of a tuning method's settings, alone and with the rest of the run, as `key=value: constraint; what to
-    do`.
+    """Yield every problem of a tuning method's settings, alone and with the rest of the run, as `key=value: reason; remedy`.
 
     Called when a run is composed, before any model is loaded. `run`: the settings of the run beside `tuning`.
     """

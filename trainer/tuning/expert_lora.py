@@ -78,8 +78,7 @@ def _router_targets(model: nn.Module) -> list[str]:
 
 
 def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -> None:
-    """Write into peft's `settings` (a LoraConfig of peft) which experts and routers get LoRA, and which routers `all-linear`
-    must leave out.
+    """Write into peft's `settings` which experts and routers get LoRA, and which routers `all-linear` must leave out.
 
     Routers that are plain linear layers, by `tuning.router` and the form of the targets:
     - `tuning.router=false`, and targets are `all-linear`: excluded by name, since `all-linear` would adapt them too.
@@ -104,8 +103,7 @@ def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -
 
 
 def name_targets_for_peft(settings: Any, model: Any) -> None:
-    """Name the targets in an adapter's peft settings so that plain peft, when it loads the files, adapts what is adapted in
-    `model`.
+    """Name the targets in peft's `settings` so that plain peft, when it loads the files, adapts what is adapted in `model`.
 
     peft takes some names of linear layers for those that experts had in transformers 4, such as the `gate_proj` of a dense
     layer. The weight of such a layer is named as a parameter (`target_parameters`) instead, which gives the same tensors under
@@ -218,8 +216,7 @@ def _low_rank_wrapper_class() -> type:
 
 
 def use_low_rank_forward(model: nn.Module) -> int:
-    """Let the adapted experts and routers of a model compute with A and B alone, in place; returns how many parameters that
-    concerns.
+    """Let the adapted experts and routers of a model compute with A and B alone, in place; returns how many those are.
 
     That is `x W + (x A) B`, where peft's own forward pass adds `A B` to a copy of W first. Returns 0 for a model without
     adapters.

@@ -65,9 +65,7 @@ def router_weight_names(model: nn.Module) -> list[str]:
 
 
 def linear_router_names(model: nn.Module) -> list[str]:
-    """Names of the routers that are plain linear layers: they compute a product and nothing more, so adapters treat them as any
-    other.
-    """
+    """Names of the routers that are plain linear layers: they compute a product and nothing more."""
     names = []
     for weight in router_weight_names(model):
         owner = weight.rpartition(".")[0]

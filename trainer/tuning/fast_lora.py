@@ -212,8 +212,7 @@ def _fused_lora_class() -> type:
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Let every plain LoRA layer of a PeftModel compute its base and its low-rank product together, in place, to save time and
-    memory.
+    """Let every plain LoRA layer compute its base and low-rank product together, in place, to save time and memory.
 
     "Plain" means that nothing but x W + B A x is computed: no dropout, no DoRA, no bias of its own. Returns how many layers
     that are; 0 for a model without adapters.

@@ -81,8 +81,7 @@ class _MergedAdapter:
         """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
     def _refuse_other_tensors(self, setting: str) -> None:
-        """Raise ConfigError if the files hold tensors that are neither of an adapter nor of a module that trained in full:
-        merging would lose them.
+        """Raise ConfigError if the files hold more than adapters and modules that trained in full: merging would lose it.
 
         peft stores no others but biases, with `bias=all` or `bias=lora_only`. `setting`: key and directory, which begin the
         message, such as `model.adapters=/path`.

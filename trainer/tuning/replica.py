@@ -109,8 +109,7 @@ class AdaptedLayerBuilder:
         return name
 
     def _wrapped_layers(self, names: list[str], base: BaseWeightsReader | None, seed: int) -> nn.Module:
-        """Build a small model on the CPU with nothing but the layers `names`, and let peft wrap it: that makes their initial
-        adapter values.
+        """Let peft wrap a small model on the CPU with nothing but the layers `names`: that makes their initial values.
 
         peft draws values when it wraps a model, and some methods read base weights for it, which a sharded model on meta does
         not have. `base` reads them; None: the base weights have no values. `seed`: that of the run.

@@ -123,9 +123,7 @@ class _UnsuitableLayers(NamedTuple):
 
 
 def _unsuitable_layers(model: nn.Module) -> _UnsuitableLayers:
-    """Find the linear layers that the model does not call as a plain product, which an adapter would miss; the head does not
-    count.
-    """
+    """Find the linear layers, but for the head, that the model does not call as a plain product: an adapter would miss them."""
     beyond_product = []
     bypassed = []
     head = getattr(model, "get_output_embeddings", lambda: None)()

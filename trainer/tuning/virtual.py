@@ -97,9 +97,7 @@ class Virtual(AddedParameters):
         return peft_model
 
     def _wrap_in_peft(self, model: nn.Module, embeddings: Any) -> Any:
-        """Make the PeftModel around `model`, which holds the encoder of the virtual tokens, but leaves prepending them to our
-        hook.
-        """
+        """Make the PeftModel around `model`, which holds the virtual tokens' encoder, but leaves prepending them to our hook."""
         from peft import get_peft_model
 
         is_classifier = "SequenceClass" in type(model).__name__
@@ -120,9 +118,7 @@ class Virtual(AddedParameters):
         return peft_model
 
     def _take_over_encoder(self, encoder: nn.Module, peft_config: Any) -> None:
-        """Remember the parameters and the class of the encoder that makes the tokens, since `initial_value` builds another one
-        on the CPU.
-        """
+        """Remember the encoder's parameters and class: `initial_value` builds another one on the CPU for the initial values."""
         from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
         self._added_names = {f"{ENCODER_MODULE}.{name}" for name, _ in encoder.named_parameters()}
@@ -176,8 +172,7 @@ class Virtual(AddedParameters):
         return tensor
 
     def _draw_encoder(self, base: BaseWeightsReader, seed: int) -> nn.Module:
-        """Build the encoder of the virtual tokens with its initial values, on the CPU, drawn from `seed`: the same on every
-        rank.
+        """Build the encoder of the virtual tokens with its initial values, on the CPU, from `seed`: alike on every rank.
 
         `base` reads the embeddings of the model, at which a prompt may start (`tuning.init`). A prefix that starts at zero gets
         different keys for its tokens.

@@ -34,8 +34,7 @@ def write_documents(
     multi_label: bool,
     must_learn: bool,
 ) -> None:
-    """Write random documents of the objective's kind as a store into `directory`, which must not exist: the verified step
-    trains on them.
+    """Write random documents of the objective's kind as a store into the new `directory`, for the compared steps to train on.
 
     `data_spec`: how many sequences a document of the objective has, and with which marks (numbers such as its label).
     `multi_label`: a document may have several labels. `must_learn`: every document has a target. Raises OSError if that fails.

@@ -26,9 +26,7 @@ DOCUMENTS_PER_SAMPLE = 6
 
 
 def label_names_of_documents(config: RunConfig) -> list[str] | None:
-    """Label names for the random documents of a verification: those of the settings, or made-up ones; None for objectives
-    without labels.
-    """
+    """Label names for the random documents: those of the settings, or made-up ones; None for objectives without labels."""
     family = objective_family(config.objective)
     # A fixed number of outputs are scores (reward models, regression): there are no labels then.
     has_fixed_outputs = family.num_outputs is not None
@@ -79,9 +77,7 @@ def write_small_models_and_documents(
 
 
 def _every_document_needs_target(config: RunConfig) -> bool:
-    """Whether every random document must have something to learn: for pairs, ratings, labels, and answers of an encoder-decoder
-    model.
-    """
+    """Whether every random document must have something to learn: pairs, ratings, labels, an encoder-decoder's answers."""
     family = objective_family(config.objective)
     data_spec = data_spec_of(config.objective)
     # Marks are numbers for the objective beside a document, such as its label or rating.

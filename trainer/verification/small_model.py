@@ -235,8 +235,7 @@ def _build_small_copy(
 
 @torch.no_grad()
 def _randomise_weights(model: Any) -> int:
-    """Draw random weights in place, by which every parameter gets a gradient: new matrices, and noise on vectors (norms,
-    biases).
+    """Draw random weights in place, by which every parameter gets a gradient: new matrices, noise on norms and biases.
 
     Returns how many routers are decided: changed so that no rounding error changes which experts they choose.
     """

@@ -84,8 +84,7 @@ def num_ranks_for_verification(config: RunConfig) -> int:
 
 
 def small_run_config(config: RunConfig, model: Path, teacher: Path | None, *, user_ranks: int | None) -> SmallRun:
-    """The run on the small copies in the directories `model` and `teacher`, with every setting adapted that a small copy or few
-    ranks need.
+    """The run on the small copies in `model` and `teacher`, with every setting that a small copy or few ranks need changed.
 
     What the user may notice is listed in `changes` of the result. `user_ranks`: ranks of the run itself; None if not known.
     Raises ConfigError for an objective whose model writes the answers that it learns from, since a random model writes nothing
@@ -186,8 +185,7 @@ def _objective_with_small_teacher(objective: ObjectiveConfig, teacher: Path | No
 
 
 def _small_tuning(tuning: TuningConfig, changes: list[str]) -> TuningConfig:
-    """Adapt the tuning method to a small copy: no dropout, which differs by rank, and adapter ranks and layers that the copy
-    has.
+    """Adapt the tuning method to a small copy: no dropout, which differs by rank; ranks and layers that the copy has.
 
     Appends a line to `changes` for each setting that the user may notice.
     """

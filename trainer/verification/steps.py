@@ -72,8 +72,7 @@ class NonzeroValues:
     seed: int
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU: what an engine starts this parameter
-        with.
+        """Elements `[start, stop)` of the flattened parameter `name`, on the CPU: what an engine starts this parameter with.
 
         The files' values, but for an adapter parameter that is zero in all elements: it is drawn at random, the same on all
         ranks.
@@ -189,8 +188,7 @@ def _trained_weights(engine: Engine) -> dict[str, Tensor]:
 def _record_reference_logps(
     config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, scratch_dir: Path, runtime: Runtime
 ) -> None:
-    """Record the log-probabilities that the model gives to the documents before the step, for objectives such as DPO that
-    compare with them.
+    """Record the documents' log-probabilities before the step, for objectives such as DPO that compare with them.
 
     Not needed with an adapter that can be switched off: then the step computes them itself. All ranks must call. Writes into
     `scratch_dir`.
