@@ -18,7 +18,7 @@ from strategies.base import Precision
 from strategies.hardware import slow_precision_warning
 from strategies.parameters import meta_context, named_parameters, num_elements_by_name
 from trainer.build.parallel import check_parallel
-from trainer.build.parts import build_model, largest_workload, prepare_data
+from trainer.build.parts import build_model, largest_micro_batch, prepare_data
 from trainer.build.recomputation import longest_sequence_lengths
 from trainer.build.rounds import generation_memory_lines, num_documents_per_step, num_steps_of_run
 from trainer.config.parallel import accumulation_steps, dp_size_of
@@ -67,7 +67,7 @@ def describe_run(config: RunConfig) -> DryRunResult:
     num_parameters = sum(num_elements_by_name(built.step_module).values())
     num_trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     memory = simulate_step_memory(
-        config, longest_sequence_lengths(built.data_spec, largest_workload(config, data)), world_size
+        config, longest_sequence_lengths(built.data_spec, largest_micro_batch(config, data)), world_size
     )
     learning_rate = learning_rate_of(config, steps)
     lines = [

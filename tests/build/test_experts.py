@@ -24,7 +24,7 @@ from tests.models.tiny import tiny_config
 from trainer.build.experts import expert_parallelism_lines, expert_parallelism_problems, plan_expert_parallelism
 from trainer.build.gradient_sync import plan_gradient_reduction
 from trainer.build.parallel import check_parallel
-from trainer.build.parts import build_model, largest_workload
+from trainer.build.parts import build_model, largest_micro_batch
 from trainer.build.recomputation import activation_peak_bytes, expected_activation_bytes, model_state_bytes
 from trainer.config.parallel import ParallelConfig, parallel_for_evaluation
 from trainer.config.sharding import sharding_problems
@@ -214,7 +214,7 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     row_counts = sum(parameter.numel() for parameter in next(iter(modules.values())).parameters())
     assert state[1] - state[4] == 2 * 2 * row_counts * 3 / 4
 
-    work = largest_workload(config, data)
+    work = largest_micro_batch(config, data)
     activations = activation_peak_bytes(built, work, config.strategy.activation_checkpointing, Precision.bf16)
     trained = sum(parameter.numel() for parameter in step.parameters())
     of_rank = trained - len(modules) * row_counts * 3 / 4

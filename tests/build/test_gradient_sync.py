@@ -12,7 +12,7 @@ from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
 from trainer.build import gradient_sync
 from trainer.build.gradient_sync import plan_gradient_reduction
-from trainer.build.parts import build_model, largest_workload
+from trainer.build.parts import build_model, largest_micro_batch
 from trainer.build.recomputation import counted_activations, expected_activation_bytes, model_state_bytes
 from trainer.config.validate import config_problems
 from trainer.model.loading import load_tokenizer
@@ -26,7 +26,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("reduction")
     data, config = data_set(root, uneven=False), run_config(model_dir(root), "single", "full", micro=4)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    return built, largest_workload(config, data)
+    return built, largest_micro_batch(config, data)
 
 
 def planned(made, strategy, monkeypatch, *, steps=4, memories=(64.0,)):

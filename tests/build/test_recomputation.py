@@ -27,7 +27,7 @@ from tests.helpers.building import (
     trainer_for,
 )
 from tests.helpers.stores import write
-from trainer.build.parts import build_engine, build_model, largest_workload
+from trainer.build.parts import build_engine, build_model, largest_micro_batch
 from trainer.build.recomputation import (
     check_host_memory_for_inputs,
     counted_activations,
@@ -75,8 +75,8 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
     data = data_set(tmp_path, uneven=False)
     config = run_config(model_dir(tmp_path, architecture), "single", tuning, micro=4)
     built, source = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    found = counted_activations(built, largest_workload(config, data), Precision.fp32)
-    batch = longest_micro_batch(built, largest_workload(config, data))
+    found = counted_activations(built, largest_micro_batch(config, data), Precision.fp32)
+    batch = longest_micro_batch(built, largest_micro_batch(config, data))
     load_in_full(built.step_module, source, Precision.fp32, here)
     kept_bytes = sum(found.bytes_by_block_if_none) + found.bytes_outside_blocks
     assert kept_bytes == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
@@ -138,9 +138,9 @@ def test_recomputation_plan_is_recorded_and_autograd_keeps_what_it_says(tmp_path
     note = built.substitutions["strategy.activation_checkpointing"]
     assert "full in 2 of 2 blocks" in note and "more than there is" in note
     found = activation_plan.count_activations(
-        built.step_module, longest_micro_batch(built, largest_workload(config, data)), Precision.fp32
+        built.step_module, longest_micro_batch(built, largest_micro_batch(config, data)), Precision.fp32
     )
-    batch = longest_micro_batch(built, largest_workload(config, data))
+    batch = longest_micro_batch(built, largest_micro_batch(config, data))
     # Checkpointing also keeps what all blocks share: rotary tables and positions.
     recomputed = found.bytes_outside_blocks + sum(found.bytes_by_block_if_full)
     assert saved_bytes(engine.step_module, batch) < recomputed + 0.25 * sum(found.bytes_by_block_if_none)
@@ -182,7 +182,7 @@ def test_inputs_that_do_not_fit_the_host_are_refused(tmp_path, monkeypatch):
     strategy = SingleConfig(activation_checkpointing=FULL, offload_activations=True)
     config = run_config(model_dir(tmp_path), strategy, "full", micro=4)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    work = largest_workload(config, data)
+    work = largest_micro_batch(config, data)
     on_gpu = runtime.Runtime(0, 8, 0, 8, torch.device("cuda"), None)
     one = pinned_bytes(num_tokens_of_longest_micro_batch(built, work) * 32 * 2)
     least = 8 * (2 * one + 3 * 2**30)
@@ -227,7 +227,7 @@ def test_recomputation_is_counted_for_other_objectives_and_quantised_bases(
     config = run_config(model_dir(tmp_path), "single", tuning, micro=4, objective=objective)
     config.model.quantisation = Quantisation(quantisation)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    found = counted_activations(built, largest_workload(config, data), Precision.bf16)
+    found = counted_activations(built, largest_micro_batch(config, data), Precision.bf16)
     assert len(found.bytes_by_block_if_none) == 2
     by_mode = (found.bytes_by_block_if_none, found.bytes_by_block_if_full)
     assert all(n > f > 0 for n, f in zip(*by_mode, strict=True)), by_mode

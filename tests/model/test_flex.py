@@ -14,7 +14,7 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, alone, built_trainer, data_set, run_config, take_steps
 from tests.models import job
-from trainer.build.parts import build_model, largest_workload
+from trainer.build.parts import build_model, largest_micro_batch
 from trainer.build.recomputation import counted_activations
 from trainer.data.config import Layout
 from trainer.export.verify import reference_logits
@@ -135,7 +135,7 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
     config = replace(config, model=replace(config.model, attention=Attention(kernel)))
     monkeypatch.setattr(layout_choice, "_kernel_choices", lambda *_, **__: KernelChoices("no", None))
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    return counted_activations(built, largest_workload(config, data), Precision.bf16)
+    return counted_activations(built, largest_micro_batch(config, data), Precision.bf16)
 
 
 def test_flex_attention_memory_is_counted_on_meta(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from strategies.mesh import replica_count
 from strategies.parameters import trainable_parameters
 from trainer.build.recomputation import (
     USABLE_SHARE,
-    Workload,
+    LargestMicroBatch,
     activation_peak_bytes,
     device_memory_gib,
     expected_activation_bytes,
@@ -23,7 +23,7 @@ NEGLIGIBLE_SHARE = 0.01
 
 def plan_gradient_reduction(
     built: BuiltModel,
-    workload: Workload,
+    largest_batch: LargestMicroBatch,
     strategy: StrategyConfig,
     precision: Precision,
     runtime: processes.Runtime,
@@ -34,7 +34,7 @@ def plan_gradient_reduction(
     then.
 
     That saves communication. Writes the choice into the plan of the step module, which the engine reads, and its reason into
-    `built.substitutions`. Does nothing if the choice is set, or makes no difference; only FSDP2 has one. `workload`: the
+    `built.substitutions`. Does nothing if the choice is set, or makes no difference; only FSDP2 has one. `largest_batch`: the
     longest micro-batch. `micro_batches`: how many a rank computes in a step. All ranks must call; all decide by the memory of
     the smallest device.
     """
@@ -56,7 +56,7 @@ def plan_gradient_reduction(
     defer_sync = extra_bytes < NEGLIGIBLE_SHARE * budget_bytes
     reason = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
     if not defer_sync:
-        peak_bytes = _peak_bytes_of_step(built, workload, strategy, precision, runtime) + extra_bytes
+        peak_bytes = _peak_bytes_of_step(built, largest_batch, strategy, precision, runtime) + extra_bytes
         defer_sync = peak_bytes <= budget_bytes
         reason += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget_bytes / 2**30:.2f} GiB"
     built.step_module.plan.defer_sync = defer_sync
@@ -65,16 +65,22 @@ def plan_gradient_reduction(
 
 
 def _peak_bytes_of_step(
-    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel,
+    largest_batch: LargestMicroBatch,
+    strategy: StrategyConfig,
+    precision: Precision,
+    runtime: processes.Runtime,
 ) -> float:
     """Estimate the peak memory of a rank in a step with sharded gradients: model state and activations, in bytes.
 
     Counts activations if that is not done, and keeps the count in `built.activation_bytes`.
     """
     if built.activation_bytes is None:
-        built.activation_bytes = activation_peak_bytes(built, workload, strategy.activation_checkpointing, precision)
+        built.activation_bytes = activation_peak_bytes(
+            built, largest_batch, strategy.activation_checkpointing, precision
+        )
     state_bytes = model_state_bytes(built, strategy, precision, runtime)
-    return state_bytes + expected_activation_bytes(built, workload, strategy, precision)
+    return state_bytes + expected_activation_bytes(built, largest_batch, strategy, precision)
 
 
 def _extra_bytes_of_full_gradients(step_module: TrainStep, num_trained: int, num_shards: int) -> float:

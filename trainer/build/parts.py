@@ -17,7 +17,7 @@ from strategies.parameters import named_parameters
 from trainer.build.experts import plan_expert_parallelism
 from trainer.build.gradient_sync import plan_gradient_reduction
 from trainer.build.recomputation import (
-    Workload,
+    LargestMicroBatch,
     check_host_memory_for_inputs,
     longest_sequence_lengths,
     plan_checkpointing,
@@ -183,14 +183,14 @@ def build_engine(
     built.collator.keeps_row_ids = config.model.neftune_alpha > 0
     built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
     cut = sequence_cut(runtime)
-    longest_batch = largest_workload(config, data, cut)
+    largest_batch = largest_micro_batch(config, data, cut)
     micro_batches_per_step = accumulation_steps(config, runtime.world_size)
-    plan_checkpointing(built, longest_batch, config.strategy, precision, runtime)
+    plan_checkpointing(built, largest_batch, config.strategy, precision, runtime)
     plan_gradient_reduction(
-        built, longest_batch, config.strategy, precision, runtime, micro_batches=micro_batches_per_step
+        built, largest_batch, config.strategy, precision, runtime, micro_batches=micro_batches_per_step
     )
-    set_expected_memory(built, longest_batch, config.strategy, precision, runtime)
-    check_host_memory_for_inputs(built, longest_batch, config.strategy, precision, runtime)
+    set_expected_memory(built, largest_batch, config.strategy, precision, runtime)
+    check_host_memory_for_inputs(built, largest_batch, config.strategy, precision, runtime)
 
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
@@ -205,13 +205,13 @@ def build_engine(
     return engine, built, source
 
 
-def largest_workload(config: RunConfig, data: PreparedData, cut: RowCut | None = None) -> Workload:
+def largest_micro_batch(config: RunConfig, data: PreparedData, cut: RowCut | None = None) -> LargestMicroBatch:
     """The largest forward pass that a rank of this run makes, for estimates of memory: a micro-batch of the longest rows.
 
     `cut`: which slice of each row the rank takes, if ranks share rows (`parallel.sequence`); None: whole rows.
     """
     row_tokens = config.data.max_length if config.data.packing else None
-    return Workload(data.train, config.batch["micro"], row_tokens, cut, max_generated_tokens(config.objective))
+    return LargestMicroBatch(data.train, config.batch["micro"], row_tokens, cut, max_generated_tokens(config.objective))
 
 
 def build_model(
@@ -293,7 +293,7 @@ def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) ->
     """Notes for the user on how ranks share the longest rows of this run under sequence parallelism; empty without."""
     if config.parallel.sequence == 1:
         return []
-    longest_row = sum(longest_sequence_lengths(built.data_spec, largest_workload(config, data)))
+    longest_row = sum(longest_sequence_lengths(built.data_spec, largest_micro_batch(config, data)))
     return sequence_parallel_notes(
         config.parallel.sequence,
         built.config,

@@ -27,7 +27,7 @@ USABLE_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class LargestMicroBatch:
     """The largest forward pass that a rank makes, by which memory is estimated: a micro-batch of the longest documents."""
 
     train: TokenDataset
@@ -41,39 +41,39 @@ class Workload:
     """Tokens of the longest answer that the model writes to each document, several to one."""
 
 
-def longest_micro_batch(built: BuiltModel, workload: Workload) -> dict[str, Any]:
+def longest_micro_batch(built: BuiltModel, largest_batch: LargestMicroBatch) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
-    return placeholder_micro_batch(built, longest_sequence_lengths(built.data_spec, workload), workload.cut)
+    return placeholder_micro_batch(built, longest_sequence_lengths(built.data_spec, largest_batch), largest_batch.cut)
 
 
-def longest_sequence_lengths(data_spec: DataSpec, workload: Workload) -> list[int]:
+def longest_sequence_lengths(data_spec: DataSpec, largest_batch: LargestMicroBatch) -> list[int]:
     """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be:
 
     - packed documents: each sequence is a full pack.
     - generated completions: the longest prompt with the longest completion, for every sequence.
     - else: the longest documents of the data, the longest first, since shuffling may put them into one micro-batch.
     """
-    if workload.packed_row_tokens is not None:
-        return [workload.packed_row_tokens] * workload.micro_batch
-    lengths = np.asarray(workload.train.lengths)
-    if workload.generated_tokens:
+    if largest_batch.packed_row_tokens is not None:
+        return [largest_batch.packed_row_tokens] * largest_batch.micro_batch
+    lengths = np.asarray(largest_batch.train.lengths)
+    if largest_batch.generated_tokens:
         # All completions of a micro-batch may be of one prompt.
-        return [int(lengths.max(initial=0)) + workload.generated_tokens] * workload.micro_batch
-    num_sequences = min(workload.micro_batch * data_spec.sequences_per_document, len(lengths))
+        return [int(lengths.max(initial=0)) + largest_batch.generated_tokens] * largest_batch.micro_batch
+    num_sequences = min(largest_batch.micro_batch * data_spec.sequences_per_document, len(lengths))
     longest = np.partition(lengths, -num_sequences)[-num_sequences:]
     longest_first: list[int] = np.sort(longest)[::-1].tolist()
     return longest_first
 
 
-def num_tokens_of_longest_micro_batch(built: BuiltModel, workload: Workload) -> int:
+def num_tokens_of_longest_micro_batch(built: BuiltModel, largest_batch: LargestMicroBatch) -> int:
     """How many tokens one rank computes with in the longest micro-batch: padding included, or those of its slice of rows."""
-    lengths = longest_sequence_lengths(built.data_spec, workload)
+    lengths = longest_sequence_lengths(built.data_spec, largest_batch)
     tokens = sum(lengths)
     if built.layout is not Layout.padding_free:
         tokens = len(lengths) * max(lengths, default=0)
-    if workload.cut is None:
+    if largest_batch.cut is None:
         return tokens
-    start, stop = workload.cut.span(tokens)
+    start, stop = largest_batch.cut.span(tokens)
     return stop - start
 
 
@@ -95,7 +95,7 @@ def placeholder_micro_batch(built: BuiltModel, lengths: list[int], cut: RowCut |
     return batch
 
 
-def counted_activations(built: BuiltModel, workload: Workload, precision: Precision) -> ActivationBytes:
+def counted_activations(built: BuiltModel, largest_batch: LargestMicroBatch, precision: Precision) -> ActivationBytes:
     """Count the bytes of activations that the longest micro-batch keeps for its backward pass, on meta: allocates nothing.
 
     The result knows them block by block for each way of recomputation. Raises ConfigError for an encoder-decoder model, and for
@@ -104,7 +104,7 @@ def counted_activations(built: BuiltModel, workload: Workload, precision: Precis
     try:
         if built.encoder_decoder is not None:
             raise ValueError("its two sides have lengths of their own")  # becomes the ConfigError below
-        return count_activations(built.step_module, longest_micro_batch(built, workload), precision)
+        return count_activations(built.step_module, longest_micro_batch(built, largest_batch), precision)
     except (RuntimeError, NotImplementedError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"strategy.activation_checkpointing=auto: what a {built.config.model_type} model keeps cannot be counted "
@@ -113,23 +113,23 @@ def counted_activations(built: BuiltModel, workload: Workload, precision: Precis
 
 
 def activation_peak_bytes(
-    built: BuiltModel, workload: Workload, mode: ActivationCheckpointing, precision: Precision
+    built: BuiltModel, largest_batch: LargestMicroBatch, mode: ActivationCheckpointing, precision: Precision
 ) -> float | None:
     """Peak bytes of activations in the longest micro-batch if all blocks recompute by `mode`; None if they cannot be counted."""
     try:
-        activations = counted_activations(built, workload, precision)
+        activations = counted_activations(built, largest_batch, precision)
     except ConfigError:
         return None
     return activations.peak_bytes([mode] * activations.num_blocks)
 
 
 def expected_activation_bytes(
-    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision
+    built: BuiltModel, largest_batch: LargestMicroBatch, strategy: StrategyConfig, precision: Precision
 ) -> float:
     """Bytes of activations of the longest micro-batch: as counted while recomputation was planned, or else by a rule of thumb."""
     if built.activation_bytes is not None:
         return built.activation_bytes
-    tokens = num_tokens_of_longest_micro_batch(built, workload)
+    tokens = num_tokens_of_longest_micro_batch(built, largest_batch)
     width, num_blocks = width_and_num_blocks(built.base_on_meta)
     if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
         num_blocks = 0  # the inputs of blocks, all that is kept of them, lie in host memory
@@ -137,18 +137,22 @@ def expected_activation_bytes(
 
 
 def plan_checkpointing(
-    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel,
+    largest_batch: LargestMicroBatch,
+    strategy: StrategyConfig,
+    precision: Precision,
+    runtime: processes.Runtime,
 ) -> None:
     """Resolve `activation_checkpointing=auto`: choose for each block what it recomputes, so that the step fits in memory.
 
     Sets `recomputation` in the plan of the step module (a mode for each block, which the engine reads),
     `built.activation_bytes`, and a line for the user in `built.substitutions`. Does nothing for another setting than `auto`.
-    `workload`: the longest micro-batch, of which activations are counted. All ranks must call; they take the modes of rank 0,
-    whose text for the user is the one that is shown.
+    `largest_batch`: the largest micro-batch, of which activations are counted. All ranks must call; they take the modes of rank
+    0, whose text for the user is the one that is shown.
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
-    activations = counted_activations(built, workload, precision)
+    activations = counted_activations(built, largest_batch, precision)
     if strategy.offload_activations:
         activations = activations.with_inputs_on_host()
     state_size = model_state_bytes(built, strategy, precision, runtime)
@@ -192,7 +196,11 @@ def usable_host_memory_bytes() -> int:
 
 
 def check_host_memory_for_inputs(
-    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel,
+    largest_batch: LargestMicroBatch,
+    strategy: StrategyConfig,
+    precision: Precision,
+    runtime: processes.Runtime,
 ) -> None:
     """Raise ConfigError if the inputs of blocks that `strategy.offload_activations` moves to host memory do not fit there.
 
@@ -208,7 +216,7 @@ def check_host_memory_for_inputs(
         num_recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
     width, _ = width_and_num_blocks(built.base_on_meta)
     itemsize = 4 if precision is Precision.fp32 else 2
-    tokens = num_tokens_of_longest_micro_batch(built, workload)
+    tokens = num_tokens_of_longest_micro_batch(built, largest_batch)
     on_host = expected_host_inputs(blocks=num_recomputed_blocks, tokens=tokens, width=width, itemsize=itemsize)
     needed = node_memory_bytes(on_host, runtime.local_world_size)
     usable = usable_host_memory_bytes()
@@ -224,10 +232,14 @@ def check_host_memory_for_inputs(
 
 
 def set_expected_memory(
-    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel,
+    largest_batch: LargestMicroBatch,
+    strategy: StrategyConfig,
+    precision: Precision,
+    runtime: processes.Runtime,
 ) -> None:
     """Set `built.expected_bytes` by estimates. Must be called before the model is sharded. No collective."""
     built.expected_bytes = ExpectedBytes(
         model_state=model_state_bytes(built, strategy, precision, runtime),
-        activations=expected_activation_bytes(built, workload, strategy, precision),
+        activations=expected_activation_bytes(built, largest_batch, strategy, precision),
     )

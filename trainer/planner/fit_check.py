@@ -14,7 +14,7 @@ from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, Str
 from strategies.errors import ConfigError, DoesNotFit
 from strategies.parent_death import die_with_parent
 from strategies.runtime import Runtime, broadcast_object, gather_objects
-from trainer.build.parts import largest_workload
+from trainer.build.parts import largest_micro_batch
 from trainer.build.recomputation import device_memory_gib, longest_sequence_lengths
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import RunConfig
@@ -129,7 +129,7 @@ def _simulate_longest_step(
         step_config = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
         step_config = replace(step_config, precision=precision)
         # Tokens of each sequence of the largest micro-batch that the data can give.
-        lengths = longest_sequence_lengths(data_spec_of(config.objective), largest_workload(config, prepared))
+        lengths = longest_sequence_lengths(data_spec_of(config.objective), largest_micro_batch(config, prepared))
         timeout_s = TIMEOUT_SHARE * config.run.timeout_s
         peak_of_rank_0 = simulate_in_process(step_config, lengths, RankCounts.of_job(runtime), timeout_s)
     peak: SimulatedPeak | NotSimulated = broadcast_object(peak_of_rank_0, runtime)

@@ -14,7 +14,7 @@ from strategies.base import Precision
 from strategies.compat.process_groups import default_store
 from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime, free_host_memory_bytes
-from trainer.build.parts import build_engine, largest_workload
+from trainer.build.parts import build_engine, largest_micro_batch
 from trainer.build.recomputation import USABLE_SHARE, device_memory_gib, longest_micro_batch
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
@@ -107,7 +107,7 @@ def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
     # Two micro-batches hold as much as any number: the second adds to the gradients that the first left.
     num_micro_batches = min(2, accumulation_steps(config, runtime.world_size))
     cut = sequence_cut(runtime)  # this rank's slice of a row, if ranks share rows
-    longest = longest_micro_batch(built, largest_workload(config, inputs.data, cut))
+    longest = longest_micro_batch(built, largest_micro_batch(config, inputs.data, cut))
     trainer = minimal_trainer(engine)  # the run's training loop, which takes steps and nothing else
     try:
         for _ in range(PROBE_STEPS):
