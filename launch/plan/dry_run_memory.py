@@ -69,10 +69,11 @@ def dry_run_result(
     memory: SimulatedStepMemory,
     notes: Mapping[str, object],
 ) -> DryRunResult:
-    """Put together the result of a dry run. `lines`: its text. The keys of `facts` are read by scripts, and stay.
+    """Put together the answer of `train --dry-run`: its text, its facts for `--json`, and its exit code.
 
-    `numbers`: what it has counted; `memory`: that of its longest micro-batch, or the defect of the code that was met instead.
-    `notes`: what was chosen beside the configuration's own substitutions, by setting, with its reason.
+    Scripts read the keys of `facts`, so they stay. `lines`: the text. `numbers`: what it has counted; `memory`: that of its
+    longest micro-batch, or the defect of the code that was met instead. `notes`: what was chosen beside the configuration's
+    own substitutions, by setting, with its reason.
     """
     facts = {
         "strategy": str(config.strategy.name),
@@ -97,7 +98,7 @@ def dry_run_result(
 
 
 def simulate_step_memory(config: RunConfig, lengths: list[int], world_size: int) -> SimulatedStepMemory:
-    """Simulate a step with one micro-batch of sequences of `lengths` tokens on `world_size` ranks; returns its memory per rank.
+    """Tell how much memory a rank of the run needs: simulate a step with one micro-batch of sequences of `lengths` tokens.
 
     As lines for people (the kinds of memory, largest first) and as facts for scripts. If the step cannot be simulated, both
     say why, and `SimulatedStepMemory.is_defect` says whether that looks like a fault of the code.
@@ -121,7 +122,10 @@ def simulate_step_memory(config: RunConfig, lengths: list[int], world_size: int)
 
 
 def _memory_not_simulated(error: Exception) -> SimulatedStepMemory:
-    """What a dry run says of memory if the step could not be simulated: why, and whether that is a defect of the code."""
+    """What a dry run says of memory if the step could not be simulated: why, and whether that is a defect of the code.
+
+    `error`: what the simulation raised. A defect makes the dry run end with exit code 70.
+    """
     # Training may still work if the step cannot be simulated, but a defect will probably be met there too.
     is_defect = isinstance(error, DEFECT_ERRORS)
     reason = why_not_simulated(error)
@@ -136,10 +140,10 @@ def _memory_not_simulated(error: Exception) -> SimulatedStepMemory:
 def _memory_lines(
     step: ExtrapolatedStep, bytes_by_kind: dict[MemoryKind, int], mode: ActivationCheckpointing
 ) -> list[str]:
-    """Lines on the memory of a rank at the peak of a simulated step: by kind, largest first, in MiB or GiB.
+    """Write where a rank's memory goes at the peak of the simulated step, for a dry run: by kind, largest first, in MiB or GiB.
 
-    `bytes_by_kind`: those of the peak, in the order of the lines. `mode`: with `auto`, the run itself chooses by its free memory
-    which activations are recomputed, and the step was simulated without.
+    `bytes_by_kind`: those of the peak, in the order of the lines. `mode`: with `auto`, the run itself chooses by its free
+    memory which activations are recomputed, and the step was simulated without.
     """
     unit_bytes = 2**20
     unit = "MiB"
@@ -162,7 +166,7 @@ def _memory_lines(
 
 
 def deferred_gradient_lines(strategy: StrategyConfig, num_trained_parameters: int, *, accumulation: int) -> list[str]:
-    """A line on the memory of gradients that are not sharded yet; empty if the run does not hold any.
+    """Warn in a dry run of memory that the simulated micro-batch does not show: gradients that wait unsharded for later ones.
 
     With gradient accumulation, FSDP2 may reduce them only after the last micro-batch of a step. The simulated step has a
     single micro-batch, so its estimate lacks these gradients. `strategy.defer_sync`: False never defers, True always, None if

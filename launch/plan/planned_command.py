@@ -76,7 +76,7 @@ def _settings_to_add(best: PlannedChoice) -> str:
 
 
 def _is_for_slurm(overrides: list[str], job: PlannedJob) -> bool:
-    """Whether the command of the plan is for SLURM (`submit`) and not for this machine (`train`).
+    """Decide whether a plan's command is `shardtune submit` (a SLURM job) or `shardtune train` (on this machine).
 
     An override `launcher=` decides. Without it, several nodes mean SLURM, and so do settings that only its launcher has
     (`LauncherConfig` has those of all launchers).

@@ -74,10 +74,11 @@ class TextServer(NamedTuple):
 
 
 def build_text_server(manager: SingleModelManager, *, batching: bool) -> TextServer:
-    """transformers' server that answers chats and completions with the one model of `manager`.
+    """Build transformers' own HTTP server around one loaded model, with its chats and completions alone.
 
-    `batching`: many requests are computed at once. Uses `build_server`, `GenerationState` and the handlers of chats and
-    completions. A request's seed travels with the request's own settings; `set_seed_of_each_request` has it take effect.
+    `batching`: many requests are computed at once. Uses `build_server`, `GenerationState` and two handlers of transformers;
+    the other addresses are closed by our middleware. A request's seed travels with its generation settings, and
+    `set_seed_of_each_request` makes it take effect.
     """
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # else a warning for each request
     state = GenerationState(continuous_batching=batching)
@@ -95,7 +96,7 @@ def build_text_server(manager: SingleModelManager, *, batching: bool) -> TextSer
 
 
 def _subclass_keeping_seed(handler: type[BaseHandler]) -> Any:
-    """A subclass of transformers' handler that does not seed the process when a request arrives, but keeps the seed for later.
+    """Derive a request handler that keeps a request's seed until its answer is generated, in place of seeding at once.
 
     `set_seed_of_each_request` reads it from the generation settings of the request (`_SEED_ATTRIBUTE`).
 
@@ -117,8 +118,8 @@ def _subclass_keeping_seed(handler: type[BaseHandler]) -> Any:
 def set_seed_of_each_request(model: Any) -> None:
     """Make a model's `generate` set the seed of the request that it answers. For a server that answers one after the other.
 
-    The handlers of `_subclass_keeping_seed` leave the seed in the request's generation settings. Replaces `generate` of this one
-    model: the server calls it in a thread of its own, with no hook before it.
+    The handlers of `_subclass_keeping_seed` leave the seed in the request's generation settings. Replaces `generate` of this
+    one model: the server calls it in a thread of its own, with no hook before it.
     """
     generate = model.generate
 

@@ -32,7 +32,10 @@ class GatewayMiddleware:
         """Requests that are answered or wait."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Handle one connection, as ASGI calls an application."""
+        """Handle one connection, as a web server calls an application (ASGI): HTTP requests; nothing is offered by websocket.
+
+        The server's start and end (`lifespan`) are passed on.
+        """
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -45,9 +48,9 @@ class GatewayMiddleware:
             await _send_refusal(send, refused)
 
     async def _handle_http_request(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Admit a request, check its body, and pass it on to the application. Raises RefusedRequest.
+        """Admit a request, check its body, and pass it on to the application, whose answer goes to `send`.
 
-        Raises it with status 429 if `serve.max_requests` requests with a body are under way already.
+        Raises RefusedRequest; with status 429 if `serve.max_requests` requests with a body are under way already.
         """
         headers = {}  # by name in lower case
         for name, value in scope["headers"]:
@@ -97,7 +100,10 @@ class GatewayMiddleware:
             )
 
     async def _receive_body(self, receive: Receive, headers: dict[str, str]) -> bytes:
-        """Receive the whole body of a request. Raises RefusedRequest if it is no JSON by its header, or too large."""
+        """Receive the whole body of a request, which comes in parts.
+
+        Raises RefusedRequest if it is no JSON by its header, larger than `serve.max_body_kib`, or if the client goes away.
+        """
         content_type = headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
             raise RefusedRequest(415, "send Content-Type: application/json")
@@ -132,7 +138,10 @@ class GatewayMiddleware:
         return _RefusalFormatter(send)
 
     async def _call_application(self, scope: Message, receive: Receive, send: Send, body: dict[str, Any]) -> None:
-        """Call the application with the checked body in place of the one that was received."""
+        """Call the application with the checked body in place of the one that was received; its answer goes through `_wrap_send`.
+
+        The body was read already, so that the application gets it from a `receive` of our own.
+        """
         content = json.dumps(body).encode()
         # The application would name its answer by the client's x-request-id.
         dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
@@ -220,7 +229,7 @@ class _RefusalFormatter:
         await self.send({"type": "http.response.body", "body": body})
 
     def _must_be_buffered(self, start_message: Message) -> bool:
-        """Whether an answer must be kept until it is complete, by the message that begins it: an error must."""
+        """Whether an answer must be kept until it is complete, because it is rewritten: an error must, by its status."""
         return bool(start_message["status"] >= 400)
 
     def rewrite_answer_body(self, status: int, content: bytes) -> bytes:
@@ -275,7 +284,7 @@ class _StopCuttingResponse(_RefusalFormatter):
 
 
 async def _send_refusal(send: Send, refused: RefusedRequest) -> None:
-    """Send an error as the answer to a request."""
+    """Answer a refused request: the error as JSON in OpenAI's format, with the headers that clients expect of its status."""
     content = json.dumps(refused.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if refused.status == 429:

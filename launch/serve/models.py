@@ -65,7 +65,10 @@ def load_base_chat_model(exported: ExportedModel, *, device: str = "auto", dtype
 
 
 def _base_path_of_run(export_dir: Path) -> str | None:
-    """`model.path` of the run in whose directory an export lies; None if it lies in none, or if that cannot be read."""
+    """The base model of a whole exported model: `model.path` of the run in whose directory the export lies.
+
+    None if it lies in no run's directory, or if the run's config.yaml cannot be read.
+    """
     import yaml
 
     config_file = export_dir.parent / "config.yaml"
@@ -79,7 +82,7 @@ def _base_path_of_run(export_dir: Path) -> str | None:
 
 
 def _load_from_directory(path: Path, *, name: str, base: str | None, device_setting: str, dtype_name: str) -> ChatModel:
-    """Load a model and its tokenizer without the network, and set its generation settings for requests.
+    """Load a model and its tokenizer to answer prompts, without the network; sets its generation settings for requests.
 
     If the export's own settings sample, they stay. Else they become plain sampling (temperature 1, no top_p or top_k), which a
     request can change or turn off. `base`: the base model if `path` is an adapter, for messages.
@@ -112,9 +115,10 @@ def _load_from_directory(path: Path, *, name: str, base: str | None, device_sett
 
 
 def _generation_config_for_requests(stored_config: Any, tokenizer: Any) -> Any:
-    """A copy of the export's generation settings, with every token id that generation needs, and no length limit.
+    """Prepare the generation settings of an export for requests: every token id that generation needs, and no length limit.
 
-    If they do not sample, they become plain sampling: a request's temperature must have an effect, and no other setting.
+    `stored_config`: transformers' settings as the export has them; a copy is returned. If they do not sample, they become
+    plain sampling: a request's temperature must have an effect, and no other setting.
     """
     generation_config = copy.deepcopy(stored_config)
     generation_config.eos_token_id = _end_token_ids_or_none(tokenizer, generation_config)
@@ -139,7 +143,10 @@ def _end_token_ids_or_none(tokenizer: Any, generation_config: Any) -> list[int] 
 
 
 def usable_torch_device(requested: str) -> Any:
-    """The torch device for `auto`, `cpu`, `cuda` or `cuda:<n>`. Raises ConfigError if this machine has none of that kind."""
+    """The torch device that a user asked for: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:<n>`.
+
+    Raises ConfigError if this machine has none of that kind.
+    """
     import torch
 
     if requested == "auto":
@@ -155,7 +162,7 @@ def usable_torch_device(requested: str) -> Any:
 
 
 def model_context_length(model: Any) -> int:
-    """Most tokens that a prompt and its answer may have together; 2**31 if the model's config states no limit."""
+    """Most tokens that a prompt and its answer may have together, by the model's positions; 2**31 if its config states none."""
     from trainer.model.architecture import text_model_config
 
     settings = text_model_config(model.config)

@@ -43,7 +43,10 @@ def vllm_command(exported: ExportedModel, config: ServeConfig, *, with_middlewar
 
 
 def _vllm_adapter_arguments(exported: ExportedModel, name: str) -> list[str]:
-    """The arguments by which vLLM serves a LoRA adapter as `name`, beside its base as `<name>-base`."""
+    """The arguments by which vLLM serves a LoRA adapter under `name`, beside its base as `<name>-base`.
+
+    vLLM makes room for adapters of certain ranks alone: the next larger one is asked for.
+    """
     lora_rank = int(exported.settings.get("r", 8))
     max_rank = next((rank for rank in VLLM_MAX_LORA_RANKS if rank >= lora_rank), VLLM_MAX_LORA_RANKS[-1])
     adapter = json.dumps({"name": name, "path": str(exported.path)})
@@ -56,9 +59,10 @@ def _vllm_adapter_arguments(exported: ExportedModel, name: str) -> list[str]:
 
 
 def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | None:
-    """The command that serves an export with SGLang; None for an adapter that SGLang does not take.
+    """The command that serves an export with SGLang: a whole model, or a LoRA adapter (without DoRA) on its base.
 
-    That includes an adapter with positions of its own: SGLang would rotate by those of the base.
+    None for any other adapter, which SGLang does not take. That includes an adapter with positions of its own: SGLang would
+    rotate by those of the base.
     """
     name = config.name or exported.name
     command = ["python", "-m", "sglang.launch_server", "--model-path", exported.base or str(exported.path)]
@@ -73,7 +77,10 @@ def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | 
 
 
 def compute_type_name(exported: ExportedModel, config: ServeConfig) -> str:
-    """The type in which another server shall compute: `serve.dtype`, else that of the stored weights; `auto` if not known."""
+    """The number format that vLLM or SGLang is told to compute in, such as "bfloat16": `serve.dtype`, else that of the weights.
+
+    `auto` if the stored weights have none of the formats that `serve.dtype` takes, or if that is not known.
+    """
     if config.dtype is not ServedType.auto:
         return str(config.dtype)
     stored = stored_type_name(exported)
@@ -116,7 +123,7 @@ def as_shell_command(arguments: list[str] | None) -> str:
 
 
 def vllm_environment(exported: ExportedModel, config: ServeConfig) -> dict[str, str]:
-    """Environment variables that configure vLLM, and our middleware within vLLM's process."""
+    """Environment variables for vLLM's process: the API key, and as JSON the settings of our middleware, which runs inside it."""
     middleware_settings: dict[str, Any] = {
         "max_requests": config.max_requests,
         "max_body_kib": config.max_body_kib,

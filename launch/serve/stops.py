@@ -94,7 +94,7 @@ class StopCuttingStream:
         await self.send({**message, "body": body})
 
     def _rewrite_event(self, event: bytes) -> bytes:
-        """One event of the stream as it is sent to the client.
+        """Turn an event of the application's stream (server-sent events) into what the client gets, without stop sequences.
 
         - after a stop sequence was found: nothing;
         - no chunk of an answer (the end of the stream, the token counts, an error): as it is;

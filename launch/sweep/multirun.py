@@ -36,10 +36,11 @@ def run_all_points(
     show_point: Callable[[ComposedConfig], None] | None,
     check: bool,
 ) -> int:
-    """Run every combination of the settings' values (a point) by `run_point`; returns the first exit code that is not 0.
+    """Run `train -m`: every combination of the values that settings have (a point); returns the first exit code that is not 0.
 
-    `arguments`: the arguments of the command. `show_point`: called with each point instead of running it. `check`: whether each
-    point is validated, which running needs. Raises ConfigError with the problems of all points.
+    `run_point`: trains one point. `arguments`: the arguments of the command. `show_point`: called with each point instead of
+    running it. `check`: whether each point is validated, which running needs. Raises ConfigError with the problems of all
+    points.
     """
     from launch.cluster.array_size import refuse_large_arrays
     from launch.config.axes import point_label, read_axes, set_point_name_in_trackers
@@ -95,8 +96,8 @@ def _run_points_one_by_one(
 ) -> int:
     """Run the points one after another, print their table, and return the first exit code that is not 0.
 
-    After a point that fails, the later points still run. After a point that is stopped, they do not. Each point has processes of
-    its own (`isolate`), so that neither memory nor a crash of one reaches the next.
+    After a point that fails, the later points still run. After a point that is stopped, they do not. Each point has processes
+    of its own (`isolate`), so that neither memory nor a crash of one reaches the next.
     """
     from launch.sweep.multirun_answer import sweep_points_table_text
 

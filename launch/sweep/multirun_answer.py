@@ -23,8 +23,9 @@ LABEL_BY_RUN_STATE = {"failed": "failed", "preempted": "stopped", "not started":
 
 
 def sweep_points_table_text(labels: list[str], run_dirs: list[Path], exit_codes: list[int]) -> str:
-    """What `train -m` prints at its end: a row for each point, with its reason below if it is not done.
+    """Write what `train -m` prints at its end: a row for each point, with the reason below if it is not done.
 
+    A point is one combination of the values that settings were given; `labels` names each: "optim.lr=1e-4 tuning=lora".
     `exit_codes` are those of the points that were started, in their order; it is shorter if the command was stopped.
     """
     rows = []
@@ -59,7 +60,10 @@ def _state_cell(exit_code: int | None, run: RecordedRun | None) -> str:
 
 
 def _metric_cells(run: RecordedRun | None) -> tuple[str, ...]:
-    """Steps, loss, monitored held-out metric, tokens/s and GiB of a point; dashes if it took no step."""
+    """The numbers of a point in the table of `train -m`: steps, loss, held-out metric, tokens/s and GiB; dashes without a step.
+
+    The held-out metric is the one that the run watches (`evaluation.watch`). `run`: None if its run cannot be read.
+    """
     if run is None or not run.steps:
         return ("-",) * 5
     measured = measure_run(run)

@@ -12,15 +12,19 @@ from trainer.reporting.documents.questions import paper_problems, read_answers
 
 
 def document_problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the documents (`export.papers`) and with the answers in them, one line each."""
+    """Check the compliance documents that an export is to have (`export.papers`), and the owner's answers for them.
+
+    Yields error messages.
+    """
     yield from paper_problems(config.export.papers)
     yield from read_answers(config.export.answers)[1]
 
 
 def gate_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about the gates, bounds on metrics for an export such as {"qa/accuracy": ">0.6"}, one line each.
+    """Check the gates: bounds that metrics must keep before a model may be exported, such as {"qa/accuracy": ">0.6"}.
 
-    A gate on a metric of a configured task must name one that the task has. Any other metric may be measured later.
+    Yields error messages. A gate on a metric of a configured task must name one that the task has. Any other metric may be
+    measured later.
     """
     yield from bounds.gate_problems(config.gates)
     for bound in bounds.parse_gate_bounds(config.gates):

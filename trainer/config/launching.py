@@ -30,7 +30,7 @@ JOB_IDS_REGEX = re.compile(r"\d+(_\d+)?(:\d+(_\d+)?)*")
 
 
 def launcher_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about the settings of `launcher`, one line each."""
+    """Check the settings of `launcher`, which starts the processes of a run here, over ssh or by SLURM; yields error messages."""
     launcher = config.launcher
     for cause, times in launcher.retry.items():
         if cause not in RETRY_CAUSES:
@@ -48,7 +48,10 @@ def launcher_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _local_launcher_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
-    """Error messages for launcher=local: one host, hosts over ssh, or the same command on each of several hosts."""
+    """Check launcher=local, which starts a run without SLURM; yields error messages.
+
+    There are three ways: on this host, on `launcher.hosts` over ssh, or by the same command that the user types on each host.
+    """
     if launcher.ssh and not launcher.hosts:
         yield f"launcher.ssh=[{','.join(launcher.ssh)}]: no host is reached over ssh; name them in launcher.hosts=[n1,n2]"
     if launcher.hosts:
@@ -62,7 +65,10 @@ def _local_launcher_problems(config: RunConfig, launcher: LauncherConfig) -> Ite
 
 
 def _manual_start_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
-    """Error messages if the user starts the same command on each of several hosts, and settings for that are missing."""
+    """Check what a run needs whose command the user types on each of several hosts: a common meeting point and directory.
+
+    Yields error messages.
+    """
     if launcher.rdzv is None:
         yield (
             f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere; or name the "
@@ -78,7 +84,7 @@ def _manual_start_problems(config: RunConfig, launcher: LauncherConfig) -> Itera
 
 
 def _ssh_problems(launcher: LauncherConfig) -> Iterator[str]:
-    """Error messages about settings of hosts that are reached over ssh (`launcher.hosts`)."""
+    """Check the hosts on which a run is started over ssh (`launcher.hosts`), and what does not go with them; yields messages."""
     hosts_text = f"launcher.hosts=[{','.join(launcher.hosts)}]"
     if launcher.nodes != len(launcher.hosts):
         yield f"launcher.nodes={launcher.nodes}: {hosts_text} are {len(launcher.hosts)}; leave launcher.nodes out"
@@ -118,7 +124,7 @@ def _slurm_problems(launcher: SlurmConfig) -> Iterator[str]:
 
 
 def _gpu_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
-    """Error messages if two settings ask for different numbers of GPUs, or if a node has fewer GPUs than ranks."""
+    """Check that a SLURM job gets a GPU for each rank, and asks for one number of GPUs; yields error messages."""
     num_gpus_in_gres = gpus_in_gres(launcher.gres)
     if launcher.gpus_per_node and num_gpus_in_gres not in (0, launcher.gpus_per_node):
         yield (
@@ -136,10 +142,10 @@ def _gpu_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
 
 
 def _sbatch_option_problems(launcher: SlurmConfig) -> Iterator[str]:
-    """Error messages for options of sbatch that the job's script or the launcher sets itself, and for an uneven number of GPUs.
+    """Check the user's own options of sbatch: none that the job's script or the launcher sets itself; yields error messages.
 
-    The options are those in `launcher.extra`, and in `launcher.part_options` for one job of a pipeline, such as `evaluate`. GPUs
-    of the whole job (`--gpus`) must be a multiple of the nodes.
+    The options are those in `launcher.extra`, and in `launcher.part_options` for one job of a pipeline, such as `evaluate`.
+    GPUs of the whole job (`--gpus`) must be a multiple of the nodes.
     """
     arguments_by_key = {"launcher.extra": launcher.extra}
     arguments_by_key |= {f"launcher.part_options.{part}": extra for part, extra in launcher.part_options.items()}
@@ -157,7 +163,7 @@ def _sbatch_option_problems(launcher: SlurmConfig) -> Iterator[str]:
 
 
 def _pipeline_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
-    """Error messages about `launcher.pipeline`, the jobs that follow each other, such as [prepare, train, evaluate]."""
+    """Check `launcher.pipeline`, a chain of SLURM jobs for one run, such as [prepare, train, evaluate]; yields error messages."""
     parts = launcher.pipeline
     pipeline_text = f"launcher.pipeline=[{','.join(parts)}]"
     in_order = [part for part in PIPELINE_JOB_NAMES if part in parts]
@@ -176,7 +182,7 @@ def _pipeline_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str
 
 
 def separate_job_writes_export(config: RunConfig) -> bool:
-    """Whether the run is a pipeline with a job that writes the export."""
+    """Whether another job than the one that trains writes the export (`launcher.pipeline` with export), after it has ended."""
     return isinstance(config.launcher, SlurmConfig) and "export" in config.launcher.pipeline
 
 

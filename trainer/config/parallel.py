@@ -63,7 +63,7 @@ class BatchedRun(Protocol):
 def parallel_for_evaluation(
     training_parallel: ParallelConfig, strategy: StrategyConfig, replica_size: int
 ) -> ParallelConfig:
-    """The settings of `parallel` for the evaluation of a model that was trained with `training_parallel`.
+    """How ranks share rows and experts when a model is evaluated that was trained with `training_parallel`.
 
     - Sequence parallelism is dropped: each rank generates answers for prompts of its own.
     - Expert parallelism stays under FSDP2 and HSDP (whose settings are `Fsdp2Config`), since all experts of a layer may not fit
@@ -76,7 +76,7 @@ def parallel_for_evaluation(
 
 
 def dp_size_of(config: BatchedRun, world_size: int) -> int:
-    """Number of data-parallel ranks among `world_size` ranks; a sequence-parallel group counts as one."""
+    """How many ranks read documents of their own (data-parallel): a group of ranks that share each row counts as one."""
     return world_size // config.parallel.sequence
 
 
@@ -90,12 +90,15 @@ def accumulation_steps(config: BatchedRun, world_size: int) -> int:
 
 
 def samples_per_dp_rank(config: BatchedRun, world_size: int) -> int:
-    """Documents or answers of a step that each data-parallel rank takes, at most."""
+    """How many documents (or generated answers) of a step each data-parallel rank takes, at most."""
     return math.ceil(int(config.batch["global"]) / dp_size_of(config, world_size))
 
 
 def sequence_parallel_problems(config: BatchedRun, world_size: int | None, strategy_name: str) -> Iterator[str]:
-    """Error messages about `parallel.sequence`, one line each. `world_size`: number of ranks; None if it is not known."""
+    """Check that the ranks divide into groups that share rows (`parallel.sequence`); yields error messages.
+
+    `world_size`: number of ranks; None if it is not known.
+    """
     degree = config.parallel.sequence
     if degree == 1:
         return

@@ -1,9 +1,9 @@
 """Forgetting: what the tuned model has lost against the base, on general text and on tasks of the user's choice.
 
-The number is the rise of a loss, or the fall of a metric, as a share of the base's. Rows are paired: the same ones were asked of
-the base. Where a metric is a ratio of sums, its standard error is that of a ratio estimator (Cochran 1977, chapter 6), and a loss
-is called clear where its one-sided lower bound is above 0, at a level of 5 % over all evaluations of a run (Bonferroni). A limit
-is held against the number itself.
+The number is the rise of a loss, or the fall of a metric, as a share of the base's. Rows are paired: the same ones were asked
+of the base. Where a metric is a ratio of sums, its standard error is that of a ratio estimator (Cochran 1977, chapter 6), and
+a loss is called clear where its one-sided lower bound is above 0, at a level of 5 % over all evaluations of a run
+(Bonferroni). A limit is held against the number itself.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ def compare_with_base(
     rows: Sequence[TaskRow],
     values: BaseAndTunedValue,
 ) -> ComparedTask:
-    """How much the tuned model has lost against the base in a task's first metric.
+    """Compare a task's answers before and after tuning: how much of its main metric was lost against the base, and how surely.
 
     `name`: of the task. `base_rows` and `rows` are paired: both models were asked the same. `values`: the metric of both. The
-    loss is a share of the base's metric, so that it can be compared between tasks; an absolute number if the base's metric is 0.
+    loss is a share of the base's metric, so that it can be compared between tasks; an absolute number if the base's metric is
+    0.
     """
     drop = values.base - values.tuned if metric.greater_is_better else values.tuned - values.base
     lost_share = drop / (abs(values.base) or 1.0)
@@ -91,7 +92,7 @@ def compare_with_base(
 def _standard_error_of_lost_share(
     metric: TaskMetric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow]
 ) -> float | None:
-    """Standard error of the share of a metric that was lost, from the paired rows of the base and the tuned model.
+    """How uncertain the lost share of a metric is, from the paired rows of the base and the tuned model: its standard error.
 
     `metric.ratio_of_sums` = (numerator, denominator) names the scores of a row whose sums the metric divides; a denominator of
     None stands for the number of rows, as for an accuracy. The result is None if the metric is no such ratio, if there are not
@@ -113,7 +114,10 @@ def _standard_error_of_lost_share(
 
 
 def standard_error_of_ratio(old: Sequence[float], new: Sequence[float]) -> float:
-    """Standard error of sum(new) / sum(old) over paired rows (Cochran 1977, chapter 6). `old` must not sum to 0."""
+    """How uncertain a ratio of two totals is: the standard error of sum(new) / sum(old) over paired rows.
+
+    By Cochran (1977, chapter 6). `old` must not sum to 0, and must have at least two rows.
+    """
     old_sum = math.fsum(old)
     ratio = math.fsum(new) / old_sum
     squared_residuals = sum((after - ratio * before) ** 2 for before, after in zip(old, new, strict=True))
@@ -121,7 +125,10 @@ def standard_error_of_ratio(old: Sequence[float], new: Sequence[float]) -> float
 
 
 def logged_metrics(evidence: Evidence) -> dict[str, float]:
-    """What is logged in each evaluation: the largest share that any task has lost, and that of each if there are several."""
+    """The metrics that this detector adds to an evaluation: {"forgetting": 0.03}, the largest share that any task has lost.
+
+    With several tasks also that of each, such as `forgetting/qa`; {} if no task was compared with the base.
+    """
     compared: list[ComparedTask] = evidence.compared_tasks
     if not compared:
         return {}
@@ -132,7 +139,7 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
 
 
 def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding | None:
-    """The finding about the task that lost most against the base model in this evaluation; None if it lost too little.
+    """Report the task in which the tuned model forgot most of what the base knew; None if it lost too little.
 
     With `challenges.forgetting.limit`, any loss above that limit is reported. Without, the loss must be clear (the lower bound
     of a paired test is above 0) and matter (more than `MIN_LOST` of the base's metric).

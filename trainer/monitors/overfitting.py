@@ -2,10 +2,10 @@
 
 Of the evaluations after the one with the lowest held-out loss, the first two are tested for a rising trend (Mann and Kendall,
 one-sided, exact). A held-out loss that drifts, as under a rate that is a little too high, rises smoothly and passes its test
-whatever the level is: the gap alone tells that from overfitting, and it is looked at in every evaluation. Its level is therefore
-divided by their number; and what makes both losses worse is not called overfitting. By simulation a run whose held-out loss
-drifts while gap and training loss hover is called overfitting in 1 % of runs of 10 to 50 evaluations, and one in which all
-hover in fewer (`tests/monitors/test_trend.py`); what real runs gave: `benchmarks/challenges`.
+whatever the level is: the gap alone tells that from overfitting, and it is looked at in every evaluation. Its level is
+therefore divided by their number; and what makes both losses worse is not called overfitting. By simulation a run whose
+held-out loss drifts while gap and training loss hover is called overfitting in 1 % of runs of 10 to 50 evaluations, and one
+in which all hover in fewer (`tests/monitors/test_trend.py`); what real runs gave: `benchmarks/challenges`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ REMEDIES = (
 def add_to_history(progress: Progress, held_out_value: float | None) -> None:
     """Add an evaluation to `progress.evaluations`, the history that overfitting is judged by; it is in checkpoints.
 
-    `held_out_value`: the held-out loss, or the reward of a run that learns from rewards. Beside it stands the mean training loss
-    (or reward) since the last evaluation, whose sum starts anew. Nothing is added if the value is unknown or not finite, or if no
-    step was taken since the last evaluation.
+    `held_out_value`: the held-out loss, or the reward of a run that learns from rewards. Beside it stands the mean training
+    loss (or reward) since the last evaluation, whose sum starts anew. Nothing is added if the value is unknown or not finite,
+    or if no step was taken since the last evaluation.
     """
     num_steps = progress.interval_steps
     is_before_training = progress.step == 0
@@ -57,9 +57,10 @@ def add_to_history(progress: Progress, held_out_value: float | None) -> None:
 
 
 def logged_metrics(evidence: Evidence) -> dict[str, float]:
-    """What is logged in each evaluation: the gap between held-out and training loss, and p-values of two trends.
+    """The metrics that this detector adds to an evaluation: the gap between held-out and training loss, and two p-values.
 
-    The trends are those of the held-out loss and of the gap, over the evaluations since the lowest held-out loss; they are left
+    {"overfitting/gap": 0.2, "overfitting/p_held_out": 0.004, "overfitting/p_gap": 0.01}: of the tests for rising trends. The
+    trends are those of the held-out loss and of the gap, over the evaluations since the lowest held-out loss; they are left
     out while those are too few. Empty before the first step.
     """
     if not evidence.history or evidence.history[-1]["step"] == 0:
@@ -78,7 +79,7 @@ def _loss_gap(evaluation: dict[str, float]) -> float:
 
 
 def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | None:
-    """The finding that the run overfits; None if the evaluations so far do not show it.
+    """Report that the run overfits, after an evaluation; None if the evaluations so far do not show it.
 
     It needs three things: since its lowest value the held-out loss rises, its gap to the training loss grows, and the training
     loss does not rise. Each is a Mann-Kendall test for a trend. `evidence.history` has both losses of each evaluation so far,
@@ -115,7 +116,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
 
 
 def _evaluations_after_lowest(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The evaluations after the one with the lowest held-out loss, oldest first.
+    """The evaluations after the best one so far (the lowest held-out loss), oldest first: where overfitting would show.
 
     The evaluation before the first step is never among them: it has no training loss.
     """

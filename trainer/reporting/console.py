@@ -87,7 +87,7 @@ class Console:
             self.end_progress_bar()
 
     def end_progress_bar(self) -> None:
-        """Leave the bar on its line, and begin a new line, so that what anybody prints next stands on a line of its own."""
+        """Leave the progress bar on its line and begin a new one, so that what is printed next stands on a line of its own."""
         if self._shown_bar:
             print(flush=True)
             self._shown_bar = ""
@@ -101,7 +101,7 @@ class Console:
 
 
 def _progress_fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
-    """The fields of a step in the order of a log's line, such as ["step 10/100", "loss 2.3100", "grad 0.912", ...].
+    """What the screen and the log say of a step, field by field: ["step 10/100", "loss 2.3100", "grad 0.912", ...].
 
     `row`: the step's metrics, as in `metrics.jsonl`; what it lacks is left out.
     """
@@ -130,7 +130,10 @@ def _progress_fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
 
 
 def _progress_bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
-    """A progress bar with the most important fields of a step beside it, as many as `width` columns have room for."""
+    """Draw the progress bar of a terminal, with the most important fields of a step beside it: "step 10/100 ━━━━  loss 2.3100".
+
+    As many fields as `width` columns have room for; only the step if there is no room for any.
+    """
     from rich.console import Console as Terminal
     from rich.progress_bar import ProgressBar
 
@@ -157,9 +160,10 @@ def _progress_bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str
 
 
 def _bar_fields_by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: dict[str, str]) -> list[str]:
-    """The fields beside the progress bar, the most important first; a field that the step does not have is left out.
+    """Which fields stand beside the progress bar, the most important first, since a narrow terminal has room for the first ones.
 
-    `field_by_name`: the fields of the step's log line by their first word, such as {"loss": "loss 2.3100"}.
+    A field that the step does not have is left out. `field_by_name`: the fields of the step's log line by their first word,
+    such as {"loss": "loss 2.3100"}.
     """
     next_evaluation = ""
     steps_left = schedule.total_steps - row["step"]

@@ -54,10 +54,11 @@ class ResolvedSetting:
 
 
 def parse_resolution(setting: str, recorded: Any) -> ResolvedSetting | None:
-    """The resolution of a setting as a file or a configuration holds it; None if `recorded` is none.
+    """Read how a setting that was left open got its value (its resolution), in each form in which it was ever kept.
 
-    `recorded` is a ResolvedSetting; its fields as read from YAML or JSON, such as {"asked": "auto", "chosen": 4, "reason":
-    "planned"}; or the sentence of an early run directory, such as "auto -> 4 (planned)".
+    None if `recorded` is no resolution. `recorded` is a ResolvedSetting; its fields as read from YAML or JSON, such as
+    {"asked": "auto", "chosen": 4, "reason": "planned"}; or the sentence of an early run directory, such as "auto -> 4
+    (planned)".
     """
     if isinstance(recorded, ResolvedSetting):
         return recorded
@@ -78,7 +79,7 @@ def parse_resolution(setting: str, recorded: Any) -> ResolvedSetting | None:
 
 
 def _parse_trial(trial: Any) -> OutOfMemoryTrial:
-    """A trial as a file holds it: its fields, or the choice alone."""
+    """Read a choice with which memory ran out, as a file holds it: {"choice": 16, "step": 3}, or the choice alone."""
     if not isinstance(trial, Mapping):
         return OutOfMemoryTrial(trial)
     step = trial.get("step")
@@ -86,10 +87,10 @@ def _parse_trial(trial: Any) -> OutOfMemoryTrial:
 
 
 def _parse_earlier_sentence(setting: str, sentence: str) -> ResolvedSetting | None:
-    """The resolution of a setting that an earlier version wrote as a sentence; None for a sentence about something else.
+    """Read a resolution that an earlier version wrote as a sentence; None for a sentence about something else.
 
-    `auto -> 4 (planned; 16, 8 ran out of memory)` is asked=auto, chosen=4, reason=planned and two trials: each of the reasons in
-    brackets is either choices that ran out of memory or anything else.
+    `auto -> 4 (planned; 16, 8 ran out of memory)` is asked=auto, chosen=4, reason=planned and two trials: each of the reasons
+    in brackets is either choices that ran out of memory or anything else.
     """
     match = _EARLIER_SENTENCE_REGEX.fullmatch(sentence)
     if match is None:

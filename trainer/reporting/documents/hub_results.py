@@ -14,10 +14,10 @@ HUB_PATH_PREFIX = "hub:"
 
 
 def model_index_entries(facts: ModelFacts, hub_task: str) -> list[Any]:
-    """The results in the hub's `model-index`, for the card's metadata: an EvalResult of huggingface_hub for each metric.
+    """The results that the Hugging Face hub shows on the model's page (`model-index` in the card): one entry a metric.
 
-    Only metrics that were measured on these very weights are in. `hub_task`: the hub's name of what the model does, such as
-    `text-generation`.
+    Each is an EvalResult of huggingface_hub. Only metrics that were measured on these very weights are in. `hub_task`: the
+    hub's name of what the model does, such as `text-generation`.
     """
     from huggingface_hub import EvalResult
 
@@ -43,16 +43,20 @@ def model_index_entries(facts: ModelFacts, hub_task: str) -> list[Any]:
 
 
 def _dataset_display_name(metric: dict[str, Any]) -> str:
-    """What a metric was measured on: a hub id as it is, of a file its name alone, so that no card shows its directories."""
+    """What a metric was measured on, for readers of the card: a hub id as it is, of a file its name alone.
+
+    So no card shows directories of the machine. `metric`: an entry of `ModelFacts.measured_metrics`.
+    """
     path = str(metric.get("path") or "held-out documents of the run")
     return path.removeprefix(HUB_PATH_PREFIX) if path.startswith(HUB_PATH_PREFIX) else Path(path).name
 
 
 def write_hub_results(directory: Path, facts: ModelFacts) -> list[Path]:
-    """Write `.eval_results/<task>.yaml`, in the hub's format, for each task whose data is a data set of the hub.
+    """Write results that the hub can list under a benchmark: `.eval_results/<task>.yaml` for each task on a data set of the hub.
 
-    Returns the files. `facts.benchmarks` names the data set of a task that was evaluated on a local copy. The first metric of a
-    task, such as `accuracy` of `qa/accuracy`, is its result; tasks on other data are passed over.
+    `directory`: of the export. Returns the files. `facts.benchmarks` names the data set of a task that was evaluated on a
+    local copy. The first metric of a task, such as `accuracy` of `qa/accuracy`, is its result; tasks on other data are passed
+    over.
     """
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml

@@ -43,7 +43,10 @@ class MlflowRun:
         self.hint: tuple[str, str] | None = ("MLflow", view_hint)
 
     def _find_or_create_run(self, tracked_run: TrackedRun) -> str:
-        """Find the MLflow run of a resumed run, else create one with the settings as its parameters; returns its MLflow id."""
+        """Find the MLflow run that an earlier start of this run created, else create one; returns its MLflow id.
+
+        A new one gets the run's settings as parameters, and a tag by which later starts find it.
+        """
         client = self._client
         experiment = client.get_experiment_by_name(tracked_run.project)
         if experiment:
@@ -99,9 +102,10 @@ class MlflowRun:
 
 
 def _parameters_by_dotted_key(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level: {"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}. An empty dict stays as a value.
+    """Flatten nested settings for MLflow, which takes no nested ones: {"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}.
 
-    Characters that MLflow does not take in names become `_`. `prefix`: what the keys begin with, such as `optim.`.
+    An empty dict stays as a value. Characters that MLflow does not take in names become `_`. `prefix`: what the keys begin
+    with, such as `optim.`.
     """
     flat_settings: dict[str, Any] = {}
     for key, setting in settings.items():
