@@ -36,7 +36,7 @@ from trainer.model.config import ModelConfig  # noqa: E402
 from trainer.optim.config import AdamwConfig  # noqa: E402
 from trainer.planner.simulate import ShapesOnly, SimulatedStep, record_steps  # noqa: E402
 from trainer.planner.simulation import build_step_parts, simulate_run  # noqa: E402
-from trainer.reporting.metrics import reference_tflops  # noqa: E402
+from trainer.reporting.reference_speed import reference_tflops  # noqa: E402
 from trainer.session.run_facts import versions  # noqa: E402
 from trainer.tuning.base import FullConfig, LoraConfig  # noqa: E402
 

@@ -178,10 +178,10 @@ def no_wait_for_the_disk():
 @pytest.fixture(scope="session", autouse=True)
 def measured_once():
     """How fast this processor multiplies, and what the sources are: a quarter of a run of a few steps, and the same for all."""
-    from trainer.reporting import metrics
+    from trainer.reporting import reference_speed
     from trainer.session import identity
 
-    asked = ((metrics, "measured_matmul_tflops"), (identity, "source_digest"))
+    asked = ((reference_speed, "measured_matmul_tflops"), (identity, "source_digest"))
     with pytest.MonkeyPatch.context() as patch:
         for module, name in asked:
             patch.setattr(module, name, functools.cache(getattr(module, name)))

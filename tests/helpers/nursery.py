@@ -92,13 +92,13 @@ def _measure() -> None:
     """How fast this processor multiplies, for all that are forked: a tenth of a second at the start of each rank."""
     import torch
 
-    from trainer.reporting import metrics
+    from trainer.reporting import reference_speed
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # others could not be forked
-    found = metrics.measured_matmul_tflops()
+    found = reference_speed.measured_matmul_tflops()
     torch.set_num_threads(threads)
-    metrics.measured_matmul_tflops = lambda: found  # type: ignore[assignment]
+    reference_speed.measured_matmul_tflops = lambda: found  # type: ignore[assignment]
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads, which a forked process would miss"
 
 

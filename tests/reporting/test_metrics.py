@@ -11,7 +11,8 @@ from strategies.base import StepResult
 from strategies.runtime import Runtime, peak_memory_gib_by_metric
 from trainer.reporting import gpu_meters, metrics, step_times
 from trainer.reporting.gpu_peaks import PEAK_TFLOPS
-from trainer.reporting.metrics import Meter, StepRecord, reference_tflops
+from trainer.reporting.metrics import Meter, StepRecord
+from trainer.reporting.reference_speed import reference_tflops
 from trainer.reporting.run_record import PredictedCost, Receipt, RunRecord, Sharding
 from trainer.reporting.step_times import STEP_PARTS
 from trainer.session.run_facts import start_screen_text

@@ -37,8 +37,8 @@ from trainer.reporting.documents.facts import ModelFacts, read_model_card_facts
 from trainer.reporting.documents.questions import read_answers
 from trainer.reporting.energy import energy_of_run
 from trainer.reporting.jsonl import json_text
-from trainer.reporting.metrics import flops_per_token, reference_tflops
 from trainer.reporting.outcome import TrainingOutcome
+from trainer.reporting.reference_speed import flops_per_token, reference_tflops
 from trainer.reporting.resolution import ResolvedSetting
 from trainer.reporting.results import held_out_metrics_at_step
 from trainer.reporting.run_record import (
