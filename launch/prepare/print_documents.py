@@ -25,6 +25,8 @@ from strategies.errors import ConfigError, DataError
 from trainer.reporting.run_record import RUN_RECORD, read_run_record
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from trainer.data.report.inspection import PreparedEntry
 
 MAX_SHOWN_SEQUENCES = 1000
@@ -140,17 +142,12 @@ def print_prepared_data(directory: Path, arguments: PrintArguments) -> int:
     sequence_numbers, num_matches = _sequences_to_show(prepared, split, arguments)
     tokenizer = load_tokenizer(prepared, arguments.tokenizer) if sequence_numbers else None
 
-    # Print. In a pipe, rich would take 80 columns whatever COLUMNS says.
+    # In a pipe, rich would take 80 columns whatever COLUMNS says.
     columns = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
     console = Console(markup=False, emoji=False, highlight=False, width=columns)
     console.print(Text(str(prepared.directory)), soft_wrap=True)
     if tokenizer is None or arguments.histogram:
-        console.print(inspection.splits_table(prepared))
-        groups = inspection.source_and_label_table(prepared, split)
-        if groups is not None:
-            console.print(groups)
-        if arguments.find is None:
-            console.print(inspection.length_histogram(prepared, split, min(console.width, 100)))
+        _print_overview(console, prepared, split, with_lengths=arguments.find is None)
     if num_matches is not None:
         limit_note = (
             f", the first {len(sequence_numbers)} shown; limit= shows more"
@@ -173,6 +170,21 @@ def print_prepared_data(directory: Path, arguments: PrintArguments) -> int:
     elif num_matches is None:
         console.print("\nsamples: rows=[0,1]  random=3  find=text; with documents=true the rows beside them")
     return 0
+
+
+def _print_overview(console: Console, prepared: PreparedEntry, split: str, *, with_lengths: bool) -> None:
+    """Print what the prepared data holds: its splits, and the sources and labels in `split`.
+
+    `with_lengths`: also a histogram of the lengths of the sequences in this split.
+    """
+    from trainer.data.report import inspection
+
+    console.print(inspection.splits_table(prepared))
+    groups = inspection.source_and_label_table(prepared, split)
+    if groups is not None:
+        console.print(groups)
+    if with_lengths:
+        console.print(inspection.length_histogram(prepared, split, min(console.width, 100)))
 
 
 def data_directory_of_run(run_dir: Path) -> Path:
