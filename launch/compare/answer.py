@@ -178,6 +178,7 @@ def comparison_text(comparison: Comparison) -> str:
     """Write the comparison for a terminal: the tables, then the sections below them, such as the answer and the verdicts."""
     lines: list[str] = []
     for text_table in text_tables(comparison):
+        # The first column has the names of the points; above them stands the title of the table.
         columns = [TableColumn("" if text_table.is_main_table else f"{text_table.title}:")]
         columns += [TableColumn(column.heading, is_number=True) for column in text_table.columns]
         rows = []

@@ -173,9 +173,10 @@ class RunsProgress:
         return line
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """Estimate the seconds to the end of all runs; None before an estimate is possible. `step`: last step of the current run.
+        """Estimate the seconds to the end of all runs; None before an estimate is possible. `step`: last step of the
+        current run.
 
-        Each run is expected to take as long as those that have finished did in the mean; before one has, as its own speed
+        Each run is expected to take as long as the finished ones did in the mean; before one has finished, as its own speed
         says.
         """
         run_s = mean(self._durations_s) if self._durations_s else self._run.expected_duration_s(step, now)

@@ -109,7 +109,8 @@ def quality_difference(
 ) -> QualityDifference:
     """Test whether two jobs differ in a held-out metric, with all evidence on whether chance explains the difference.
 
-    `metric`: such as `eval/loss`; both jobs must have it. `significance_level`: of each two-sided test.
+    A job is all points that train the same: they differ in strategy and seed alone. `metric`: such as `eval/loss`; both
+    jobs must have it. `significance_level`: of each two-sided test.
     """
     baseline_value = median(baseline.value_of_each_seed(metric))
     scale = abs(baseline_value) or 1.0  # if the baseline is 0, the difference is absolute
@@ -243,6 +244,7 @@ def _report_intervals_disjoint(
     The interval of `job` must lie above the baseline's if `job_is_larger`, else below it. The report is that on the first
     run of a job, whose other runs have nearly the same weights. None if a job has no such report.
     """
+    # None if `shardtune evaluate` did not report on the run's last weights.
     baseline_interval = _reported_interval(baseline.done_runs[0], metric)
     job_interval = _reported_interval(job.done_runs[0], metric)
     if baseline_interval is None or job_interval is None:

@@ -149,6 +149,7 @@ def _gpu_usage(ranks_row: Mapping[str, str], run_record: RunRecord, elapsed_s: f
     if not run_record.device_name or not gpus:
         return {}
     gpu_share = None  # how busy they were on average, 0 to 1
+    # SLURM sums the utilisation of all GPUs: 180 for two GPUs that are 90 % busy.
     summed_percent = GPU_UTILISATION_REGEX.search(ranks_row.get("TRESUsageInAve", ""))
     if summed_percent:
         gpu_share = min(1.0, int(summed_percent[1]) / 100 / gpus)

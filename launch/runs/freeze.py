@@ -78,9 +78,7 @@ def _settle_with_earlier_start(composed: ComposedConfig, run_dir: Path, *, may_c
 
 
 def _raise_if_files_in_the_way(run_dir: Path) -> None:
-    """Raise ConfigError if there is a file where the run needs a directory: its own, or one for logs, checkpoints or the
-    lease.
-    """
+    """Raise ConfigError if there is a file where the run needs a directory: its own, or that of logs, checkpoints or lease."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
     for directory in (run_dir / "logs", run_dir / "checkpoints", run_dir / "lease"):

@@ -391,10 +391,10 @@ def _resumed_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _outlier_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader that steps stood out, such as by a very large gradient.
+    """Tell the reader that steps stood out, such as by a very large gradient, and how to skip such updates if nothing was
+    done.
 
-    If nothing was done, give the command that skips such updates. Guards check the numbers of each step. `events.jsonl`
-    also has findings of detectors, which have call-outs of their own.
+    Guards check the numbers of each step. `events.jsonl` also has findings of detectors, which have call-outs of their own.
     """
     outlier_events = [event for event in run.events if event.get("event") != DETECTOR_EVENT]
     if not outlier_events:
