@@ -33,7 +33,7 @@ from trainer.step import BuiltModel
 
 
 def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRunResult:
-    """Compute sizes, batch arithmetic and memory of a run whose model is not on this machine, by the model's published shape.
+    """Answer `train --dry-run` for a model that is not on this machine, by its published shape: sizes, batch, memory.
 
     Without its tokenizer the data is not read: each sequence counts as the longest that the settings allow.
     Raises ConfigError for a setting that the run would choose by its data.
@@ -106,7 +106,7 @@ def _raise_if_auto_needs_data(config: RunConfig) -> None:
 
 
 def _build_step_on_meta(config: RunConfig) -> BuiltModel:
-    """Build the step module of the run on the meta device: parameters have shapes, but no values."""
+    """Build what a training step computes (model, tuning method, objective) on the meta device: shapes without values."""
     return build_step_module(
         config.model,
         objective_config=config.objective,
@@ -120,7 +120,10 @@ def _build_step_on_meta(config: RunConfig) -> BuiltModel:
 
 
 def _steps_of_budget_or_none(config: RunConfig, tokens_per_step: int) -> int | None:
-    """Optimizer steps of the budget; None for `budget.epochs`, which counts documents."""
+    """Optimizer steps of the budget; None for `budget.epochs`, whose documents nobody can count without a tokenizer.
+
+    `tokens_per_step`: at most, so that a budget of tokens gives the fewest steps.
+    """
     if config.budget.steps is not None:
         return config.budget.steps
     if config.budget.tokens is not None:

@@ -61,7 +61,10 @@ class ServeConfig:
     """Data type that is computed in: auto (the stored one), float32, bfloat16, float16."""
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the settings, one line each: values out of bounds, and an address without a key."""
+        """Check the settings of `shardtune serve` before anything is loaded; yields error messages.
+
+        Values out of bounds, settings for another engine, and an address that others can reach without a key.
+        """
         for field in fields(self):
             traits = setting_metadata(ServeConfig, field.name)
             setting = getattr(self, field.name)

@@ -30,9 +30,10 @@ SET_UP_REMEDY = "set serve.python to the Python of an environment that has vLLM 
 
 
 def find_vllm_python(python: str) -> str:
-    """The path of a Python that has vLLM, from the setting `serve.python`. Starts it to see that.
+    """Find the Python of another environment that `serve.python` names, and make sure that it has vLLM; returns its path.
 
-    Raises ConfigError if there is no such program, it does not start, it is too old, or it has no vLLM.
+    It is started to see that. Raises ConfigError if there is no such program, it does not start, it is too old, or it has no
+    vLLM.
     """
     setting = f"serve.python={python}"
     executable = shutil.which(str(Path(python).expanduser()))

@@ -25,7 +25,7 @@ STATE_BY_OPTUNA_STATE = {
 
 
 def completed_trials_best_first(trials: Sequence[FrozenTrial], search: PlannedSearch) -> list[FrozenTrial]:
-    """The trials with a result, the best first; equal ones in the order of their numbers."""
+    """Rank the trials of a search that have a result: the best first; equal ones in the order of their numbers."""
     completed = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
     # Sorting is ascending: with the sign, the best trial comes first.
     sign = -1 if search.greater_is_better else 1
@@ -43,7 +43,10 @@ def failure_reason(trial: FrozenTrial) -> str:
 
 
 def search_result_text(study: Study, search: PlannedSearch, search_dir: Path) -> str:
-    """What is printed after a search: a table of all trials, the best first, and the arguments of the best one."""
+    """Write what is printed after a search: a table of all trials, the best first, and the arguments of the best one.
+
+    `study`: Optuna's record of the trials. `search_dir`: with a directory for each trial.
+    """
     trials = study.get_trials(deepcopy=False)
     completed = completed_trials_best_first(trials, search)
     unfinished = [trial for trial in trials if trial.state.name != "COMPLETE"]
@@ -67,8 +70,8 @@ def search_result_text(study: Study, search: PlannedSearch, search_dir: Path) ->
 def _trial_row(trial: FrozenTrial, search: PlannedSearch) -> TableRow:
     """A trial's row of the table: number, metric, state and arguments, and below the arguments how it ended.
 
-    The metric of a pruned trial is that of its last evaluation. A trial that drew the arguments of an earlier one (its twin) was
-    not run.
+    The metric of a pruned trial is that of its last evaluation. A trial that drew the arguments of an earlier one (its twin)
+    was not run.
     """
     metric = trial.value
     cell_lines = [" ".join(search.trial_arguments(trial.params))]

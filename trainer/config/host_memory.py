@@ -10,9 +10,10 @@ from trainer.model.rules import read_config
 
 
 def host_gib_of_recomputed_inputs(settings: dict[str, Any], ranks: int) -> float:
-    """GiB of a node's memory for the inputs of recomputed blocks that its `ranks` ranks keep on the host; 0 if they keep none.
+    """How much host memory a node needs for the inputs of recomputed blocks that its `ranks` ranks keep there, in GiB.
 
-    0 as well if the model's config.json does not state its sizes. `settings`: the configuration as nested dictionaries.
+    That is with `strategy.offload_activations`; else 0. It is told from settings, before the model is built. 0
+    as well if the model's config.json does not state its sizes. `settings`: the configuration as nested dictionaries.
     Documents count as long as `data.max_length` allows.
     """
     strategy = settings["strategy"]

@@ -29,7 +29,7 @@ KINDS_OF_CHANGE = {
 
 
 def settings_as_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested dictionaries of plain values."""
+    """A configuration as nested dictionaries of plain values, such as {"optim": {"lr": 1e-4}}, to be compared or written."""
     tree: dict[str, Any] = _as_json_value(asdict(config))
     return tree
 
@@ -44,9 +44,9 @@ def _as_json_value(value: Any) -> Any:
 
 
 def flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested dictionaries by dotted key: {"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}.
+    """Flatten a configuration to compare it key by key: {"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}.
 
-    An empty one stays a value.
+    An empty dictionary stays a value.
     """
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
@@ -58,9 +58,10 @@ def flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_settings(config: Any) -> dict[str, Any]:
-    """The default of each setting of `config` that has one, by dotted key, such as {"optim.beta1": 0.9}.
+    """What each setting of a configuration would be if it were not set, by dotted key, such as {"optim.beta1": 0.9}.
 
-    A group that several classes can fill (`tuning`, `optim`, `schedule` ...) has the defaults of the class that `config` holds.
+    Settings without a default are left out. A group that several classes can fill (`tuning`, `optim`, `schedule` ...) has the
+    defaults of the class that `config` holds.
     """
     defaults: dict[str, Any] = {}
     _add_defaults(config, MISSING, "", defaults)

@@ -13,7 +13,7 @@ MAX_ADVISED_GROUP_SIZE = 64
 
 
 def round_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages for a run that learns from answers it generates, as objective=grpo does; none for other runs."""
+    """Check what does not go with learning from generated answers, as objective=grpo does; other runs yield no messages."""
     settings = config.objective
     if objective_family(settings).rollout is None:
         return
@@ -24,9 +24,10 @@ def round_problems(config: RunConfig) -> Iterator[str]:
 
 
 def answer_batch_problems(config: RunConfig) -> Iterator[str]:
-    """An error message if `batch.global`, which counts answers here, is no multiple of `objective.group_size`.
+    """Check that a step takes whole groups of answers (all answers to one prompt); yields at most one error message.
 
-    With batch.global=30 and objective.group_size=8 it names batch.global=24 or 32, and sizes of groups that divide 30.
+    `batch.global` counts answers here, and must be a multiple of `objective.group_size`. With batch.global=30 and
+    objective.group_size=8 it names batch.global=24 or 32, and sizes of groups that divide 30.
     """
     settings = config.objective
     assert isinstance(settings, RoundsConfig)
@@ -48,7 +49,7 @@ def answer_batch_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _budget_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str]:
-    """Error messages for budgets that cannot be turned into a number of steps.
+    """Check that the budget of a run with generated answers can be turned into a number of steps; yields messages for these:
 
     - Tokens: nobody knows before how long the answers will be.
     - Passes over the prompts, if idle groups (whose answers all have the same reward) are replaced by answers to more prompts.

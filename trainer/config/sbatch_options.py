@@ -36,7 +36,7 @@ MEMORY_OPTIONS = frozenset({"mem", "mem-per-cpu", "mem-per-gpu"})
 
 
 def parse_sbatch_options(arguments: Iterable[str]) -> dict[str, str]:
-    """Values of sbatch's options by long name: ["-t 10", "--gres=gpu:8"] gives {"time": "10", "gres": "gpu:8"}.
+    """Read options of sbatch as users write them: ["-t 10", "--gres=gpu:8"] -> {"time": "10", "gres": "gpu:8"}.
 
     "" for an option without a value. Of an option given twice the last one counts, as for sbatch.
     """
@@ -84,11 +84,11 @@ class GpuRequest:
 
 
 def gpus_per_node_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
-    """The GPUs of each node of a SLURM job, from the launcher's settings as plain values; None if nothing asks for GPUs.
+    """How many GPUs a SLURM job asks for on each node, and of which kind; None if nothing asks for GPUs.
 
-    The first of these that is given counts: `--gpus-per-node` in `launcher.extra`, `launcher.gpus_per_node`, `--gres` in
-    `launcher.extra`, `launcher.gres`, `--gpus-per-task`, and `--gpus`, which counts those of the whole job and is divided by
-    `launcher.nodes` (rounded down).
+    `launcher`: its settings as plain values. The first of these that is given counts: `--gpus-per-node` in `launcher.extra`,
+    `launcher.gpus_per_node`, `--gres` in `launcher.extra`, `launcher.gres`, `--gpus-per-task`, and `--gpus`, which counts
+    those of the whole job and is divided by `launcher.nodes` (rounded down).
     """
     # Options of the job that trains: those of all jobs, and in a pipeline its own.
     train_options = launcher.get("part_options", {}).get("train", []) if launcher.get("pipeline") else []
@@ -141,9 +141,10 @@ def gpus_of_whole_job(launcher: Mapping[str, Any]) -> int | None:
 
 
 def _request_of_option(option: str, extra: Mapping[str, str], nodes: int) -> GpuRequest | None:
-    """The GPUs per node that an option in `launcher.extra` (`extra`) asks for; None if there is less than one per node.
+    """Read what an option of sbatch in `launcher.extra` asks for, as GPUs of each node; None if it is less than one.
 
-    `nodes`: over how many nodes the number in the option counts; 1 for an option that counts per node.
+    `extra`: all of these options by name. `nodes`: over how many nodes the number in the option counts; 1 for an option that
+    counts per node.
     """
     gpus = _parse_gpu_option(extra[option])
     if gpus.num_gpus < nodes:
@@ -161,7 +162,10 @@ class _GpusOfValue(NamedTuple):
 
 
 def _parse_gpu_option(value: str) -> _GpusOfValue:
-    """The GPUs in the value of an option such as `--gpus`: `h100:8` -> (8, "h100"). A part that is no number counts as none."""
+    """Read the value of an option such as `--gpus`, which counts GPUs by kind: `h100:8` -> (8, "h100").
+
+    A part without a number counts as none.
+    """
     count = 0
     kinds = set()
     for part in value.split(","):
@@ -173,7 +177,7 @@ def _parse_gpu_option(value: str) -> _GpusOfValue:
 
 
 def _parse_gres(gres: str) -> _GpusOfValue:
-    """The GPUs that a list of generic resources asks for: `gpu:h100:8` -> (8, "h100").
+    """Read the GPUs out of SLURM's list of generic resources of a node: `gpu:h100:8` -> (8, "h100").
 
     `gres`: such as `gpu`, `gpu:8`, `gres/gpu=4` or `gpu:h100:4,gpu:a100:4`; other resources, such as shards, are not counted.
     """
@@ -192,7 +196,7 @@ def _parse_gres(gres: str) -> _GpusOfValue:
 
 
 def _common_gpu_kind(kinds: set[str]) -> str | None:
-    """The kind of all GPUs; None if there are several kinds, or if it is empty."""
+    """The one kind that all GPUs of a request have; None if there are several kinds, or if the request names none ("")."""
     if len(kinds) != 1:
         return None
     return next(iter(kinds)) or None

@@ -31,10 +31,10 @@ class HeldOutEvaluation:
     def paired_batch_sums(
         self, name: str, batches: Mapping[str, list[float]]
     ) -> tuple[list[float], list[float]] | None:
-        """(sums before the first step, sums now) of a metric over each micro-batch: the pairs of a paired test.
+        """Pair this evaluation with a later one, micro-batch by micro-batch, for a paired test: returns (sums here, sums there).
 
-        `name`: the metric. `batches`: the sums now, by metric. Micro-batch i has the same documents in both lists. None if the
-        micro-batches are other ones, as after a change of `evaluation.batch`.
+        `name`: the metric. `batches`: the sums of the later one, by metric. Micro-batch i has the same documents in both
+        lists. None if the micro-batches are other ones, as after a change of `evaluation.batch`.
         """
         sums_before = self.batches.get(name)
         sums_now = batches.get(name)

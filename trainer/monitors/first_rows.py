@@ -22,9 +22,9 @@ class FirstRows:
         self._rows: dict[str, list[TaskRow]] = {}
 
     def load_rows_of_earlier_start(self, step: int) -> None:
-        """Read the rows of each task's first evaluation, if the run resumes at `step`. A damaged file counts as none.
+        """In a run that resumes at `step`, read the rows of each task's first evaluation, with which later ones are compared.
 
-        A run at step 0 begins without any: `remember` writes them as its tasks are evaluated.
+        A damaged file counts as none. A run at step 0 begins without any: `remember` writes them as its tasks are evaluated.
         """
         if self.path is None or step == 0:
             return
@@ -42,7 +42,7 @@ class FirstRows:
         return self._rows.get(task_name)
 
     def remember(self, task_name: str, rows: list[TaskRow]) -> None:
-        """Take `rows` for those of a task's first evaluation, and write them into the file. Raises StorageError if that fails."""
+        """Keep a task's rows as those of its first evaluation, also in the file, for a resumed run. Raises StorageError."""
         self._rows[task_name] = rows
         if self.path is not None:
             rows_by_task = {}

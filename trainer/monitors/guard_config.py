@@ -27,7 +27,7 @@ OUTCOME_TEXT_BY_ACTION = {
 
 
 def outlier_text(values: Mapping[str, Any], scores: Mapping[str, float], level_began: int | None = None) -> str:
-    """The numbers that stand out and how far, such as `loss 9.5 (12.1 standard deviations above the median)`.
+    """Say which numbers of a step stand out and how far: "loss 9.5 (12.1 standard deviations above the median)".
 
     `values`: loss, gradient norm or both. `scores`: how far each is above the median. `level_began`: the first step since which
     they have stayed high; they are then medians of the last steps. None: a single step stands out.

@@ -35,10 +35,10 @@ class RollingWindow:
         """Steps from which the spread counts as it is. That of fewer steps may be small by chance, and is widened."""
 
     def scores(self, values: Tensor) -> Tensor:
-        """How many robust standard deviations each value of a step (float64 [width]) is above the median of the window.
+        """Tell how far a step stands out: by how many robust standard deviations each value is above the median of the window.
 
-        float64 [width]: of loss and gradient norm, as a rule. Robust: estimated by medians, which few outliers hardly move.
-        NaN while the window holds too few steps, and if any value is not finite, which is reported by itself.
+        `values` and the result are float64 [width]: loss and gradient norm, as a rule. Robust: estimated by medians, which few
+        outliers hardly move. NaN while the window holds too few steps, and if any value is not finite.
         """
         middle = _median_of_columns(self.window)
         deviation = DEVIATIONS_PER_MAD * _median_of_columns((self.window - middle).abs())
@@ -55,7 +55,7 @@ class RollingWindow:
         return self.scores(self.window[-1])
 
     def push(self, values: Tensor, joins: Tensor) -> None:
-        """Let a step take the place of the oldest one, if `joins` (0-d bool on the device) says so."""
+        """Add a step to the window in place of the oldest one, if `joins` (0-d bool on the device) is true; waits for nothing."""
         shifted = torch.cat([self.window[1:], values[None]])
         # Both windows are computed, so that the host need not know the answer.
         self.window = torch.where(joins, shifted, self.window)

@@ -13,10 +13,11 @@ MAX_VALUES_OF_EXACT_TEST = 60
 
 
 def rising_p_value(values: Sequence[float]) -> float:
-    """The one-sided p-value of the Mann-Kendall test: small if the values rise. 1 for fewer than two values.
+    """How likely chance makes a series rise as much as this one: the one-sided p-value of the Mann-Kendall test for a trend.
 
-    Of all pairs of an earlier and a later value, the test counts how many fall. Values in no order fall in half of the pairs.
-    [1, 2, 3] has no falling pair, as one of the 6 orders of three values has: 1 / 6.
+    Small if the values rise; 1 for fewer than two values. Of all pairs of an earlier and a later value, the test counts how
+    many fall. Values in no order fall in half of the pairs. [1, 2, 3] has no falling pair, as one of the 6 orders of three
+    values has: 1 / 6.
     """
     count = len(values)
     if count < 2:
@@ -40,12 +41,10 @@ def rising_p_value(values: Sequence[float]) -> float:
 
 @cache
 def _falls_distribution(count: int) -> np.ndarray:
-    """Probability of each number of falling pairs (0, 1, 2 ...) among `count` different values in random order, float64.
+    """The exact distribution behind the Mann-Kendall test without ties, as float64 probabilities by number of falling pairs.
 
-    It is the exact distribution of the Mann-Kendall test without ties.
-
-    The k-th number that is added has a random rank among the k, so it falls below 0 to k - 1 of those before it, each equally
-    likely.
+    Of 0, 1, 2 ... pairs of an earlier and a later value that fall, among `count` different values in random order. The k-th
+    number that is added has a random rank among the k, so it falls below 0 to k - 1 of those before it, each equally likely.
     """
     probabilities = np.ones(1)
     for size in range(2, count + 1):
@@ -54,6 +53,6 @@ def _falls_distribution(count: int) -> np.ndarray:
 
 
 def _tie_correction(values: Sequence[float]) -> float:
-    """What groups of equal values take off the variance of the score (times 18)."""
+    """By how much groups of equal values (ties) make the variance of the Mann-Kendall score smaller, times 18; 0 without ties."""
     _, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
     return float((counts * (counts - 1) * (2 * counts + 5)).sum())

@@ -32,7 +32,7 @@ def render(
     finalize: Callable[[Any], Any] | None = None,
     **values: Any,
 ) -> str:
-    """The text of a page. Every expression is escaped, and a name that has no value is an error.
+    """Fill the template of a page, and return its HTML. Every expression is escaped, and a name without a value is an error.
 
     Arguments:
         package: the Python package that holds the template, which is a file in its folder.
@@ -51,7 +51,7 @@ def page_environment(
     finalize: Callable[[Any], Any] | None = None,
     filters: tuple[tuple[str, Callable[..., Any]], ...] = (),
 ) -> Environment:
-    """Jinja's environment for the templates of a package, with `filters` as further filters.
+    """Set up Jinja for the templates of a package: strict, escaping, with the house's filters for numbers and `filters`.
 
     `finalize`: what each expression goes through before it is escaped; None: nothing. Cached for each combination of arguments,
     since compiling templates takes longer than filling them.
@@ -81,7 +81,7 @@ def page_environment(
 
 
 def script_json(spec: str | Mapping[str, Any]) -> Markup:
-    """JSON, given as text or as a value, that may stand in a script element whatever is in its texts.
+    """Make JSON safe to stand in a script element of a page, whatever is in its texts. `spec`: JSON text, or a value.
 
     `</script>` or `<!--` in the name of a run would end the element or change how it is read.
     """

@@ -55,14 +55,17 @@ class BlockTimer:
     """(start, end) of each pass since the last `read`; moments of `moment_on_device`."""
 
     def watch(self, blocks: list[nn.Module], *, has_collectives_inside: bool) -> None:
-        """Add hooks that time the passes of these blocks while `is_on`, without what strategies do around them."""
+        """Add hooks that time the forward passes of these blocks while `is_on`, without what strategies do around them.
+
+        FSDP2, for example, gathers a block's parameters in hooks of its own. `has_collectives_inside`: see `timed_modules`.
+        """
         for module in timed_modules(blocks, has_collectives_inside=has_collectives_inside):
             module.register_forward_pre_hook(self._begin)
             # First of all hooks, so that what strategies do after the block is not timed.
             module.register_forward_hook(self._end, prepend=True)
 
     def read(self) -> float:
-        """Seconds of the passes timed since the last call; 0 if none were. Waits for the device."""
+        """Seconds that this rank's blocks computed since the last call; 0 if none were timed. Waits for the device."""
         passes = self._passes
         self._passes = []
         self._start_by_module.clear()

@@ -26,7 +26,7 @@ def read_code_manifest(root: Path = CODE_DIRECTORY) -> dict[str, Any]:
 
 
 def code_revision(root: Path = CODE_DIRECTORY) -> str | None:
-    """The revision of the code that runs, such as `3f2a91c07b1e` or `3f2a91c07b1e-dirty`.
+    """Which revision of shardtune runs, for the record of a run: "3f2a91c07b1e", or "3f2a91c07b1e-dirty" with changed files.
 
     - A job's copy of a clone: the revision of that clone when it was copied; `code <hash of the files>` if it had none.
     - A clone: its git revision, with `-dirty` if files were changed.

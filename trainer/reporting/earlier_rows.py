@@ -28,9 +28,10 @@ class EarlierResults:
 
 
 def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
-    """Held-out metrics, last row and median speeds of the steps in these rows of `metrics.jsonl`, oldest first.
+    """Sum up what a resumed run measured before: held-out metrics, last row and median speeds, for the end of the whole run.
 
-    A row of a step has a `loss`; one of an evaluation has none, such as {"step": 100, "eval/loss": 2.1}.
+    `rows`: of `metrics.jsonl`, oldest first. A row of a step has a `loss`; one of an evaluation has none, such as {"step":
+    100, "eval/loss": 2.1}.
     """
     results = EarlierResults()
     values_by_speed: dict[str, list[float]] = {}  # of each step, by the names in SPEED_METRICS

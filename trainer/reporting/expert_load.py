@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def expert_load_by_layer(tokens_by_expert: Tensor, expert_ranks: int = 1) -> list[dict[str, float]]:
-    """How evenly the router spread tokens over the experts, for each layer of a mixture-of-experts model.
+    """Measure how evenly the router of each layer spread tokens over the experts: [{"max_over_mean": 1.8, "unused": 0.1}, ...].
 
     `tokens_by_expert`: int64 [layers, experts], how many tokens chose each expert; below 0 if a layer has no such expert.
     `max_over_mean` is the tokens of the busiest expert over the mean of all (1 if they are even), and `unused` the share of
@@ -34,10 +34,11 @@ def _max_over_mean(tokens: Tensor) -> float:
 
 
 def expert_metrics(tokens_by_expert: Tensor, expert_ranks: int = 1) -> dict[str, float]:
-    """`experts/max_over_mean` of the least even layer, and `experts/unused` over the experts of all layers.
+    """How evenly a step's tokens spread over experts, as metrics: {"experts/max_over_mean": 1.8, "experts/unused": 0.1}.
 
-    If experts are spread over several `expert_ranks`, also `experts/rank_max_over_mean` of the least even layer.
-    `tokens_by_expert`: int64 [layers, experts], below 0 if a layer has no such expert.
+    The first is that of the least even layer, the second is over the experts of all layers. If experts are spread over
+    several `expert_ranks`, also `experts/rank_max_over_mean` of the least even layer. `tokens_by_expert`: int64 [layers,
+    experts], below 0 if a layer has no such expert.
     """
     loads = expert_load_by_layer(tokens_by_expert, expert_ranks)
     metrics = {

@@ -34,7 +34,7 @@ class ProfileConfig:
 
 
 def profile_problems(config: ProfileConfig, total_steps: int | None) -> list[str]:
-    """An error message if `profile.steps` cannot be traced, in a list; empty if it can.
+    """Check that the run has the steps which `profile.steps` asks to trace; returns an error message in a list, or an empty one.
 
     `total_steps`: steps of the run; None if they are not known yet.
     """
@@ -95,7 +95,10 @@ class Profiler:
         self._torch_profiler.start()
 
     def _end_trace(self, last_step: int) -> None:
-        """Stop tracing after `last_step`; write this rank's trace and its summary. A full disk is only reported."""
+        """Stop tracing after `last_step`, and write this rank's trace and its summary into `profile/`.
+
+        The summary is made from the written trace. A full disk is only reported: the run goes on.
+        """
         torch_profiler = self._torch_profiler
         self._torch_profiler = None
         torch_profiler.stop()

@@ -54,9 +54,9 @@ class KeptReport:
 
 
 def keep_report(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
-    """Write a report into `reports/` of its run, beside the earlier ones; returns its file. Errors: StorageError.
+    """Keep a report about a run's model in `reports/`, beside the earlier ones, for its pages and documents; returns the file.
 
-    `kind`: `evaluation`, `review` or `test`.
+    Raises StorageError. `kind`: `evaluation`, `review` or `test`.
     """
     text = json_text(report, indent=1, ensure_ascii=False) + "\n"
     timestamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(report.get("time")))
@@ -68,7 +68,7 @@ def keep_report(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
 
 
 def kept_reports(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
-    """The evaluation reports and reviews that were kept of a run, the newest first.
+    """Read the reports that were kept of a run (evaluations, reviews by people, test results), the newest first.
 
     `kind`: only those of this kind (`evaluation`, `review` or `test`); None for all. The name of a file begins with its kind. A
     file that cannot be read is passed over.
@@ -85,9 +85,9 @@ def kept_reports(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
 
 
 def held_out_metrics_at_step(run_dir: Path, step: int) -> dict[str, Any]:
-    """Held-out metrics that training itself measured at a step, such as {"eval/loss": 2.1}; empty if it evaluated nothing there.
+    """Look up what training itself measured on held-out data at a step: {"eval/loss": 2.1}; empty if it evaluated nothing there.
 
-    They are read from the rows of `metrics.jsonl`.
+    Read from `metrics.jsonl` in the run's directory.
     """
     metrics: dict[str, Any] = {}
     for row in read_metric_rows(run_dir):

@@ -28,7 +28,8 @@ def read_settings_text(path: Path) -> str:
 def parse_settings_tree(path: Path, text: str) -> dict[str, Any]:
     """Parse the YAML `text` of the file `path` into nested dictionaries and lists. Interpolations (`${...}`) stay texts.
 
-    Errors: ConfigError if it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run writes none.
+    Errors: ConfigError if it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run writes
+    none.
     """
     import yaml
 
@@ -55,7 +56,7 @@ def read_settings_tree(path: Path) -> dict[str, Any]:
 
 @cache
 def _yaml_loader_class() -> Any:
-    """The class of YAML loader for configurations: it makes plain values only, and leaves dates as texts, as OmegaConf does.
+    """Make the class by which PyYAML reads configurations: plain values only, and dates stay texts, as OmegaConf has them.
 
     It is PyYAML's loader in C if that is installed.
     """

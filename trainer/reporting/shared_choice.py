@@ -15,7 +15,9 @@ COMPARISON_FILE = "comparison.json"
 
 
 def agree_on_shared_choice(run_dir: Path, setting: str, own_choice: Any) -> Any:
-    """Returns the choice that all points of a comparison share for a setting that was left open, such as `run.matmul`.
+    """Let all points of a comparison have the same choice for a setting that was left open, such as `run.matmul`; returns it.
+
+    Else they would differ in more than what is compared. A point is one of the compared runs.
 
     - Outside a comparison: `own_choice`; nothing is written.
     - For the first point to start: `own_choice`, which is written into `<comparison>/<setting>.json`.

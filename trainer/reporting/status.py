@@ -101,7 +101,10 @@ def write_status(run_dir: Path, state: RunState | str, **fields: Any) -> None:
 
 
 def _overwrite_in_place(path: Path, content: bytes) -> bool:
-    """Write into the blocks that a small file already has; returns whether it took all bytes. A reader may meet half of them."""
+    """Write a small file on a full disk, into the blocks that it has already; returns whether it took all bytes.
+
+    A reader may meet half of them.
+    """
     try:
         with path.open("r+b", buffering=0) as file:
             written_bytes = file.write(content)
@@ -129,9 +132,9 @@ def record_failure(
     """Write why a run failed into `failure.json`, unless another rank was first; returns whether it was written.
 
     The first rank that fails is the cause, and the others fail because of it. The file appears whole or not at all; nothing is
-    raised if the disk fails. `phase`: what the rank was doing. `replace`: overwrite what is there. The launcher does so if a rank
-    was killed, of which only its peers could write. `process_fields`: fields such as `host` and `pid` of another process, if that
-    one is the cause; they override those of this process.
+    raised if the disk fails. `phase`: what the rank was doing. `replace`: overwrite what is there. The launcher does so if a
+    rank was killed, of which only its peers could write. `process_fields`: fields such as `host` and `pid` of another
+    process, if that one is the cause; they override those of this process.
 
     Written from the error: `retry`, which key of `launcher.retry` allows another start after it, such as `node_fail`; and
     `ran_out_with`, the settings with which memory ran out.

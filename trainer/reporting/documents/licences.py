@@ -13,7 +13,7 @@ OWN_TERMS_REGEX = re.compile(r"^(llama|gemma|other|.*openrail|.*rail|deepseek|fa
 
 
 def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], export_licence: str | None) -> list[str]:
-    """What speaks against a release of the tuned model under `export_licence`, one line each.
+    """List what the licences of base and data say against releasing the tuned model under `export_licence`, for its model card.
 
     `base`: licence of the base model. `sources`: of the data, each with `name` and `licence`. None means that no licence is
     stated.

@@ -17,14 +17,14 @@ PAPERS_DIR_NAME = "papers"
 
 
 def write_papers(directory: Path, names: list[str], facts: ModelFacts) -> None:
-    """Write the papers by these names into `papers/` of the directory. Errors: OSError."""
+    """Write compliance documents, such as a data sheet, into `papers/` of an export: one for each name. Raises OSError."""
     for name in names:
         (directory / PAPERS_DIR_NAME).mkdir(exist_ok=True)
         (directory / PAPERS_DIR_NAME / f"{name}.md").write_text(render_document(name, facts), encoding="utf-8")
 
 
 def render_document(name: str, facts: ModelFacts, **template_variables: Any) -> str:
-    """A document as Markdown, from the template `<name>.md.j2`. It ends with one newline.
+    """Fill the template `<name>.md.j2` of a document about a model, and return its Markdown, which ends with one newline.
 
     `name`: such as `card`. `template_variables`: of this template, beside those that all have.
     """

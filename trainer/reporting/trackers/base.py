@@ -70,7 +70,7 @@ class RunEnding:
 
     @classmethod
     def from_error(cls, error: BaseException) -> RunEnding:
-        """How a run ended that was left by this exception.
+        """Tell trackers how a run ended that an exception broke off.
 
         - Preempted or NotRunOwner: preempted. A run that was stopped, or taken over by another attempt, continues elsewhere.
         - KeyboardInterrupt: failed, with the exit code that shells report for a SIGINT.

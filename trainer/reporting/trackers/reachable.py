@@ -17,9 +17,10 @@ SERVER_DOWN_HTTP_CODES = (502, 503, 504)
 
 
 def unreachable_reason(address: str) -> str | None:
-    """Why nobody answers at an http(s) address; None if somebody does, whatever the answer.
+    """Find out, before a tracker's client tries for minutes, whether a server answers at an http(s) address.
 
-    Returns after `TOTAL_TIMEOUT_S` at the latest: the request is made in a thread, since the look-up of a name has no timeout.
+    Returns why not, such as "Connection refused"; None if somebody answers, whatever the answer. Returns after
+    `TOTAL_TIMEOUT_S` at the latest: the request is made in a thread, since the look-up of a name has no timeout.
     """
     reason: str | None = f"no answer within {TOTAL_TIMEOUT_S:.0f} s"  # unless the thread finds out otherwise in time
 
@@ -34,7 +35,7 @@ def unreachable_reason(address: str) -> str | None:
 
 
 def _failure_of_request(url: str) -> str | None:
-    """Why a HEAD request to the URL gets no answer; None if it gets one."""
+    """Why a HEAD request to the URL gets no answer; None if it gets one. A gateway's answer that its server is down is none."""
     request = urllib.request.Request(url, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S):
