@@ -131,10 +131,10 @@ def _all_reduce_without_gradient(local: Tensor, group: Any) -> Tensor:
 
 
 def sum_over_group(local: Tensor, row_slices: list[int] | None) -> Tensor:
-    """Sum a part of the loss over the ranks that share a row of tokens, with gradients; `local` itself if nobody shares the row.
+    """Sum `local` over the ranks that share a row of tokens, with gradients; `local` itself if nobody shares the row.
 
-    `local`: this rank's part. `row_slices`: the borders of the ranks' slices of the row, such as [0, 4, 8]; None for a row that
-    one rank has alone. All ranks of the group must call.
+    `local`: this rank's part, such as the sum of a loss over its tokens. `row_slices`: the borders of the ranks' slices of the
+    row, such as [0, 4, 8]; None for a row that one rank has alone. All ranks of the group must call.
     """
     if row_slices is None:
         return local
