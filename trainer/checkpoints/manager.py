@@ -26,16 +26,15 @@ from trainer.checkpoints.async_writer import (
     StateBuffer,
 )
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.given_up import move_to_given_up_dir, remove_unfinished_dirs
-from trainer.checkpoints.in_use import is_read_by_another_process, remove_stale_reader_marks
+from trainer.checkpoints.given_up import move_to_given_up_dir
 from trainer.checkpoints.layout import REPLACED_DIR_FORMAT, STEP_DIR_FORMAT, checkpoints_in
 from trainer.checkpoints.manifest import write_manifest
 from trainer.checkpoints.patience import REPORT_INTERVAL_S, waiting_for_disk
 from trainer.checkpoints.recovery import remove_part_notes
-from trainer.checkpoints.resume_selection import choose_checkpoint, record_resumed_checkpoint, restore_replaced
+from trainer.checkpoints.resume_selection import choose_checkpoint, record_resumed_checkpoint
+from trainer.checkpoints.retention import CheckpointBranch
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.staging import create_staging_dir, probe_fallback_dir, raise_if_any_rank_failed, run_on_rank_0
-from trainer.checkpoints.superseded import superseded_checkpoints
 
 
 class Checkpoints:
@@ -65,15 +64,12 @@ class Checkpoints:
         self._pending_checkpoint: PendingCheckpoint | None = None
         self._reported_age_s = 0.0
         """Age of the pending checkpoint, in seconds, when the last message said that it is still being written."""
-        self._complete_checkpoints: set[Path] = set()
-        """Checkpoints of this branch that are known to be complete: the one resumed from, and those written by this process."""
+        self._branch = CheckpointBranch(checkpoint_dirs, print_line)
         self.look_back_steps = 0
         """Steps before the newest checkpoint within which all are kept, and one more from before: for a rollback that goes
         further back than to the last one."""
         self._num_failures_in_a_row = 0
         """Checkpoints in a row that could not be written."""
-        self._undeletable_dirs: set[Path] = set()
-        """Old checkpoints that could not be deleted, each of which was warned of once."""
 
     # -- at the start ----------------------------------------------------------------------------------------------------
 
@@ -92,7 +88,7 @@ class Checkpoints:
             error = probe_fallback_dir(self.checkpoint_dirs[1:], self.config.fallback_dir, self.print_line)
             try:
                 if error is None:
-                    self._give_up_newer_checkpoints(resumed)
+                    self._branch.begin_at(resumed)
             except (OSError, StorageError) as caught:
                 error = StorageError(
                     f"checkpoint: what is newer than {resumed} could not be moved aside ({error_summary(caught)}); move it away "
@@ -109,33 +105,6 @@ class Checkpoints:
         failure = first_rank_error(error, self.runtime)  # a collective: only rank 0 can have an error
         if failure is not None:
             raise StorageError(failure.text)
-
-    def _give_up_newer_checkpoints(self, resumed: Path | None) -> None:
-        """Move checkpoints newer than `resumed` aside, into `given-up-<n>`, so that no later start takes them for the newest.
-
-        On rank 0. Also removes unfinished files of killed runs. `resumed`: None moves all. Another checkpoint of the same
-        step, in the fallback directory, counts as newer.
-        """
-        restore_replaced(self.checkpoint_dirs)  # a power cut may have left a checkpoint under a temporary name
-        checkpoints = checkpoints_in(self.checkpoint_dirs)
-        resumed_path = None if resumed is None else resumed.resolve()
-        resumed_step = None  # stays None if it is another run's checkpoint: then all of this run's are moved aside
-        for step, path in checkpoints:
-            if path.resolve() == resumed_path:
-                resumed_step = step
-                break
-        self._complete_checkpoints = set()
-        given_up_paths = []
-        for step, path in checkpoints:
-            if path.resolve() == resumed_path:
-                self._complete_checkpoints.add(path)
-            elif resumed_step is None or step >= resumed_step:
-                given_up_paths.append(path)
-        for checkpoint_dir in self.checkpoint_dirs:
-            remove_unfinished_dirs(checkpoint_dir)
-            paths_to_move = [path for path in given_up_paths if path.parent == checkpoint_dir]
-            if paths_to_move:
-                move_to_given_up_dir(checkpoint_dir, paths_to_move, self.print_line)
 
     def has_any(self) -> bool:
         """Whether there are checkpoints of this run. All ranks must call. Raises StorageError on every rank if that fails."""
@@ -173,7 +142,7 @@ class Checkpoints:
             return new_dir if checkpoint_dir == old_dir else checkpoint_dir
 
         self.checkpoint_dirs[0] = new_dir
-        self._complete_checkpoints = {new_path_of(path.parent) / path.name for path in self._complete_checkpoints}
+        self._branch.complete_paths = {new_path_of(path.parent) / path.name for path in self._branch.complete_paths}
         if (pending := self._pending_checkpoint) is not None:
             pending.untried_checkpoint_dirs = [new_path_of(directory) for directory in pending.untried_checkpoint_dirs]
             pending.checkpoint_dir = new_path_of(pending.checkpoint_dir)
@@ -389,13 +358,11 @@ class Checkpoints:
         self.schedule.record_cost(stall_s, write_s=took_s)
         if not self.runtime.is_main:
             return
-        # The same step may have been written in another directory before.
-        for path in list(self._complete_checkpoints):
-            if path.name == saved.path.name and path != saved.path:
-                self._delete_checkpoint(path)
-        self._complete_checkpoints.add(saved.path)
+        self._branch.add_published(saved.path)
         if checkpoint.replaces_older:
-            self._delete_superseded_checkpoints(checkpoint.best_step)
+            self._branch.delete_superseded(
+                keep=self.config.keep, look_back_steps=self.look_back_steps, best_step=checkpoint.best_step
+            )
 
     def _count_failure(self, failure_texts: list[str], *, must_succeed: bool) -> None:
         """Count a checkpoint that no directory could take, and print a line that the run continues without it.
@@ -441,7 +408,7 @@ class Checkpoints:
         # The notes told a start after a crash which files of a rank were complete; the manifest tells that of all files.
         remove_part_notes(staging_dir, self.runtime.world_size)
         write_manifest(staging_dir, files)
-        if named_dir in self._complete_checkpoints and named_dir.exists():
+        if named_dir in self._branch.complete_paths and named_dir.exists():
             # It was written when the run still owed the evaluation of this step. The new one has its result.
             replaced_dir = named_dir.with_name(REPLACED_DIR_FORMAT.format(named_dir.name))
             atomic_io.publish_directory_replacing(staging_dir, named_dir, replaced_dir)
@@ -452,48 +419,5 @@ class Checkpoints:
 
     def discard_checkpoint_of_step(self, step: int) -> None:
         """Delete the checkpoint of a step, unless it is the only one. No collective; rank 0 deletes. A failure is a warning."""
-        if not self.runtime.is_main:
-            return
-        try:
-            checkpoints = checkpoints_in(self.checkpoint_dirs)
-        except StorageError as error:
-            self.print_line(f"warning: the checkpoint of step {step} could not be deleted ({error})")
-            return
-        if len(checkpoints) == 1:
-            return
-        for checkpoint_step, path in checkpoints:
-            if checkpoint_step == step:
-                self._delete_checkpoint(path)
-
-    def _delete_superseded_checkpoints(self, best_step: int | None) -> None:
-        """Delete checkpoints that `checkpoint.keep` no longer keeps, unless another process reads them. A failure is a warning.
-
-        `best_step`: the step of the best checkpoint, which is always kept.
-        """
-        try:
-            checkpoints = checkpoints_in(self.checkpoint_dirs)
-        except StorageError as error:
-            self.print_line(f"warning: old checkpoints could not be looked for ({error})")
-            return
-        for path in superseded_checkpoints(
-            checkpoints,
-            self._complete_checkpoints,
-            keep=self.config.keep,
-            look_back_steps=self.look_back_steps,
-            best_step=best_step,
-        ):
-            remove_stale_reader_marks(path)
-            if not is_read_by_another_process(path):
-                self._delete_checkpoint(path)
-
-    def _delete_checkpoint(self, path: Path) -> None:
-        """Delete a checkpoint. A failure is a warning, once for each checkpoint."""
-        temporary_path = path.with_name(f".{path.name}.deleting")
-        try:
-            atomic_io.disk.rename(path, temporary_path)  # so that nobody finds half of it under its name
-            self._complete_checkpoints.discard(path)
-            atomic_io.disk.remove_tree(temporary_path)
-        except OSError as error:
-            if path not in self._undeletable_dirs:
-                self.print_line(f"warning: the old checkpoint {path} could not be deleted ({error_summary(error)})")
-            self._undeletable_dirs.add(path)
+        if self.runtime.is_main:
+            self._branch.discard_step(step)
