@@ -99,15 +99,7 @@ def _address_others_reach(
     `own_interfaces`: interface name by address of this host, such as {"10.0.0.3": "eth0"}.
     """
     if launcher.address is not None:
-        configured_setting = f"launcher.address={launcher.address}"
-        configured_addresses = _resolve_addresses(launcher.address, configured_setting)
-        own_address = next((address for address in configured_addresses if address in own_interfaces), None)
-        if own_address is None or is_loopback(own_address):
-            raise ConfigError(
-                f"{configured_setting}: is no address of this host that others reach; it has "
-                f"{_describe_addresses(own_interfaces)}"
-            )
-        return own_address
+        return _configured_address(launcher.address, own_interfaces)
     if is_first:
         for address in first_host_addresses:
             if address in own_interfaces and not is_loopback(address):
@@ -121,6 +113,23 @@ def _address_others_reach(
             f"{_describe_addresses(own_interfaces)}"
         )
     return address
+
+
+def _configured_address(configured_host: str, own_interfaces: dict[str, str]) -> str:
+    """The first IP address of the name or address in `launcher.address` that belongs to this host.
+
+    `own_interfaces`: interface name by address of this host, such as {"10.0.0.3": "eth0"}.
+    Raises ConfigError if none does, or if that is a loopback address, at which no other host reaches this one.
+    """
+    setting = f"launcher.address={configured_host}"
+    own_address = next(
+        (address for address in _resolve_addresses(configured_host, setting) if address in own_interfaces), None
+    )
+    if own_address is None or is_loopback(own_address):
+        raise ConfigError(
+            f"{setting}: is no address of this host that others reach; it has {_describe_addresses(own_interfaces)}"
+        )
+    return own_address
 
 
 def interface_by_address() -> dict[str, str]:

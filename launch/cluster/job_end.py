@@ -237,24 +237,43 @@ def _determine_outcome(
     if run_state == RunState.done:
         return JobOutcome(srun_exit_code, "done")
 
-    # The run has failed: by its own record, else by SLURM's.
+    failure = _failure_of_start(job, run_dir, srun_exit_code)
+    if failure.retry_cause in RETRY_CAUSE_BY_KEY:  # never after an error of the run itself
+        return _outcome_after_loss(job, run_dir, srun_exit_code, failure.retry_cause, received_term=received_term)
+    return JobOutcome(srun_exit_code, " ".join(failure.reason.split()) or f"ended with exit code {srun_exit_code}")
+
+
+class _FailureOfStart(NamedTuple):
+    """Why the run failed in one start of its job."""
+
+    reason: str
+    """The message; empty if nobody knows."""
+    retry_cause: str | None
+    """The key of `launcher.retry` that allows another start, such as "node_fail"; None after an error of the run itself."""
+
+
+def _failure_of_start(job: JobStart, run_dir: Path, srun_exit_code: int) -> _FailureOfStart:
+    """Why the run failed in this start of its job: by its own record (`failure.json`), else by what SLURM says.
+
+    A record of an earlier start does not count. If only SLURM knows that memory ran out, this writes the record.
+    `srun_exit_code`: the exit code of the srun step that ran the ranks.
+    """
     failure = read_failure(run_dir)
-    retry_cause = None  # a key of RETRY_CAUSE_BY_KEY
     reason = ""
+    retry_cause = None
     if job.has_written(failure):
-        retry_cause = failure.get("retry")
         reason = str(failure.get("message"))
-    if not reason and srun_exit_code:
-        reason = f"its ranks ended with exit code {srun_exit_code} and wrote no reason; their output is in {run_dir / 'logs'}"
-        if was_killed_for_memory(job):
-            retry_cause = "out_of_memory"
-            reason = (
-                f"{reason}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
-            )
-            record_failure(run_dir, rank=0, error=OutOfMemory(reason), phase="starting or training")
-    if retry_cause in RETRY_CAUSE_BY_KEY:  # never after an error of the run itself
-        return _outcome_after_loss(job, run_dir, srun_exit_code, retry_cause, received_term=received_term)
-    return JobOutcome(srun_exit_code, " ".join(reason.split()) or f"ended with exit code {srun_exit_code}")
+        retry_cause = failure.get("retry")
+    if reason or not srun_exit_code:
+        return _FailureOfStart(reason, retry_cause)
+    reason = (
+        f"its ranks ended with exit code {srun_exit_code} and wrote no reason; their output is in {run_dir / 'logs'}"
+    )
+    if was_killed_for_memory(job):
+        retry_cause = "out_of_memory"
+        reason = f"{reason}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
+        record_failure(run_dir, rank=0, error=OutOfMemory(reason), phase="starting or training")
+    return _FailureOfStart(reason, retry_cause)
 
 
 def _outcome_after_stop(

@@ -133,12 +133,8 @@ def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], on_tick: Call
         if on_tick is not None:
             on_tick()
         now = time.monotonic()
-        while pending_signals:
-            signal_number = pending_signals.pop(0)
-            if signal_number == signal.SIGINT and interrupted_at is None:
-                interrupted_at = now
-            for node in nodes:
-                node.send({"signal": int(signal_number)})
+        if signal.SIGINT in _pass_signals_on(nodes, pending_signals) and interrupted_at is None:
+            interrupted_at = now
         # A heartbeat is an empty message. A node ends its ranks if it receives no message for a while.
         if now - last_heartbeat_at > HEARTBEAT_S:
             last_heartbeat_at = now
@@ -157,6 +153,20 @@ def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], on_tick: Call
         elif all_ended or (failed_at is not None and now - failed_at > STOP_GRACE_S):
             return failed_codes[0] if failed_codes else 0
         time.sleep(WAIT_POLL_S)
+
+
+def _pass_signals_on(nodes: list[Node], pending_signals: list[int]) -> list[int]:
+    """Send each pending signal to the ranks on all hosts, in order; returns the signals that were sent.
+
+    `pending_signals`: emptied one by one, since the signal handler may append to it meanwhile.
+    """
+    sent_signals = []
+    while pending_signals:
+        signal_number = pending_signals.pop(0)
+        for node in nodes:
+            node.send({"signal": int(signal_number)})
+        sent_signals.append(signal_number)
+    return sent_signals
 
 
 def _end_nodes(nodes: list[Node]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from launch.config import misspelled
 from launch.config.choices import MODEL_GROUP, choices_by_group
@@ -46,6 +47,37 @@ class RefusedOverride:
         return f"{self.override}: {self.reason}"
 
 
+class _TypedOverride(NamedTuple):
+    """One setting as it was typed, in one argument or in two."""
+
+    override: str
+    """The whole of it: `optim.lr=1e-4`, or `--learning_rate 1e-4`."""
+    key: str
+    value: str | None
+    """None for an argument without a value, such as a settings file."""
+
+
+def _typed_overrides(arguments: list[str]) -> Iterator[_TypedOverride]:
+    """Read the arguments of a command line as settings: `key=value`, or another trainer's flag `--name value` or `--switch`.
+
+    Only names that another trainer uses take the argument behind them as their value; a switch has the value `true`.
+    """
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        key, equals_sign, value = argument.partition("=")
+        is_flag = argument.startswith("--") and normalised_name(key) in RULE_BY_NORMALISED_NAME
+        if equals_sign:
+            yield _TypedOverride(argument, key, value)
+        elif not is_flag:
+            yield _TypedOverride(argument, key, value=None)
+        elif remaining and not remaining[0].startswith("--") and "=" not in remaining[0]:
+            value = remaining.pop(0)
+            yield _TypedOverride(f"{argument} {value}", key, value)
+        else:
+            yield _TypedOverride(argument, key, value="true")
+
+
 class OverridesOfOtherTrainers:
     """Finds the settings of other trainers on a command line, such as `--learning_rate 1e-4`, and says what to type instead.
 
@@ -65,27 +97,14 @@ class OverridesOfOtherTrainers:
         self._other_name_by_override: dict[str, str] = {}
         """The normalised name of each setting of another trainer, by its override."""
 
-        # Pick out the overrides of other trainers; of `--name value` one override is made.
-        remaining = list(overrides)
-        while remaining:
-            override = remaining.pop(0)
-            key, equals_sign, value = override.partition("=")
-            # Other trainers' flags come as `--name value`; ours are `key=value`.
-            if override.startswith("--") and not equals_sign and normalised_name(key) in RULE_BY_NORMALISED_NAME:
-                value = "true"  # a switch, unless a value follows
-                if remaining and not remaining[0].startswith("--") and "=" not in remaining[0]:
-                    value = remaining.pop(0)
-                    override = f"{override} {value}"
-            elif not equals_sign:
-                self.overrides.append(override)
-                continue
-            self.overrides.append(override)
-            name = normalised_name(key)
-            bare_key = key.lstrip("-+~")
-            is_our_key = find_setting(bare_key) is not None or bare_key in choices_by_group()
-            if name in RULE_BY_NORMALISED_NAME and not is_our_key:
-                self._value_by_other_name[name] = value.strip("'\"")
-                self._other_name_by_override[override] = name
+        for typed in _typed_overrides(overrides):
+            self.overrides.append(typed.override)
+            name = normalised_name(typed.key)
+            our_key = typed.key.lstrip("-+~")
+            is_our_key = find_setting(our_key) is not None or our_key in choices_by_group()
+            if typed.value is not None and name in RULE_BY_NORMALISED_NAME and not is_our_key:
+                self._value_by_other_name[name] = typed.value.strip("'\"")
+                self._other_name_by_override[typed.override] = name
 
         # How many ranks there will be, for translations that depend on it.
         cli_values: dict[str, str] = {}

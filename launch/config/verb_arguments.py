@@ -126,19 +126,27 @@ def read_setting_group(
             problems.append(f"{argument}: there is no setting {key}; {hint}")
         elif refuse_repeated and name in changes:
             problems.append(f"{argument}: {key} is given twice; give one")
-        elif not text.strip():
-            # As after `serve.port=$PORT` in a shell that has no variable PORT.
-            problems.append(f"{argument}: {key} needs a value")
-        elif text == "null" and type(None) in get_args(annotations[name]):
-            changes[name] = None
         else:
             try:
-                changes[name] = parse_value(text, annotations[name])
+                changes[name] = _parse_group_value(key, text, annotations[name])
             except ValueError as error:
                 problems.append(f"{argument}: {error}")
     # Values of a wrong type are problems, and keep their default.
     changed_settings = replace(defaults, **changes)  # type: ignore[type-var]
     return SettingGroup(changed_settings, other_arguments, problems)
+
+
+def _parse_group_value(key: str, text: str, annotation: Any) -> Any:
+    """Read the text behind `key=` as a value of the annotated type: "80" for `int | None` is 80, "null" is None.
+
+    Raises ValueError with what it must be.
+    """
+    if not text.strip():
+        # As after `serve.port=$PORT` in a shell that has no variable PORT.
+        raise ValueError(f"{key} needs a value")
+    if text == "null" and type(None) in get_args(annotation):
+        return None
+    return parse_value(text, annotation)
 
 
 def verb_arguments_in(module: ModuleType) -> list[type[VerbArguments]]:
