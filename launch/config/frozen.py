@@ -34,13 +34,16 @@ GROUPS_WITHOUT_EFFECT_ON_RESULT = ("logging", "profile", "launcher", "gates", "r
 """Groups that do not decide the result of a run."""
 OPERATIONAL_PREFIXES = ("strategy.", "parallel.", "checkpoint.")
 """Groups that say how a run is computed and how often it is saved, which changes no result."""
-OPERATIONAL_KEYS = frozenset(
-    {
-        MICRO_BATCH_KEY,
-        "data.workers",
-        "data.verify",
-        *(f"evaluation.{host}.{name}" for host in ("judge", "server") for name in ("parallel", "retries", "timeout_s")),
-    }
+OPERATIONAL_KEYS = (
+    MICRO_BATCH_KEY,
+    "data.workers",
+    "data.verify",
+    "evaluation.judge.parallel",
+    "evaluation.judge.retries",
+    "evaluation.judge.timeout_s",
+    "evaluation.server.parallel",
+    "evaluation.server.retries",
+    "evaluation.server.timeout_s",
 )
 """Single settings of the same kind."""
 

@@ -175,6 +175,14 @@ def test_columns_that_functions_give_are_in_the_record_and_the_metrics(score, tm
     assert [row["extra/extracts/chars"] for row in rows] == [5.0, 5.0, None, None, None, 1.0]
     assert [row["extra/extracts/mixed"] for row in rows][:3] == ["1", "two", "{'three': 3}"]
     assert "extra/extracts/upper" in round_table(made, 5).columns
+    assert [row[2] for row in round_table(made, 5).rows] == ["best", "", "worst"] * 2
+
+
+def test_only_answer_of_a_group_is_called_the_best(score):
+    groups = [group(["right"]), group(["a"], place=1)]
+    scores = score(["extracts"], groups)
+    alone = Round(0, 2, groups, scores, np.zeros((2, 1)), np.ones((2, 1), bool))
+    assert [row[2] for row in round_table(alone, 5).rows] == ["best", "best"]
 
 
 def test_several_workers_share_the_calls_of_a_rank(reward_file, tmp_path):

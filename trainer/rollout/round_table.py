@@ -34,7 +34,7 @@ def round_table(rollout_round: Round, step: int) -> LoggedTable:
         for index, row in enumerate(group):
             # Groups are sorted: their first answer is the best. The column `place` says so in the table, while in recorded rows
             # it is the number of the prompt.
-            place = {0: "best", len(group) - 1: "worst"}.get(index, "")
+            place = {len(group) - 1: "worst", 0: "best"}.get(index, "")  # a group of one answer has only a best one
             shown = {
                 "step": step,
                 "place": place,
