@@ -53,14 +53,6 @@ def _loss_difference_cell(point: ComparedPoint) -> str:
     return UNKNOWN_CELL if difference is None else format_difference(difference.first_steps_difference)
 
 
-def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
-    """Seconds that a run took to start: up to its first step, without the evaluation before that step. None if not known."""
-    measured = point.measured
-    if measured.start_s is None:
-        return None
-    return measured.start_s - (measured.evaluation_before_s or 0)
-
-
 def _repeats_cell(point: ComparedPoint) -> str:
     """The range of a point's repeats for a table, slowest to fastest in tokens/s: `11,800-12,345`; `-` for a single repeat."""
     if point.summary.spread is None:
@@ -113,7 +105,7 @@ MAIN_COLUMNS = (
 COST_COLUMNS = (
     TextColumn("repeats", _repeats_cell),
     TextColumn("planned", lambda point: _number_cell(point.measured.planned_gib, ".3g")),
-    TextColumn("start s", lambda point: _number_cell(_start_without_evaluation_s(point), ".1f")),
+    TextColumn("start s", lambda point: _number_cell(point.measured.start_without_evaluation_s, ".1f")),
     TextColumn("save s", lambda point: _number_cell(point.measured.checkpoint_s, ".2f")),
     TextColumn("GiB saved", lambda point: _number_cell(point.measured.checkpoint_gib, ".3g")),
     TextColumn("$/M", lambda point: _number_cell(point.summary.dollars_per_million, ".3g")),

@@ -407,6 +407,7 @@ def _point_sources_of_argument(argument: str) -> list[PointSource]:
     from launch.compare.run_files import is_run_directory
     from launch.compare.settings import PointSource, read_comparison_file
     from launch.compare.wandb_files import is_wandb_directory, wandb_address
+    from launch.runs.status import number_aware_order
 
     address = wandb_address(argument)
     if address is not None:
@@ -416,8 +417,8 @@ def _point_sources_of_argument(argument: str) -> list[PointSource]:
         return [PointSource((path,))]
     if sources_of_comparison := read_comparison_file(path):
         return sources_of_comparison
-    child_run_dirs = [child for child in sorted(path.glob("*"), key=_number_aware_order) if is_run_directory(child)]
-    if child_run_dirs:
+    children = sorted(path.glob("*"), key=lambda child: number_aware_order(child.name))
+    if child_run_dirs := [child for child in children if is_run_directory(child)]:
         return [PointSource((run_dir,)) for run_dir in child_run_dirs]
 
     if not path.exists():
@@ -426,9 +427,3 @@ def _point_sources_of_argument(argument: str) -> list[PointSource]:
     wandb_dirs = [child for child in sorted(path.glob("*run-*")) if is_wandb_directory(child)]
     hint = f"; name a run of W&B in it, such as {wandb_dirs[0]}" if wandb_dirs else ""
     raise ConfigError(f"{argument}: not a run directory (there is no config.yaml in it, and no runs below it){hint}")
-
-
-def _number_aware_order(path: Path) -> tuple[int, str]:
-    """Sort key with 2 before 10: the points of `train -m` are called 0, 1, ... 10. Other names come first."""
-    number = int(path.name) if path.name.isdecimal() else -1
-    return (number, path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from launch.compare.names import is_below
 from launch.compare.run_files import RecordedRun
 
 SAME_LOSS_TOLERANCE = 1e-5
@@ -137,7 +138,7 @@ def _can_change_loss(key: str) -> bool:
     """Whether the setting with this dotted key can change the loss. Of the group `run`, only the seed can."""
     if key.startswith("run."):
         return key == "run.seed"
-    return not any(key == prefix or key.startswith(f"{prefix}.") for prefix in LOSS_NEUTRAL_SETTINGS)
+    return not is_below(key, LOSS_NEUTRAL_SETTINGS)
 
 
 def first_non_finite_loss_step(run: RecordedRun) -> int | None:

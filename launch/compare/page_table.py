@@ -279,7 +279,7 @@ def _start_and_save_columns() -> list[NumberColumn]:
     return [
         duration_column(
             "start",
-            read_value=_start_without_evaluation_s,
+            read_value=lambda point: point.measured.start_without_evaluation_s,
             note="Until the first step, without the evaluation before it.",
         ),
         duration_column("save", read_value=lambda point: point.measured.checkpoint_s),
@@ -321,13 +321,6 @@ def _slowest(point: ComparedPoint) -> float | None:
 
 def _fastest(point: ComparedPoint) -> float | None:
     return point.summary.spread.high if point.summary.spread else None
-
-
-def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
-    """Seconds that a run took to start: up to its first step, without the evaluation before that step. None if not known."""
-    if point.measured.start_s is None:
-        return None
-    return point.measured.start_s - (point.measured.evaluation_before_s or 0)
 
 
 def _step_part_column(part: str) -> NumberColumn:

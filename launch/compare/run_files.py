@@ -136,6 +136,13 @@ class RunMeasurements:
     metrics_at_end: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the last evaluation."""
 
+    @property
+    def start_without_evaluation_s(self) -> float | None:
+        """Seconds that the run took to start: up to its first step, without the evaluation before it. None if not known."""
+        if self.start_s is None:
+            return None
+        return self.start_s - (self.evaluation_before_s or 0)
+
 
 def is_run_directory(directory: Path) -> bool:
     """Whether the directory is that of a run, which has a `config.yaml` before it starts."""

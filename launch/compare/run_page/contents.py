@@ -171,7 +171,7 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
             planned=predicted.checkpoint_bytes,
         ),
         _cost_row("Writing a checkpoint", format_duration, measured.checkpoint_s),
-        _cost_row("Start to first step, without evaluation", format_duration, _start_without_evaluation_s(measured)),
+        _cost_row("Start to first step, without evaluation", format_duration, measured.start_without_evaluation_s),
         _cost_row("Price of a million tokens, US$", format_number, compared.summary.dollars_per_million),
     ]
     columns = [PageColumn("what"), PageColumn("planned"), PageColumn("measured")]
@@ -199,13 +199,6 @@ def _cost_row(
 
 def _gib_to_bytes(gib: float | None) -> float | None:
     return None if gib is None else gib * BYTES_PER_GIB
-
-
-def _start_without_evaluation_s(measured: RunMeasurements) -> float | None:
-    """Seconds that the run took to start: up to its first step, without the evaluation before that step. None if not known."""
-    if measured.start_s is None:
-        return None
-    return measured.start_s - (measured.evaluation_before_s or 0)
 
 
 @dataclass(frozen=True, slots=True)
