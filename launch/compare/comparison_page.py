@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launch.compare.compared_axes import ComparedAxis
+from launch.compare.compared_job import point_has_diverged
 from launch.compare.comparison import TEST_DOCUMENTS_TITLE, ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
 from launch.compare.cost_plots import comparison_plots
 from launch.compare.page_table import held_out_table, points_table
-from launch.compare.quality import point_has_diverged
 from launch.compare.recommendation import join_names
 from launch.compare.repeats import REFUSED_STATE
 from trainer.pages.pieces import Callout, PageCard, Tone, worst_first

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from launch.compare.compared_job import ComparedJob, group_points_into_jobs, point_has_diverged
 from launch.compare.curves import format_difference
 from launch.compare.names import (
     ABSENT_VALUE,
@@ -20,14 +21,7 @@ from launch.compare.names import (
     point_arguments,
     setting_as_argument,
 )
-from launch.compare.quality import (
-    ComparedJob,
-    RankedJobs,
-    group_points_into_jobs,
-    point_has_diverged,
-    quality_metric,
-    rank_jobs_by_quality,
-)
+from launch.compare.quality import RankedJobs, quality_metric, rank_jobs_by_quality
 from launch.compare.recommendation import (
     MAX_NAMES,
     Recommendation,

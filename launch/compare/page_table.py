@@ -8,17 +8,12 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from launch.compare.compared_axes import ComparedAxis
+from launch.compare.compared_job import group_points_into_jobs, point_has_diverged
 from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.cost_plots import is_planned_memory_comparable
 from launch.compare.curves import format_difference
 from launch.compare.metric_meaning import greater_is_better_by_name
-from launch.compare.quality import (
-    QualityMetric,
-    group_points_into_jobs,
-    point_has_diverged,
-    quality_metric_name,
-    rank_jobs_by_quality,
-)
+from launch.compare.quality import QualityMetric, quality_metric_name, rank_jobs_by_quality
 from launch.compare.recommendation import is_memory_difference_shown, is_recommendable, is_speed_difference_shown
 from launch.compare.repeats import STEP_PARTS
 from trainer.pages.numbers import UNKNOWN, format_duration, format_number, format_percent

@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from launch.compare.compared_job import ComparedJob, group_points_into_jobs
 from launch.compare.compared_point import ComparedPoint
 from launch.compare.curves import NUM_FIRST_STEPS, first_non_finite_loss_step, format_difference, loss_relevant_settings
 from launch.compare.metric_meaning import keys_measured_differently
 from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME
-from launch.compare.quality import (
-    ComparedJob,
-    bonferroni_level,
-    comparable_jobs,
-    group_points_into_jobs,
-    quality_metric,
-)
+from launch.compare.quality import bonferroni_level, comparable_jobs, quality_metric
 from launch.compare.quality_evidence import SIGNIFICANCE_LEVEL, QualityDifference, quality_difference
 from trainer.reporting.numbers import format_metric
 

@@ -17,8 +17,8 @@ import json
 import math
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
-from typing import TYPE_CHECKING
 
+from launch.compare.compared_job import ComparedJob
 from launch.compare.curves import SAME_LOSS_TOLERANCE
 from launch.compare.interval import Interval
 from launch.compare.metric_meaning import HELD_OUT_LOSS, differing_keys
@@ -26,9 +26,6 @@ from launch.compare.run_files import RecordedRun, last_held_out_metrics
 from strategies import atomic_io
 from trainer.reporting.results import EVALUATION_REPORT, LAST_HELD_OUT, kept_reports
 from trainer.reporting.run_record import MAX_RECORD_BYTES
-
-if TYPE_CHECKING:
-    from launch.compare.quality import ComparedJob
 
 SIGNIFICANCE_LEVEL = 0.05
 """How often, at most, equal jobs are said to differ, over all pairs of a comparison together."""

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from launch.compare.compared_job import point_has_diverged
 from launch.compare.interval import Interval
-from launch.compare.quality import RankedJobs, point_has_diverged
+from launch.compare.quality import RankedJobs
 from trainer.reporting.numbers import format_metric
 from trainer.reporting.status import RunState
 
