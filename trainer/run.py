@@ -13,6 +13,7 @@ from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
 from strategies.sequence import with_sequence_parallelism
+from trainer.build.inputs import RunInputs
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.reward_models import check_reward_models
@@ -40,7 +41,6 @@ from trainer.objectives.registry import objective_family
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.fit_check import check_run_fits
 from trainer.planner.micro_batch import resolve_micro_batch
-from trainer.planner.oom_probe import ProbeInputs
 from trainer.planner.oom_report import reporting_out_of_memory
 from trainer.planner.strategy_choice import resolve_strategy
 from trainer.reporting.console import Console
@@ -121,7 +121,7 @@ def _run(
     config, runtime = resolve_matmul(config, run_dir, runtime, write_config)
     console = open_console(config, run_dir, data, tokenizer, runtime)
     context = RunContext(config_sha256, runtime, console, RankStopAgreement(request, runtime), attempt)
-    inputs = ProbeInputs(tokenizer, data, resolve_precision(config.precision, runtime), runtime)
+    inputs = RunInputs(tokenizer, data, resolve_precision(config.precision, runtime), runtime)
     identity_facts = compare_with_resumed_run(config, data, context)
     config = choose_strategy_and_micro_batch(config, inputs, context, write_config)
     # Refused here, before there are weights, rather than by the allocator an hour later.
@@ -138,7 +138,7 @@ def _run(
 def _train_and_export(
     config: RunConfig,
     local_config: RunConfig,
-    inputs: ProbeInputs,
+    inputs: RunInputs,
     tasks: list[PreparedTask],
     checked_facts: dict[str, Any],
     context: RunContext,
@@ -294,7 +294,7 @@ def compare_with_resumed_run(config: RunConfig, data: PreparedData, context: Run
 
 
 def choose_strategy_and_micro_batch(
-    config: RunConfig, inputs: ProbeInputs, context: RunContext, write_config: WriteConfig
+    config: RunConfig, inputs: RunInputs, context: RunContext, write_config: WriteConfig
 ) -> RunConfig:
     """Choose the sharding strategy and the micro-batch, if they are `auto`, by what fits into memory. All ranks must call.
 
@@ -347,7 +347,7 @@ def resume_from_checkpoint(config: RunConfig, engine: Engine, context: RunContex
 
 def build_batch_loader(
     config: RunConfig,
-    inputs: ProbeInputs,
+    inputs: RunInputs,
     built: BuiltModel,
     engine: Engine,
     progress: Progress,

@@ -21,6 +21,7 @@ from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import command_warm
+from trainer.build.inputs import RunInputs
 from trainer.config.run import MICRO_BATCH_KEY, Device, LauncherConfig
 from trainer.model.loading import load_tokenizer
 from trainer.planner import micro_batch as micro_module
@@ -34,7 +35,7 @@ from trainer.planner.micro_batch import (
     resolve_micro_batch,
     with_proposed_micro_batch,
 )
-from trainer.planner.oom_probe import ProbeInputs, take_probe_steps
+from trainer.planner.oom_probe import take_probe_steps
 from trainer.planner.oom_report import is_out_of_memory
 from trainer.planner.rank_devices import DeviceMemory, RankCounts
 from trainer.planner.simulation import simulate_depth
@@ -55,7 +56,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def given(made, runtime):
     config, data = made
-    return ProbeInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
+    return RunInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
 
 
 def at_once(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, Precision, SingleConfig, StrategyName
 from strategies.errors import DoesNotFit, OutOfMemory
 from tests.helpers.building import data_set, model_dir, run_config
+from trainer.build.inputs import RunInputs
 from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY
 from trainer.model.loading import load_tokenizer
 from trainer.optim.config import MuonConfig
@@ -16,7 +17,6 @@ from trainer.planner import micro_batch, oom_probe
 from trainer.planner import strategy_choice as strategy_module
 from trainer.planner.hardware import find_card
 from trainer.planner.micro_batch import needed_device_gib
-from trainer.planner.oom_probe import ProbeInputs
 from trainer.planner.strategy_choice import Planner, RankDevices, StrategyProposal, propose_strategies, resolve_strategy
 from trainer.reporting.resolution import ResolvedSetting
 
@@ -115,7 +115,7 @@ def two(made, runtime, monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
         monkeypatch.setattr(oom_probe, "take_probe_steps", take)
-        given = ProbeInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
+        given = RunInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
         return resolve_strategy(config, given, said.append, frozen.append), said, frozen
 
     return choose, taken
@@ -154,7 +154,7 @@ def test_strategy_auto_reopens_a_micro_batch_chosen_for_other_ranks(made, two):
 
 
 def test_strategy_auto_on_one_rank_is_single(made, runtime):
-    given = ProbeInputs(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
+    given = RunInputs(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
     settled = resolve_strategy(made[0], given, print, print)
     assert settled.strategy == SingleConfig()
     assert {key: str(note) for key, note in settled.substitutions.items()} == {

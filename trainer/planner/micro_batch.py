@@ -16,6 +16,7 @@ import torch
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.errors import DoesNotFit
 from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_objects
+from trainer.build.inputs import RunInputs
 from trainer.config.parallel import samples_per_dp_rank
 from trainer.config.run import AUTO, MICRO_BATCH_KEY, RunConfig, requested_micro_batch
 from trainer.data.prepare import PreparedData
@@ -32,7 +33,6 @@ from trainer.planner.lengths import DocumentLengths, lengths_of_data, micro_batc
 from trainer.planner.oom_probe import (
     PROBE_STEPS,
     ProbeDescription,
-    ProbeInputs,
     available_device_gib,
     probe_runs_out_of_memory,
 )
@@ -53,7 +53,7 @@ class MicroBatchProposal(NamedTuple):
 
 
 def resolve_micro_batch(
-    config: RunConfig, inputs: ProbeInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
+    config: RunConfig, inputs: RunInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
 ) -> RunConfig:
     """Resolve `batch.micro=auto`: choose the largest micro-batch that fits in memory. All ranks must call.
 

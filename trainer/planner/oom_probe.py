@@ -6,20 +6,18 @@ import contextlib
 import gc
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 
-from strategies.base import Precision
 from strategies.compat.process_groups import default_store
 from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime, free_host_memory_bytes
+from trainer.build.inputs import RunInputs
 from trainer.build.parts import build_engine, largest_micro_batch
 from trainer.build.recomputation import USABLE_SHARE, device_memory_gib, longest_micro_batch
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import sequence_cut
-from trainer.data.prepare import PreparedData
 from trainer.planner.fit_check import TIMEOUT_SHARE
 from trainer.planner.hardware import GIB
 from trainer.planner.minimal_step import build_step_batch, minimal_trainer
@@ -31,16 +29,6 @@ PROBE_STEPS = 2
 
 _RAN_OUT, _HELD = "out", "held"
 """The outcome of a probe on one rank, as the ranks' store has it: out of memory, or the steps were taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeInputs:
-    """What a run has before its model is built, and what a probe of its memory needs."""
-
-    tokenizer: Any
-    data: PreparedData
-    precision: Precision
-    runtime: Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +58,7 @@ def available_device_gib(runtime: Runtime) -> float:
     return USABLE_SHARE * min(device_gib, free_bytes / GIB / runtime.local_world_size)
 
 
-def probe_runs_out_of_memory(config: RunConfig, inputs: ProbeInputs, probe: ProbeDescription) -> bool:
+def probe_runs_out_of_memory(config: RunConfig, inputs: RunInputs, probe: ProbeDescription) -> bool:
     """Try whether a choice of `batch.micro=auto` or `strategy=auto` fits: take two real steps of the longest documents with it.
 
     Returns whether all ranks ran out of memory. Model and optimizer of the probe are freed again. `config`: with the choice.
@@ -91,7 +79,7 @@ def probe_runs_out_of_memory(config: RunConfig, inputs: ProbeInputs, probe: Prob
     return all_ranks_ran_out(probe, reason, inputs.runtime)
 
 
-def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
+def take_probe_steps(config: RunConfig, inputs: RunInputs) -> None:
     """Build model and engine, take two steps of the longest documents, and close the engine, to see if memory suffices.
 
     Raises what an allocation raises if it does not. All ranks must call.

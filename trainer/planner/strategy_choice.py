@@ -21,6 +21,7 @@ from strategies.errors import DoesNotFit, OutOfMemory
 from strategies.hardware import gpu_of_device
 from strategies.registry import common_settings
 from strategies.runtime import Runtime, broadcast_object, gather_objects
+from trainer.build.inputs import RunInputs
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import AUTO, STRATEGY_KEY, RunConfig, requested_micro_batch
 from trainer.config.sharding import sharding_problems
@@ -39,7 +40,6 @@ from trainer.planner.micro_batch import (
 from trainer.planner.oom_probe import (
     PROBE_STEPS,
     ProbeDescription,
-    ProbeInputs,
     available_device_gib,
     probe_runs_out_of_memory,
 )
@@ -87,7 +87,7 @@ class StrategyProposal:
 
 
 def resolve_strategy(
-    config: RunConfig, inputs: ProbeInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
+    config: RunConfig, inputs: RunInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
 ) -> RunConfig:
     """Resolve `strategy=auto`: choose the fastest strategy that fits in memory. All ranks must call.
 
@@ -245,7 +245,7 @@ def _known_card(name: str | None) -> Card | None:
     return None if name is None else find_card(name)
 
 
-def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: ProbeInputs) -> bool:
+def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: RunInputs) -> bool:
     """Try a proposed strategy by two real steps; returns whether they run out of memory on all ranks. All ranks must call.
 
     If `batch.micro` is `auto` too, which is resolved after the strategy, a micro-batch of one document is taken. Raises

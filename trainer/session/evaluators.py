@@ -8,6 +8,7 @@ from typing import Any
 
 from strategies import runtime as processes
 from strategies.base import Engine
+from trainer.build.inputs import RunInputs
 from trainer.build.reward_evaluator import build_reward_evaluators
 from trainer.config.evaluation import tasks_to_run
 from trainer.config.run import RunConfig, settled_template_date
@@ -18,7 +19,6 @@ from trainer.evaluation.build import build_evaluators, build_model_interface
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext
 from trainer.monitors.detectors import ChallengeDetectors
-from trainer.planner.oom_probe import ProbeInputs
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.types import RewardScorer
 from trainer.session.context import RunContext
@@ -28,7 +28,7 @@ from trainer.step import BuiltModel
 
 def build_run_evaluators(
     config: RunConfig,
-    inputs: ProbeInputs,
+    inputs: RunInputs,
     tasks: list[PreparedTask],
     built: BuiltModel,
     engine: Engine,

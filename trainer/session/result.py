@@ -8,6 +8,7 @@ from typing import Any
 from strategies.base import Engine
 from strategies.errors import StorageError
 from strategies.runtime import call_on_main
+from trainer.build.inputs import RunInputs
 from trainer.checkpoints.layout import STEP_DIR_FORMAT, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.manifest import checkpoint_problem_on_all_ranks, manifest_sha256_at_step
@@ -19,7 +20,6 @@ from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported
 from trainer.model.config import ModelConfig
 from trainer.monitors.detectors import ChallengeDetectors
 from trainer.objectives.registry import objective_family
-from trainer.planner.oom_probe import ProbeInputs
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
@@ -38,7 +38,7 @@ class TrainedRun:
     """A run whose training has ended, with the parts that its result is made of."""
 
     config: RunConfig
-    inputs: ProbeInputs
+    inputs: RunInputs
     built: BuiltModel
     engine: Engine
     loader: StepLoader | RolloutLoader

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from strategies import runtime as processes
 from strategies.base import Engine, Progress
+from trainer.build.inputs import RunInputs
 from trainer.build.reward_models import open_model_scorer
 from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.objectives.rollouts import RoundsConfig
-from trainer.planner.oom_probe import ProbeInputs
 from trainer.reporting.tracking import Trackers
 from trainer.rollout.loader import RolloutLoader
 from trainer.session.context import RunContext
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def open_rounds(
     config: RunConfig,
-    inputs: ProbeInputs,
+    inputs: RunInputs,
     built: BuiltModel,
     engine: Engine,
     progress: Progress,
