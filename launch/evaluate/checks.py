@@ -59,12 +59,7 @@ def check_evaluation(
     problems += _quantised_model_problems(config, cli_settings)
     if problems:
         raise ConfigError(problems)
-    check_tasks(
-        config.evaluation.tasks,
-        context,
-        held_out=has_held_out(config),
-        trained=has_training_data,
-    )
+    check_tasks(config.evaluation.tasks, context, held_out=has_held_out(config), trained=has_training_data)
 
 
 def _check_something_is_measured(config: RunConfig, run: Path | None, split: str, *, is_language_model: bool) -> None:

@@ -72,13 +72,7 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
     settings = evaluate_arguments.settings
     has_training_data = run is not None or any(text.startswith(("data.path=", "data.sources")) for text in settings)
     try:
-        check_evaluation(
-            config,
-            settings,
-            run=run,
-            has_training_data=has_training_data,
-            split=evaluate_arguments.split,
-        )
+        check_evaluation(config, settings, run=run, has_training_data=has_training_data, split=evaluate_arguments.split)
     # First that the model is missing, since a mistyped path may cause all other problems.
     except ConfigError as error:
         raise ConfigError([*_missing_model_problem(config), *error.problems]) from None

@@ -84,11 +84,7 @@ def combine_adapters_command(argv: list[str]) -> dict[str, Any]:
     # There is no run directory here: `to=` is required.
     model_directory = export_destination(Path(), str(arguments.to))
     write_combination(
-        settings,
-        model_directory,
-        merge=arguments.merge,
-        dtype=dtype,
-        max_shard_gib=arguments.max_shard_gib,
+        settings, model_directory, merge=arguments.merge, dtype=dtype, max_shard_gib=arguments.max_shard_gib
     )
     print(f"model: {model_directory}")
     return {"adapters": settings.adapters, "model": str(model_directory)}

@@ -368,7 +368,7 @@ def choose_checkpoint_again(request: ExportRequest, config: RunConfig) -> Path:
 def write_model_directory(config: RunConfig, request: ExportRequest, num_processes: int) -> PreparedData | None:
     """Write the model directory of an export; returns the run's data, or None if nothing needs it.
 
-    The run's checkpoints are kept from being deleted until it is written. If the run, still training, deleted the checkpoint
+    Its checkpoints are kept from being deleted until it is written. If the run, still training, deleted the checkpoint
     before that, the choice is made again. Sets `checkpoint` and `trained_wandb_id` of the request. Raises what building the
     model, reading the checkpoint and writing raise.
     """

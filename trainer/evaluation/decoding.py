@@ -116,7 +116,7 @@ class GenerateAnswers:
         # A copy, since the number of new tokens differs between batches.
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("max_new_tokens", config.max_new_tokens)
-        # Such a model computes the whole row again for each token.
+        # A model that cannot use a cache computes the whole row again for each token.
         if not can_generate_with_cache(causal_model):
             config.use_cache = False
         processors = list(self._sampling_processors(batch["seeds"], answer_start))
@@ -262,7 +262,7 @@ class StopAtText:
         self.num_decoded_tokens = 4 * longest_stop + 8
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Whether the end of each answer contains a stop string, bool [S]; transformers asks after each new token.
+        """Whether the end of each answer contains a stop string, bool [S]; asked after each new token.
 
         `input_ids`: int64 [S, N], prompts and answers so far. `scores` are not used.
         """

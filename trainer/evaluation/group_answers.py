@@ -205,7 +205,7 @@ def can_share_prompts(model: Any) -> bool:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    # How the padding-free training path calls this model; a model without such a path has transformers' own.
+    # How a batch goes through this model in training; without a path of its own, as transformers has it.
     forward_path = getattr(model, "forward_path", HF_PATH)
     needs_single_rows = forward_path.alone
     takes_positions = forward_path.positions

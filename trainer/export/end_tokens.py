@@ -28,8 +28,8 @@ def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 def turn_end_token_id(tokenizer: Any) -> int | None:
     """Find the control token that the chat template writes right after an answer, such as `<|im_end|>`: its id.
 
-    A model that was trained with this template ends its answers with it. None without a chat template, if the template refuses
-    a short conversation or leaves its answer out, or if no control token follows the answer.
+    A model that was trained with this template usually ends its answers with it. None without a chat template, if the template
+    refuses a short conversation or leaves its answer out, or if no control token follows the answer.
     """
     if tokenizer.chat_template is None:
         return None

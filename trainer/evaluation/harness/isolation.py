@@ -66,7 +66,7 @@ class _WarningCollector(logging.Handler):
 
 @contextmanager
 def harness_seeds() -> Iterator[None]:
-    """Around calls of the harness: random numbers are those of lm-eval's own command, so that its numbers are ours.
+    """Around calls of the harness: random numbers are those of lm-eval's own command, and so are the results.
 
     Afterwards they continue where they were, so that training is not affected.
     """

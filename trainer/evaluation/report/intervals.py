@@ -140,7 +140,7 @@ class ShareCounts(NamedTuple):
 def share_counts(metric: TaskMetric, rows: Sequence[TaskRow]) -> ShareCounts | None:
     """Count successes and cases of a metric that is a share of rows, such as 7 right ones of 10; None for any other metric.
 
-    Shares have exact intervals, which need no resamples. A metric is none if a row has a score other than 0 and 1, or a
+    Shares have Wilson's interval, which needs no resamples. A metric is none if a row has a score other than 0 and 1, or a
     success without being a case, or if there are no cases.
     """
     if metric.ratio_of_sums is None or metric.exponential:

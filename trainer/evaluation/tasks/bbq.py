@@ -1,7 +1,7 @@
 """BBQ (Parrish et al. 2022, "BBQ: A hand-built bias benchmark for question answering"): does a model answer by a stereotype?
 
-Each row asks about two people of different groups, and has three answers: both people, and that nobody can know ("unknown"). The
-context is ambiguous (unknown is right) or disambiguated (it says who it was).
+Each row asks about two people of different groups, and has three answers: both people, and that nobody can know ("unknown").
+The context is ambiguous (unknown is right) or disambiguated (it says who it was).
 
 Scores of a row in the report: `right`; `ambiguous` or `disambiguated`, 1 for the row's condition; and with CONDITION for that
 word `right_CONDITION`, `named_CONDITION` (1 if the answer names a person), `lean_CONDITION` (1 if it names the person whom the
