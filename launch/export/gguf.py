@@ -93,11 +93,11 @@ def write_and_verify_gguf(request: GgufRequest, directory: Path, *, verify: bool
         raise ConfigError(
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be merged into its base"
         )
-    # `missing_part`: what the Modelfile for Ollama lacks, and why; None if nothing.
-    file, missing_part = write_gguf(directory, request.name, request.kind, request.converter)
+    file, missing_part_note = write_gguf(directory, request.name, request.kind, request.converter)
     verdict = verify_gguf(file, request.kind) if verify else "not verified"
     print(f"gguf:   {file}, {file.stat().st_size:,} bytes; {verdict}")
-    remark = f" ({missing_part})" if missing_part else ""
+    # What the Modelfile for Ollama lacks, and why.
+    remark = f" ({missing_part_note})" if missing_part_note else ""
     print(f"ollama: cd {file.parent} && ollama create {request.name} -f Modelfile{remark}")
     return file
 

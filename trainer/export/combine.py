@@ -137,7 +137,9 @@ def write_combination(
     first_peft_settings = read_json_object(Path(settings.adapters[0]).expanduser() / SETTINGS_FILE)
     base = str(settings.base or first_peft_settings["base_model_name_or_path"])
     base_config, base_model = _load_base(settings, base)
-    tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _first_adapter_has_tokenizer(settings) else base)
+    # Its tokenizer may have more tokens than that of the base.
+    adapter_has_tokenizer = (Path(settings.adapters[0]).expanduser() / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if adapter_has_tokenizer else base)
     if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     # Combine, compute logits to compare with, and write.
@@ -263,8 +265,3 @@ def _positions_in_config(source: str) -> _Positions:
     config = read_json_object(Path(source) / CONFIG_FILE) if Path(source).is_dir() else {}
     text_config = config.get("text_config") or config
     return _Positions(text_config.get("max_position_embeddings"), text_config.get("rope_parameters"))
-
-
-def _first_adapter_has_tokenizer(settings: CombineSettings) -> bool:
-    """Whether the first adapter's directory has a tokenizer, which may have more tokens than the tokenizer of the base."""
-    return (Path(settings.adapters[0]).expanduser() / "tokenizer_config.json").is_file()

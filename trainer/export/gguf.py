@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.export.end_tokens import GENERATION_FILE
@@ -72,11 +72,19 @@ def find_converter(converter: str | None, python: str | None) -> GgufConverter:
     return GgufConverter([str(path)])
 
 
-def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: GgufConverter) -> tuple[Path, str | None]:
+class WrittenGguf(NamedTuple):
+    """A GGUF file beside its export."""
+
+    file: Path
+    missing_part_note: str | None
+    """What the Modelfile for Ollama beside it lacks, and why; None if nothing."""
+
+
+def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: GgufConverter) -> WrittenGguf:
     """Convert an export to a GGUF file by llama.cpp's converter, and write a Modelfile for Ollama beside it.
 
-    Returns (the file `<directory>/gguf/<name>-<type>.gguf`, what the Modelfile lacks or None). Raises ShardtuneError if the
-    converter cannot be started, or fails. The export itself stays as it is.
+    The file is `<directory>/gguf/<name>-<type>.gguf`. Raises ShardtuneError if the converter cannot be started, or fails. The
+    export itself stays as it is.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -103,9 +111,9 @@ def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: GgufC
     generation_config = GenerationConfig()
     if (directory / GENERATION_FILE).is_file():
         generation_config = GenerationConfig.from_pretrained(directory)
-    text, missing_part = modelfile_of(gguf_file.name, tokenizer, generation_config)
+    text, missing_part_note = modelfile_of(gguf_file.name, tokenizer, generation_config)
     (gguf_dir / "Modelfile").write_text(text, encoding="utf-8")
-    return gguf_file, missing_part
+    return WrittenGguf(gguf_file, missing_part_note)
 
 
 def verify_gguf(file: Path, gguf_type: GgufType) -> str:

@@ -181,7 +181,8 @@ def _open_staging_on_main(
     Returns what was found, on every rank. All ranks must call. Raises StorageError on every rank if the directory cannot be
     opened, or if the export does not fit. Then the directory is removed.
     """
-    origin = _export_origin(plan, model)
+    # All that the files of the export depend on: only one of the same origin may keep files that it finished.
+    origin = {**model.origin, "plan": plan.plan_sha256(), "torch": torch.__version__}
 
     def open_and_check_space() -> _Staging:
         may_have_complete_files = open_export_staging(staging_dir, plan, origin)
@@ -226,11 +227,6 @@ def _print_writers(plan: ExportPlan, writer_ranks: list[int], runtime: Runtime) 
     if len(writer_ranks) < min(num_files, runtime.world_size):
         line += f": each holds up to {size_text(plan.process_bytes)}, and the host has no room for more"
     print(line, flush=True)
-
-
-def _export_origin(plan: ExportPlan, model: TrainedModel) -> dict[str, Any]:
-    """All that the files of an export depend on, as JSON values: one of the same origin may keep finished files."""
-    return {**model.origin, "plan": plan.plan_sha256(), "torch": torch.__version__}
 
 
 def export_bytes(model: TrainedModel, plan: ExportPlan | None) -> int:

@@ -18,7 +18,7 @@ from trainer.evaluation.report.record import (
     model_title,
 )
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.evaluation.tasks.classification import ClassificationTask, confusion_matrix_of_rows
+from trainer.evaluation.tasks.classification import ClassificationTask, ConfusionMatrix, confusion_matrix_of_rows
 from trainer.pages.numbers import format_duration, format_number
 from trainer.pages.pieces import Callout, PageCard, PageTable, Tone
 from trainer.pages.render import render
@@ -38,8 +38,8 @@ class TaskSection:
     about: str
     metrics: PageTable
     notes: list[str]
-    matrix: tuple[list[str], list[list[int]]] | None
-    """(labels, rows by true and predicted label) of a classification with few labels."""
+    matrix: ConfusionMatrix | None
+    """Of a classification with few labels."""
     rows: TaskRows
 
 
@@ -101,15 +101,15 @@ def _comparison_by_task(report: EvaluationReport) -> dict[str, TaskComparison]:
     return comparisons
 
 
-def _confusion_matrix(task: Task, model: EvaluatedModel) -> tuple[list[str], list[list[int]]] | None:
+def _confusion_matrix(task: Task, model: EvaluatedModel) -> ConfusionMatrix | None:
     """How often each label was predicted for each true one, in a classification task: (labels, counts[true][predicted]).
 
     None for other tasks, or with too many labels to show.
     """
     if not isinstance(task, ClassificationTask):
         return None
-    labels, counts = confusion_matrix_of_rows(model.rows[task.name])
-    return (labels, counts) if len(labels) <= MAX_MATRIX_LABELS else None
+    matrix = confusion_matrix_of_rows(model.rows[task.name])
+    return matrix if len(matrix.label_names) <= MAX_MATRIX_LABELS else None
 
 
 def _other_model_label(report: EvaluationReport) -> str:

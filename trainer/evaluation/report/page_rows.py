@@ -45,6 +45,19 @@ class ShownRow:
     """Prompt, answer, answer of the other model, reference and note, under the names that the page shows."""
 
 
+class RowFilter(NamedTuple):
+    """A filter of the shown rows, which the page offers."""
+
+    name: str
+    """`lost`, `won` or `wrong`."""
+    description: str
+    """What it shows."""
+    num_shown: int
+    """Rows that it shows."""
+    num_total: int
+    """Rows of the task that it stands for: the page does not have all of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskRows:
     """The rows of one task that the page shows."""
@@ -54,8 +67,7 @@ class TaskRows:
     """The texts that rows have beside the prompt, in their order."""
     score: str
     """What `ShownRow.score` is."""
-    filters: list[tuple[str, str, int, int]]
-    """(name, what it shows, rows that it shows, rows of the task that it stands for) of each filter."""
+    filters: list[RowFilter]
     left_out: int
     """Rows of the task that are not shown."""
 
@@ -156,7 +168,7 @@ def _rows_to_show(
     for name, description in DESCRIPTION_BY_FILTER.items():
         num_shown = sum(name in row.filter_names for row in shown)
         if num_shown:
-            filters.append((name, description, num_shown, totals[name]))
+            filters.append(RowFilter(name, description, num_shown, num_total=totals[name]))
 
     text_names: set[str] = set().union(*(row.texts for row in shown))
     columns: list[str] = [name for name in ("answer", "other", "reference") if name in text_names]

@@ -62,7 +62,9 @@ def exact_sign_flip_test(
         return None
     is_exchanged = np.zeros((num_exchanges, len(rows)))
     is_exchanged[:, differing[1:]] = list(product((0.0, 1.0), repeat=len(differing) - 1))
-    metric_functions = task.weighted_metric_functions([*rows, *other_rows])
+    metric_functions: FunctionByMetric = {}
+    if metric.ratio_of_sums is None:
+        metric_functions = task.weighted_metric_functions([*rows, *other_rows])
     differences = _metric_differences_by_permutation([metric], rows, other_rows, metric_functions, is_exchanged)
     sizes = np.abs(differences[:, 0])
     observed_size = sizes[0]  # the first exchange is none

@@ -235,7 +235,8 @@ def read_report(path: Path) -> EarlierEvaluation:
         raise ConfigError(f"against={path}: cannot be read ({error.strerror})") from error
     except ValueError:
         report = None
-    if not _is_report(report):
+    is_report = isinstance(report, dict) and isinstance(report.get("tasks"), dict)
+    if not is_report or report.get("version") != REPORT_VERSION:
         raise ConfigError(
             f"against={path}: is no report of shardtune evaluate of this version; name the {REPORT_FILE} of one"
         )
@@ -245,13 +246,6 @@ def read_report(path: Path) -> EarlierEvaluation:
         if name in rows_by_task and rows_sha256(rows_by_task[name]) != task["rows_sha256"]:
             del rows_by_task[name]
     return EarlierEvaluation(str(path), report, rows_by_task)
-
-
-def _is_report(report: Any) -> bool:
-    """Whether the content of a JSON file is an evaluation's report of this version."""
-    return (
-        isinstance(report, dict) and isinstance(report.get("tasks"), dict) and report.get("version") == REPORT_VERSION
-    )
 
 
 def _read_tuned_rows(path: Path) -> dict[str, list[TaskRow]]:

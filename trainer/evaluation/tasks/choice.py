@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.document import Document
@@ -80,11 +80,9 @@ class MultipleChoice(Task):
                 )
                 documents.append(document)
         likelihoods = model.likelihoods(model.encode_questions(documents))
-        # All choices of all cases were asked as one list: a case's choices are a slice of it.
-        rows = []
-        for case, (start, stop) in zip(cases, pairwise(_choice_offsets(cases)), strict=True):
-            rows.append(_choice_row(case, likelihoods[start:stop]))
-        return rows
+        # All choices of all cases were asked as one list: a case takes as many likelihoods as it has choices.
+        remaining_likelihoods = iter(likelihoods)
+        return [_choice_row(case, [*islice(remaining_likelihoods, len(case.fields["choices"]))]) for case in cases]
 
     @property
     def _separator(self) -> str:
@@ -135,12 +133,6 @@ def _choice_row(case: TaskCase, likelihoods: Sequence[Likelihood]) -> TaskRow:
 def _argmax(scores: Sequence[float]) -> int:
     """The index of the highest score; of equal ones the first."""
     return scores.index(max(scores))
-
-
-def _choice_offsets(cases: Sequence[TaskCase]) -> list[int]:
-    """Where each case's choices begin in the list of all choices, and where the last case's end."""
-    choice_counts = [len(case.fields["choices"]) for case in cases]
-    return [0, *accumulate(choice_counts)]
 
 
 def _right_choice_index(answer: Any, choices: list[str], labels: Any) -> int:

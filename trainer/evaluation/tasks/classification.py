@@ -228,8 +228,17 @@ def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np
     return float(np.abs(weighted_gaps).sum() / weights.sum())
 
 
-def confusion_matrix_of_rows(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
-    """Count how often each label was predicted for each true one: (sorted label names, counts [true label][predicted label]).
+class ConfusionMatrix(NamedTuple):
+    """How often each label was predicted for each true one."""
+
+    label_names: list[str]
+    """Sorted."""
+    counts: list[list[int]]
+    """[true label][predicted label]."""
+
+
+def confusion_matrix_of_rows(rows: Sequence[TaskRow]) -> ConfusionMatrix:
+    """Count how often a classification task predicted each label for each true one.
 
     (["ham", "spam"], [[8, 2], [1, 9]]): 2 texts that are ham were predicted to be spam.
     """
@@ -239,4 +248,4 @@ def confusion_matrix_of_rows(rows: Sequence[TaskRow]) -> tuple[list[str], list[l
     predicted = [row.answer for row in rows]
     names = sorted({*true_labels, *predicted})
     counts = confusion_matrix(true_labels, predicted, labels=names)
-    return names, counts.tolist()
+    return ConfusionMatrix(names, counts.tolist())

@@ -5,7 +5,7 @@ The harness reads the data, makes the requests and scores each row. Intervals an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -214,34 +214,17 @@ class Harness(Task):
         labels for F1. A score with a dot in its name is only a part of a metric: `loss.word_perplexity`, or `rows.acc`, which
         is 1 for each row with a value of `acc` if other rows have none.
         """
-        known = {metric.name: metric for metric in self.metrics}
         row_names = _score_and_item_names(rows)
-
-        # First the known metrics in their order, then those that only the rows have. Names with a dot are parts of metrics.
-        names = []
-        for name in known:
-            if name in row_names or f"{LOSS_PREFIX}{name}" in row_names:
-                names.append(name)
-        for name in row_names:
-            if name not in known and "." not in name:
-                names.append(name)
-
+        known_names = {metric.name for metric in self.metrics}
         metrics = []
-        for name in names:
-            metric = known.get(name)
-            if metric is None:  # only the rows have it
+        for metric in self.metrics:
+            if metric.name in row_names or f"{LOSS_PREFIX}{metric.name}" in row_names:
+                metrics.append(metric)
+        for name in row_names:  # those that only the rows have come last
+            if name not in known_names and "." not in name:
                 description = "mean over rows, as lm-eval has it"
-                metric = TaskMetric(name, description, greater_is_better=None, ratio_of_sums=RatioOfSums(name))
-            # Then the harness's own function computes the metric from all items.
-            has_items = any(name in row.items for row in rows)
-            some_rows_lack_it = f"{HAS_VALUE_PREFIX}{name}" in row_names
-            if has_items:  # values that are no numbers cannot be summed
-                metric = replace(metric, ratio_of_sums=None)
-            elif some_rows_lack_it and metric.ratio_of_sums is not None:
-                mean_over_rows_with_value = RatioOfSums(metric.ratio_of_sums.numerator, f"{HAS_VALUE_PREFIX}{name}")
-                metric = replace(metric, ratio_of_sums=mean_over_rows_with_value)
-            metrics.append(metric)
-        return tuple(metrics)
+                metrics.append(TaskMetric(name, description, greater_is_better=None, ratio_of_sums=RatioOfSums(name)))
+        return tuple(_metric_that_fits_rows(metric, rows, row_names) for metric in metrics)
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """The metrics that lm-eval computes by functions of its own, such as corpus BLEU, for the bootstrap to call.
@@ -304,3 +287,19 @@ def _score_and_item_names(rows: Sequence[TaskRow]) -> dict[str, None]:
     for row in rows:
         names |= dict.fromkeys((*row.scores, *row.items))
     return names
+
+
+def _metric_that_fits_rows(metric: TaskMetric, rows: Sequence[TaskRow], row_names: Collection[str]) -> TaskMetric:
+    """A metric of the harness, changed if it cannot be a ratio of sums over these rows, or not over all of them.
+
+    - Rows have items of it, which are no numbers: no ratio, and the harness's own function computes it from all items.
+    - Some rows have no value of it: the mean over the others, which have the score `rows.METRIC`.
+
+    `row_names`: the names of all scores and items of the rows.
+    """
+    if any(metric.name in row.items for row in rows):
+        return replace(metric, ratio_of_sums=None)
+    has_value_score = f"{HAS_VALUE_PREFIX}{metric.name}"
+    if has_value_score in row_names and metric.ratio_of_sums is not None:
+        return replace(metric, ratio_of_sums=RatioOfSums(metric.ratio_of_sums.numerator, has_value_score))
+    return metric
