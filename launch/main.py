@@ -134,8 +134,8 @@ def version_text() -> str:
 def print_completion(arguments: list[str]) -> int:
     """Print the script that completes shardtune's command line in a shell; returns the exit code.
 
-    `arguments`: like `--shell-completion bash` or `--shell-completion=bash`. Without a known shell, the message names those that
-        there are, and the exit code is that of a wrong setting.
+    `arguments`: like `--shell-completion bash` or `--shell-completion=bash`.
+    Without a known shell, the message names those that there are, and the exit code is that of a wrong setting.
     """
     from launch.config.completion import completion_script
     from strategies.errors import ConfigError
@@ -222,7 +222,8 @@ def _record_interrupts() -> Iterator[list[int]]:
 def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int:
     """Run a verb, and turn whatever it raises into a message for the user and the exit code, which is returned.
 
-    `verb`: such as `train`. `interrupts`: has an entry for each Ctrl-C so far. By the error:
+    `verb`: such as `train`. `interrupts`: has an entry for each Ctrl-C so far.
+    By the error:
 
     - one that the user can mend (ShardtuneError): its message, and its own exit code;
     - Ctrl-C: "interrupted", 130;

@@ -58,7 +58,8 @@ def format_table(columns: Sequence[TableColumn], rows: Sequence[TableRow], *, in
 
     No cell is cut: text is folded. The table gets wider than the terminal only if its numbers, and `MIN_TEXT_COLUMN_WIDTH`
     characters of each text column, do not fit.
-    `indent`: blanks before each line. Notes of a row stand below it.
+    `indent`: blanks before each line.
+    Notes of a row stand below it.
     """
     from rich.console import Console
     from rich.style import Style

@@ -201,7 +201,8 @@ def _print_dry_run(overrides: list[str], *, as_json: bool) -> int:
 def run_result_json(run_dir: Path, code: int) -> dict[str, Any]:
     """The answer of `train --json`: how a run ended, and where its record and export are; {"exit_code": 0, "record": ..., ...}.
 
-    `code`: the exit code of the command. Metrics are in the run's files. A path that does not exist is None.
+    `code`: the exit code of the command.
+    Metrics are in the run's files. A path that does not exist is None.
     """
     from launch.runs.stop_command import stopped_run_summary
 
@@ -291,8 +292,9 @@ def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False
 def train_as_rank(arguments: list[str]) -> int:
     """Train as one rank of a run, in a process that our launcher, torchrun or srun has started; returns the exit code.
 
-    `arguments`: the settings on the command line, for a rank without our launcher. Returns 0 also if preempted: another code
-        would make torchrun or srun end the other ranks. Returns 70 after an error that our launcher shows.
+    `arguments`: the settings on the command line, for a rank without our launcher.
+    Returns 0 also if preempted: another code would make torchrun or srun end the other ranks. Returns 70 after an error that our
+    launcher shows.
     """
     block_signals()
     from launch.config.process_role import export_torchrun_variables

@@ -102,8 +102,9 @@ def _leading_number(cell: str) -> int:
 def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     """Check a job before it is submitted, and write the notes that `shardtune submit` shows about it.
 
-    `run_dirs`: the directories of the runs that are submitted together, of which `config` is one. The notes are about ranks, time
-        limit, long steps, restarts and price, such as "price   $40 at most a start: 16 GPU hours of $2.50 (conf/hardware)".
+    `run_dirs`: the directories of the runs that are submitted together, of which `config` is one.
+    The notes are about ranks, time limit, long steps, restarts and price, such as "price   $40 at most a start: 16 GPU hours of
+    $2.50 (conf/hardware)".
     Raises ConfigError for a job that can never start here, or would be told to save as soon as it starts.
     """
     assert isinstance(config.launcher, SlurmConfig)
@@ -205,8 +206,8 @@ def rank_layout_notes(slurm: SlurmConfig) -> list[str]:
 def _never_starting_problems(slurm: SlurmConfig, candidate_partitions: list[Partition]) -> list[str]:
     """Why SLURM could never start the job in these partitions: it requests more than any of their nodes have.
 
-    `candidate_partitions`: groups of like nodes of the partitions in which the job may run. Time, GPUs, CPUs, memory and the
-        number of nodes are compared. Empty if the job can start.
+    `candidate_partitions`: groups of like nodes of the partitions in which the job may run.
+    Time, GPUs, CPUs, memory and the number of nodes are compared. Empty if the job can start.
     """
     names = "/".join(dict.fromkeys(partition.name for partition in candidate_partitions))
     # Each resource by itself: what the job requests against the most that any of the partitions has.
@@ -360,8 +361,8 @@ def _price_lines(slurm: SlurmConfig, candidate_partitions: list[Partition], num_
     """A note for the user on the most that one start costs, in GPU hours and US dollars; empty for a job without GPUs.
 
     `num_runs`: runs submitted together, which are the tasks of one job array; each starts once.
-    `candidate_partitions`: partitions in which the job may run. The price of a GPU hour is known only if all kinds of GPU that
-        the job may get cost the same.
+    `candidate_partitions`: partitions in which the job may run.
+    The price of a GPU hour is known only if all kinds of GPU that the job may get cost the same.
     """
     gpu_request = slurm.gpus_per_node_request
     if gpu_request is None:

@@ -14,9 +14,10 @@ MAX_ARRAY_SIZE_REGEX = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
 def refuse_large_arrays(overrides_by_run: list[list[str]], *, num_repeats: int = 1) -> None:
     """Raise ConfigError if a sweep would be a job array with more tasks than SLURM allows; asked before runs are composed.
 
+    SLURM is asked only if the runs have `launcher=slurm`, and no `launcher.pipeline`, which makes a chain of jobs and no array.
+
     `overrides_by_run`: the overrides of each run, such as [["launcher=slurm", "seed=1"], ["launcher=slurm", "seed=2"]].
-    `num_repeats`: how often each run is repeated with another seed. SLURM is asked only if the runs have `launcher=slurm`, and no
-    `launcher.pipeline`, which makes a chain of jobs and no array.
+    `num_repeats`: how often each run is repeated with another seed.
     """
     # The launcher and the pipeline are the same for all runs of a sweep, so that the first one stands for all.
     if not overrides_by_run or "launcher=slurm" not in overrides_by_run[0]:

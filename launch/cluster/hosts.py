@@ -165,8 +165,8 @@ def _resolve_addresses(host: str, setting: str) -> list[str]:
 def local_address_towards(address: str, configured_rendezvous: str) -> str:
     """The IP address of this host from which packets to `address` leave, so that others can answer to it.
 
-    `configured_rendezvous`: the value of `launcher.rdzv` that named the address, for the message. Raises ConfigError if there is
-        no route.
+    `configured_rendezvous`: the value of `launcher.rdzv` that named the address, for the message.
+    Raises ConfigError if there is no route.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:

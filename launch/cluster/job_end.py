@@ -330,7 +330,8 @@ def _outcome_after_loss(
 ) -> JobOutcome:
     """The outcome of a start that lost a rank or ran out of memory, and whether its job is requeued.
 
-    `cause`: a key of `launcher.retry`, "node_fail" or "out_of_memory". The job is requeued, except in the first of these cases:
+    `cause`: a key of `launcher.retry`, "node_fail" or "out_of_memory".
+    The job is requeued, except in the first of these cases:
 
     - SLURM ends or preempts the job: only SLURM knows whether it starts again (`will_restart` None);
     - starts were lost for this cause more often than `launcher.retry` allows;

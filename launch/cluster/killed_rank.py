@@ -42,8 +42,8 @@ class _KilledRank:
 def _first_killed_rank(failures: dict[int, Any]) -> _KilledRank | None:
     """The rank that was killed first by a signal other than TERM; None if no rank was. The others may have failed because of it.
 
-    `failures`: torchrun's, by rank, each with exit code, process id and time. TERM does not count, because torchrun itself ends
-        the peers of a failed rank by it.
+    `failures`: torchrun's, by rank, each with exit code, process id and time.
+    TERM does not count, because torchrun itself ends the peers of a failed rank by it.
     """
     killed_ranks = []
     for rank, failure in failures.items():
@@ -126,7 +126,8 @@ class _LastWork:
 def _last_work_of_rank(rank: int, recorded: dict[str, Any]) -> _LastWork:
     """What a killed rank was doing: by the failure that a peer recorded about it, else by its last heartbeat.
 
-    `recorded`: the run's `failure.json`, empty if there is none. Heartbeats are files that ranks leave in a temporary directory.
+    `recorded`: the run's `failure.json`, empty if there is none.
+    Heartbeats are files that ranks leave in a temporary directory.
     """
     is_about_rank = recorded.get("rank") == rank and recorded.get("gone")
     if is_about_rank:

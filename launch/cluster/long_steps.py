@@ -135,8 +135,8 @@ def longest_step_s(config: RunConfig, gpu_kinds: Iterable[str]) -> float | None:
 def _weights_per_token(text_settings: dict[str, Any]) -> float:
     """How many weights of a decoder each token is multiplied by, for counting operations; from the sizes in its config.json.
 
-    `text_settings`: config.json, or its block for the text model. Of a mixture of experts, only the experts that a token is sent
-        to count.
+    `text_settings`: config.json, or its block for the text model.
+    Of a mixture of experts, only the experts that a token is sent to count.
     """
     hidden_size = text_settings["hidden_size"]
     num_heads = text_settings.get("num_attention_heads") or 1

@@ -65,7 +65,8 @@ def request_requeue_repeatedly(job: StartedJob, patience_s: float, term: TermSig
     """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over; returns None if it agreed.
 
     SLURM's controller may be down for a while. The job's own time limit bounds the attempts too.
-    `term`: records whether this process received SIGTERM meanwhile. Otherwise returns why it did not agree:
+    `term`: records whether this process received SIGTERM meanwhile.
+    Otherwise returns why it did not agree:
 
     - "scontrol requeue failed: ..." after a refusal that is final (`FINAL_REFUSALS`);
     - "scontrol requeue failed until the end: ..." if it refused each time;

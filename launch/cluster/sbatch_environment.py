@@ -86,7 +86,8 @@ def _option_of_variable(variable: str) -> str:
 def _reason_environment_may_not_set(option: str, script_options: Mapping[str, str]) -> str | None:
     """Why a variable `SBATCH_*` may not set an option of sbatch for a job script; None if it may.
 
-    `option`: such as "time". `script_options`: those in the script's `#SBATCH` lines. It may not in these cases:
+    `option`: such as "time". `script_options`: those in the script's `#SBATCH` lines.
+    It may not in these cases:
 
     - the option is always the script's (`REASON_BY_SCRIPT_OPTION`);
     - the script sets it itself;
@@ -111,8 +112,8 @@ def _reason_environment_may_not_set(option: str, script_options: Mapping[str, st
 def sbatch_environment(script_text: str) -> dict[str, str]:
     """The environment variables with which sbatch is called for a job script, so that none overrides the run's settings.
 
-    `script_text`: the script. Left out: `SBATCH_*` variables whose option the script decides; within a job, all variables of that
-        job.
+    `script_text`: the script.
+    Left out: `SBATCH_*` variables whose option the script decides; within a job, all variables of that job.
     """
     if "SLURM_JOB_ID" in os.environ:
         # Submitted from within a job: the variables of that job would give the new one its limits.

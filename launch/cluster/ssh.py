@@ -215,8 +215,8 @@ def _close_connections(nodes: list[Node]) -> None:
 def _record_lost_host(run_dir: Path, node: Node, first_rank: int) -> None:
     """Record in the run's `failure.json` that a host was lost, which none of its ranks can.
 
-    `first_rank`: the first rank of that host. Replaces an existing record in which another rank says that it lost its peers, but
-        not one of a failure of its own.
+    `first_rank`: the first rank of that host.
+    Replaces an existing record in which another rank says that it lost its peers, but not one of a failure of its own.
     """
     recorded_failure = read_failure(run_dir)
     error = ShardtuneError(f"host {node.name} was lost ({node.last_output_text})")

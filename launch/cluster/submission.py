@@ -180,7 +180,8 @@ def _write_scripts(run_dirs: list[Path], script_by_part: dict[str, str]) -> dict
 def script_text_by_part(config: RunConfig, run_dirs: list[Path], code_dir: Path) -> dict[str, str]:
     """The text of each job script that a run needs: {"train": "#!/bin/bash ..."}, or one for each part of `launcher.pipeline`.
 
-    `code_dir`: the code that the jobs run. Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
+    `code_dir`: the code that the jobs run.
+    Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
     """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig) or not slurm.pipeline:

@@ -203,8 +203,8 @@ def find_run_directory(run_dir: Path, earlier_state: StateBeforeStart) -> Path |
     """Where the run directory is now, which may have been renamed while the run was under way; None if it was deleted.
 
     `run_dir`: where it was when the run started.
-    `earlier_state`: has that directory open, so that it is found under another name. `run_dir` is returned too if the directory
-        could not be opened then.
+    `earlier_state`: has that directory open, so that it is found under another name.
+    `run_dir` is returned too if the directory could not be opened then.
     """
     if earlier_state.directory is None:
         return run_dir

@@ -147,8 +147,8 @@ def run_ranks_on_this_host(
     `config`: as it stands in `run_dir`.
     `run_id`: names the rendezvous of several hosts.
     `redirected`: where the output goes; None for the terminal.
-    `program`: what the ranks run. Signals that ask the run to save are passed on to the ranks; Ctrl-C gives them `STOP_GRACE_S`
-        seconds to save, then kills.
+    `program`: what the ranks run.
+    Signals that ask the run to save are passed on to the ranks; Ctrl-C gives them `STOP_GRACE_S` seconds to save, then kills.
     Raises ConfigError for network settings with which the ranks could not meet.
     """
     # torchrun's command line and environment.
@@ -208,7 +208,8 @@ def _torchrun_environment(config: RunConfig, this_host: ThisHost | None, cores: 
 def _refuse_unusable_network(launcher: LauncherConfig, this_host: ThisHost | None) -> None:
     """Raise ConfigError for network settings that would keep the ranks from meeting; torchrun would end in a traceback.
 
-    `this_host`: None if the run has one host. Refused is:
+    `this_host`: None if the run has one host.
+    Refused is:
 
     - GLOO_SOCKET_IFNAME and the like name an interface that this host does not have;
     - one host with several ranks, and no loopback interface;
@@ -312,8 +313,9 @@ def _wait_for_torchrun(
     """Wait for torchrun to end, and pass signals on to its ranks meanwhile; returns the exit code.
 
     `pending_signals`: filled by the handler of `collected_signals` while this runs, and emptied here.
-    `polls`: called a few times a second. Ctrl-C reaches the ranks as TERM, at which they save. The code is torchrun's; or 130
-        after Ctrl-C: when torchrun has ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
+    `polls`: called a few times a second.
+    Ctrl-C reaches the ranks as TERM, at which they save. The code is torchrun's; or 130 after Ctrl-C: when torchrun has ended, at
+    a second Ctrl-C, or after `STOP_GRACE_S`.
     """
     interrupted_at: float | None = None
     while True:
@@ -383,7 +385,8 @@ def _kill_remaining_processes(torchrun_process: subprocess.Popen[bytes]) -> None
 def run_torchrun(argv: list[str]) -> int:
     """Run torchrun in this process without its long report of errors; returns 0, or 1 if a rank failed.
 
-    `argv`: torchrun's arguments. If a signal killed a rank, that is recorded in the run directory, since the rank itself cannot.
+    `argv`: torchrun's arguments.
+    If a signal killed a rank, that is recorded in the run directory, since the rank itself cannot.
     """
     import logging
 

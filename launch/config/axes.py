@@ -76,7 +76,8 @@ class Axes:
     def values_on_axes(self, point: list[str]) -> dict[str, str]:
         """What tells a point from the others: its value on each axis, by key: {"optim.lr": "1e-4"}.
 
-        `point`: its arguments, with those that all points share. An axis that the point lacks is left out.
+        `point`: its arguments, with those that all points share.
+        An axis that the point lacks is left out.
         """
         axis_keys = self.values_by_axis.keys()
         return {
@@ -337,8 +338,8 @@ def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> li
     """Read a condition on points of a sweep: `tuning=lora+optim.lr=2e-4` is [("tuning", "lora"), ("optim.lr", "2e-4")].
 
     It selects the points that have all of these values.
-    `name`: the setting that holds the condition, for messages. An argument that is no swept setting (axis) with one of its values
-        is left out, and a message is appended to `problems`.
+    `name`: the setting that holds the condition, for messages.
+    An argument that is no swept setting (axis) with one of its values is left out, and a message is appended to `problems`.
     """
     pairs = []
     for argument in CONDITION_SEPARATOR_REGEX.split(text.strip().strip("'\"")):

@@ -8,9 +8,9 @@ from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 def suspected_files_text(choices: dict[str, str]) -> str:
     """Name the files that may be at fault if Hydra cannot compose a configuration: "conf/debug/x.yaml or my/a.yaml".
 
-    `choices`: by group, {"debug": "x"}. Only files of the user and those that hold settings of every group are named: the groups
-        that we ship are tested. `conf/local/default.yaml` is the user's too, and is read in every run that does not choose
-        another one.
+    `choices`: by group, {"debug": "x"}.
+    Only files of the user and those that hold settings of every group are named: the groups that we ship are tested.
+    `conf/local/default.yaml` is the user's too, and is read in every run that does not choose another one.
     """
     files = []
     for group in ("experiment", "debug"):

@@ -149,7 +149,8 @@ _FunctionNameLoader.add_constructor("!function", _collect_function_name)
 def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
     """The files that one YAML of an lm_eval task names: those under `include`, and the Python modules of `!function`.
 
-    `content`: the bytes of `file`. Relative names are looked up as lm_eval does.
+    `content`: the bytes of `file`.
+    Relative names are looked up as lm_eval does.
     Raises YAMLError, ValueError or RecursionError if the content is no YAML.
     """
     loader = _FunctionNameLoader(content)

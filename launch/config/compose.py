@@ -81,8 +81,8 @@ def compose_config(overrides: list[str], *, check: bool = True) -> ComposedConfi
 def _set_dependent_defaults(config: RunConfig, keys_set_by_user: set[str]) -> None:
     """Set the defaults of a composed configuration that depend on its other settings, such as the usual learning rate.
 
-    `keys_set_by_user`: full keys, which settings of an adapter to start from do not replace. Notes on what was chosen are added
-        to `config.substitutions`.
+    `keys_set_by_user`: full keys, which settings of an adapter to start from do not replace.
+    Notes on what was chosen are added to `config.substitutions`.
     """
     config.substitutions |= adopt_adapter_settings(config.tuning, keys_set_by_user)
     config.substitutions |= set_default_merge(config.export, config.tuning)
@@ -247,8 +247,8 @@ def num_launched_ranks(config: RunConfig) -> int | None:
 def _compose_choices(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:
     """Compose the chosen files of `conf/` into one tree of settings, and return it with a problem for a file that is broken.
 
-    `choices`: by group, such as {"tuning": "lora"}; groups without one have their default. A broken settings file of the user (an
-        experiment, say) is a problem; the tree then has the defaults of the code.
+    `choices`: by group, such as {"tuning": "lora"}; groups without one have their default.
+    A broken settings file of the user (an experiment, say) is a problem; the tree then has the defaults of the code.
     """
     # The cache is asked with the time of each file's last change, so that a changed file is composed anew.
     modification_times = []
@@ -331,7 +331,8 @@ def _apply_value(
     """Set one value of the command line or a user's file in the composed `tree`; returns why that cannot be, or None.
 
     `choice_by_group`: the chosen settings classes, such as {"tuning": "lora"}.
-    `run_has_begun`: the run's directory has a configuration already. Refused is a value whose
+    `run_has_begun`: the run's directory has a configuration already.
+    Refused is a value whose
 
     - key does not exist;
     - setting needs another choice of its group, as `tuning.rank` needs `tuning=lora`;
@@ -402,7 +403,8 @@ def _needs_another_choice(
 ) -> bool:
     """Whether a setting has no meaning under the chosen choice of its group, such as `tuning.rank` under `tuning=full`.
 
-    `choice_by_group`: such as {"tuning": "full"}. All schedules share one class, so a setting of another schedule can be set. It
+    `choice_by_group`: such as {"tuning": "full"}.
+    All schedules share one class, so a setting of another schedule can be set. It
     is accepted with its default, which a file of all settings holds, and in a run that began with it (`run_has_begun`: its
     directory has a configuration already).
     """

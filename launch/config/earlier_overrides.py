@@ -34,7 +34,8 @@ def keep_first_budget(config: RunConfig, earlier_config: RunConfig) -> None:
 
     Earlier versions took one of steps, epochs and tokens silently.
     `config`: composed from the command, and changed;
-    `earlier_config`: that of the run. A message on stderr names the budgets that have no effect.
+    `earlier_config`: that of the run.
+    A message on stderr names the budgets that have no effect.
     Does nothing if the command names one budget, or not that of the run.
     """
     typed_budgets = _budgets_that_are_set(config)

@@ -96,8 +96,9 @@ def is_finished(run_dir: Path) -> bool:
 def rewrite_config_with_own_choices(run_dir: Path, config: RunConfig) -> None:
     """Rewrite a run's `config.yaml` after the run has chosen settings itself, such as its micro-batch; it stays the same run.
 
-    `config`: the settings with these choices. A file of an earlier version lacks the settings that were added since. They are
-        written with their defaults, so the hash in its head becomes that of the same settings in this version.
+    `config`: the settings with these choices.
+    A file of an earlier version lacks the settings that were added since. They are written with their defaults, so the hash in
+    its head becomes that of the same settings in this version.
     Raises ConfigError if the file cannot be read, StorageError if it cannot be written.
     """
     path = run_dir / "config.yaml"
@@ -120,8 +121,8 @@ def _is_complete_and_unedited(path: Path, content: str, config: RunConfig, recor
 
     `content`: the text of the file.
     `config`: the configuration of the same run in this version.
-    `recorded_hash`: that in the head of the file. An edited file has another hash than the recorded one, a file that lacks
-        settings another than `config`.
+    `recorded_hash`: that in the head of the file.
+    An edited file has another hash than the recorded one, a file that lacks settings another than `config`.
     """
     try:
         hash_of_content = _settings_sha256(_identifying_settings(settings_file.parse_settings_tree(path, content)))

@@ -87,8 +87,8 @@ class OverridesOfOtherTrainers:
     def __init__(self, overrides: list[str]) -> None:
         """Collect the settings of other trainers among command-line arguments.
 
-        `overrides`: the arguments as typed, in which `--name value` may be one setting. A name that shardtune has itself means
-            shardtune's setting.
+        `overrides`: the arguments as typed, in which `--name value` may be one setting.
+        A name that shardtune has itself means shardtune's setting.
         """
         self.overrides: list[str] = []
         """All arguments in their order, in which `--name value` of another trainer has become one argument."""
@@ -151,7 +151,8 @@ def _overrides_text(overrides: Mapping[str, str]) -> str:
 def explain_unknown_choice(group: str, choice: str, override: str) -> str:
     """Write the message about a choice that its group does not have, such as `tuning=qlora`, with what was probably meant.
 
-    `override`: what was typed, with which the message begins. Meant may be, in this order:
+    `override`: what was typed, with which the message begins.
+    Meant may be, in this order:
 
     - the choice that another trainer calls so;
     - `model.path`, for a model that is a directory or a hub id;
@@ -322,7 +323,8 @@ def _is_setting_typed_as_flag(argument: str) -> bool:
 def explain_unknown_key(key: str, override: str) -> RefusedOverride:
     """Write the message about an override whose key does not exist, with what was probably meant.
 
-    `override`: what was typed, with which the message begins. The first of these that applies:
+    `override`: what was typed, with which the message begins.
+    The first of these that applies:
 
     - The setting was removed, is not offered, or is commonly confused with one of ours: what there is instead.
     - It is the `name` of a group, or a whole block of settings: how these are typed.
@@ -419,8 +421,8 @@ def num_requested_ranks(cli_values: Mapping[str, str], value_by_other_name: Mapp
     """The number of ranks (processes) that a command line asks for, processes per node times nodes; None if it does not say.
 
     `cli_values`: what was typed, by key of shardtune.
-    `value_by_other_name`: settings of other trainers that were typed, by normalised name. Only launchers' settings are read, such
-        as `launcher.processes` or torchrun's `nproc_per_node`.
+    `value_by_other_name`: settings of other trainers that were typed, by normalised name.
+    Only launchers' settings are read, such as `launcher.processes` or torchrun's `nproc_per_node`.
     """
     settings = OtherTrainerSettings({**value_by_other_name, **cli_values})  # its `get` reads the first name that is set
     ranks_per_node = parse_number(

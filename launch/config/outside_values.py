@@ -122,8 +122,8 @@ def values_needing_consent(config: RunConfig) -> list[ValueNeedingConsent]:
 def reset_to_default(config: RunConfig, key: str) -> None:
     """Set one setting of a configuration to its default, because its value reaches out of the run and nobody has allowed it.
 
-    `key`: its full key, such as `evaluation.tasks.facts.path`. Every dataclass that holds such a setting can be built without
-        arguments.
+    `key`: its full key, such as `evaluation.tasks.facts.path`.
+    Every dataclass that holds such a setting can be built without arguments.
     """
     parent: Any = config
     *parent_names, field_name = key.split(".")
@@ -179,8 +179,9 @@ def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: R
     """What one setting reaches outside of its run, as values that need the user's consent, each with how it is remembered.
 
     `key`, `value`: the setting.
-    `reach`: in which way it reaches out, such as `Reach.code`. Several values come from a list of paths, or from a flag that
-        allows several things; none if the setting turns out to do nothing.
+    `reach`: in which way it reaches out, such as `Reach.code`.
+    Several values come from a list of paths, or from a flag that allows several things; none if the setting turns out to do
+    nothing.
     """
     if reach is Reach.address:
         yield from _server_address_values(config, key)
@@ -256,7 +257,8 @@ def _models_with_code(config: RunConfig, flag_key: str) -> list[tuple[str, str |
 def _model_code_values(config: RunConfig, key: str) -> Iterator[ValueNeedingConsent]:
     """The Python code that a flag such as `model.trust_remote_code` lets run, as values that need the user's consent.
 
-    `key`: the flag, for the code of model and tokenizer, or for that of a teacher model. For each of these models:
+    `key`: the flag, for the code of model and tokenizer, or for that of a teacher model.
+    For each of these models:
 
     - a value for code that can still be fetched, which is remembered by the path of the model;
     - a value for code on this machine, which is remembered by its digest. Code without a digest is not remembered (identity
@@ -358,8 +360,9 @@ def _task_code_value(key: str, path: str) -> ValueNeedingConsent:
     """The value that needs consent for an lm_eval task: the Python functions that its YAML names, which would run.
 
     `key`: the setting that names the task.
-    `path`: its YAML, or a directory of them. The consent is remembered for the content of the code. If that cannot be read whole
-        it is not remembered (identity None), so the user is asked each time.
+    `path`: its YAML, or a directory of them.
+    The consent is remembered for the content of the code. If that cannot be read whole it is not remembered (identity None), so
+    the user is asked each time.
     """
     identity: dict[str, Any] | None
     try:

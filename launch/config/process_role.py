@@ -138,8 +138,8 @@ def master_port(env: Mapping[str, str]) -> int:
 def tasks_on_node(tasks_per_node: str, node_index: int) -> str:
     """How many tasks run on one node, as text, from SLURM's shorthand: `4(x3),2` stands for 4, 4, 4 and 2 tasks.
 
-    `node_index`: counted from 0. The last number holds for all further nodes, since `SLURM_NTASKS_PER_NODE=4` is one number for
-        all.
+    `node_index`: counted from 0.
+    The last number holds for all further nodes, since `SLURM_NTASKS_PER_NODE=4` is one number for all.
     """
     counts: list[str] = []  # one for each node
     for entry in tasks_per_node.split(","):
@@ -195,7 +195,8 @@ def _malformed_node_list_message(nodelist: str) -> str:
 def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
     """`08-10,12` as 08, 09, 10, 12: numbers keep the width of the first one of their range.
 
-    `nodelist`: the whole list of hosts, for the message. Raises ConfigError if `ranges` holds anything but numbers.
+    `nodelist`: the whole list of hosts, for the message.
+    Raises ConfigError if `ranges` holds anything but numbers.
     """
     numbers: list[str] = []
     for range_text in ranges.split(","):

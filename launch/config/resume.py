@@ -58,7 +58,8 @@ def settle_resumed_config(
     Called when a run is started, before its `config.yaml` is written.
     `path`: the `config.yaml` of the run in the directory.
     `has_progress`: the directory has a checkpoint or is finished.
-    `may_change_strategy`: whether the run may resume with other operational settings, such as another strategy. The cases:
+    `may_change_strategy`: whether the run may resume with other operational settings, such as another strategy.
+    The cases:
 
     - No setting that decides the result differs, or only by changed defaults of shardtune: the run resumes.
     - The directory has no progress: another command may take its place.
@@ -150,7 +151,8 @@ def _difference_texts(differing: list[DifferingSetting]) -> list[str]:
 def _different_run_message(run_dir: Path, differing: list[DifferingSetting]) -> str:
     """Write the error message for a command whose directory holds another run: what differs, and what to do about it.
 
-    `differing`: the settings that decide the result and differ; at most 12 are listed. One problem of several lines.
+    `differing`: the settings that decide the result and differ; at most 12 are listed.
+    One problem of several lines.
     """
     first_line = (
         f"run.dir={run_dir}: already holds a run with different settings; use another run.dir (to start from its "

@@ -20,8 +20,8 @@ INFO_KINDS = ("all", "config", "defaults", "searchpath", "plugins")
 def print_config(composed: ComposedConfig, kind: str) -> None:
     """Print a composed configuration for `--cfg`, without starting the run.
 
-    `kind`: `job` for the configuration of the run, `hydra` for Hydra's own, `all` for both. Then raises ConfigError for values
-        out of range.
+    `kind`: `job` for the configuration of the run, `hydra` for Hydra's own, `all` for both.
+    Then raises ConfigError for values out of range.
     Nothing else is checked, so that a configuration can be looked at before its model and data exist.
     """
     from trainer.config.ranges import range_problems

@@ -290,7 +290,8 @@ class _ArgumentReader:
     def join_dashed_values(self, argv: list[str]) -> Iterator[str]:
         """Make one argument of each dashed option and its value: `--shard 0/8` becomes `--shard=0/8`; others stay as they are.
 
-        `argv`: all arguments of the verb. The value of a dashed option is:
+        `argv`: all arguments of the verb.
+        The value of a dashed option is:
 
         - true, if it is a bool;
         - the first of its choices, if it has choices and none of them follows: `--cfg` alone is `--cfg=job`;

@@ -56,8 +56,8 @@ def preflight_request(settings: dict[str, Any], num_nodes: int, rendezvous: str 
     """What to ask of each node of a job before its ranks start: GPUs, memory, run directory, model and data of the run.
 
     `settings`: the run's configuration as nested dictionaries.
-    `rendezvous`: host:port at which the ranks of the communication test meet; None if the nodes find out from SLURM. A model that
-        the run downloads is not asked for, nor data on the hub or at a URL.
+    `rendezvous`: host:port at which the ranks of the communication test meet; None if the nodes find out from SLURM.
+    A model that the run downloads is not asked for, nor data on the hub or at a URL.
     """
     launcher, model, run = (settings[section] for section in ("launcher", "model", "run"))
     num_ranks = ranks_per_node(launcher)
@@ -140,8 +140,8 @@ class _ReportCollector:
         """Collect the nodes' reports into `reports` until they suffice, or waiting is pointless; returns the seconds waited.
 
         `num_pipes`: stdout and stderr of each ssh or srun, from which threads read `lines`.
-        `is_queued`: the seconds begin with the first line of a node, because the wait in SLURM's queue does not count. It ends as
-            soon as one of these holds:
+        `is_queued`: the seconds begin with the first line of a node, because the wait in SLURM's queue does not count.
+        It ends as soon as one of these holds:
 
         - all pipes have ended;
         - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
@@ -204,7 +204,8 @@ class _ReportCollector:
     def sort_line(self, node: int | None, line: str) -> None:
         """Sort one line that a node of a preflight or srun printed into `reports`: a report, a message, or other output.
 
-        `node`: the number of the node; None for a line of srun, which may carry it as a label ("3: text"). By the line:
+        `node`: the number of the node; None for a line of srun, which may carry it as a label ("3: text").
+        By the line:
 
         - a piece of a report: kept, and the report added once its last piece is there;
         - srun's message about a task that ended: the node counts as ended, and its host is known; kept as output, too;
@@ -275,7 +276,8 @@ def run_preflight(
     `request`: what each node must have; its `token` is set, which names this preflight.
     `commands`: one for each node, or one of srun for all.
     `hosts`: the nodes' names, by number.
-    `is_queued`: the nodes may first have to be waited for, in SLURM's queue. All processes have ended when it returns.
+    `is_queued`: the nodes may first have to be waited for, in SLURM's queue.
+    All processes have ended when it returns.
     Raises StorageError if the run directory cannot be written here.
     """
     request.token = uuid.uuid4().hex[:12]
@@ -297,8 +299,8 @@ def _nodes_sharing_directory(shared_directory: Path | None, nodes: set[int]) -> 
     """Which nodes have the run directory on a disk that this host shares: those whose file in it becomes visible here in time.
 
     Each node writes a file called by its number.
-    `shared_directory`: None if the run has no directory yet; then all `nodes` count as visible. In time: within
-        `VISIBILITY_TIMEOUT_S` seconds.
+    `shared_directory`: None if the run has no directory yet; then all `nodes` count as visible.
+    In time: within `VISIBILITY_TIMEOUT_S` seconds.
     """
     if shared_directory is None:
         return nodes

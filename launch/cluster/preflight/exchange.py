@@ -110,9 +110,9 @@ def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
 def _measure_pairs(num_nodes: int, ranks_per_node: int, sent: torch.Tensor) -> list[PairRate]:
     """Time transfers between each two nodes, both ways at once between their first ranks. All ranks must call.
 
-    `sent`: what each rank sends. Nodes are paired in rounds, in each of which a node has at most one partner, so that its
-        transfers do not slow each other down. Only the first `MAX_PAIRING_ROUNDS` rounds are measured. Every rank gets the rates
-        of all pairs.
+    `sent`: what each rank sends.
+    Nodes are paired in rounds, in each of which a node has at most one partner, so that its transfers do not slow each other
+    down. Only the first `MAX_PAIRING_ROUNDS` rounds are measured. Every rank gets the rates of all pairs.
     """
     rank = dist.get_rank()
     received = torch.empty_like(sent)

@@ -137,7 +137,8 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
     """Describe this node for a preflight, in which all nodes of a job are asked whether they can run it: `NodeFacts`.
 
     `request`: what the nodes must have.
-    `node`: the number of this one. Writes a file into the run directory, by which the coordinator sees this node.
+    `node`: the number of this one.
+    Writes a file into the run directory, by which the coordinator sees this node.
     Nothing is judged here, and nothing that is missing raises an error. `heard_at` is left to the coordinator.
     """
     environment = {}
@@ -213,7 +214,8 @@ def _memory_free_gib() -> float | None:
 def check_run_dir(run_dir: Path, preflight_id: str, node_number: int) -> dict[str, Any]:
     """Check the run directory from this node, and write a file there, by which the coordinator sees that they share a disk.
 
-    `preflight_id`: names this preflight's directory in the run directory. The keys of the result:
+    `preflight_id`: names this preflight's directory in the run directory.
+    The keys of the result:
 
     - sees: whether the coordinator's file is visible here, at the latest after `VISIBILITY_TIMEOUT_S` seconds. If False, only
       `problem` (None) is there besides;

@@ -105,7 +105,8 @@ class _SlurmNodes(NamedTuple):
 def _slurm_nodes(requested_nodes: int | None, *, in_allocation: bool) -> _SlurmNodes:
     """How many nodes a preflight checks and what they are called: those of this allocation, or of one that SLURM will choose.
 
-    `requested_nodes`: None for all nodes of the allocation. Raises ConfigError if the allocation has fewer.
+    `requested_nodes`: None for all nodes of the allocation.
+    Raises ConfigError if the allocation has fewer.
     """
     from launch.cluster.job_end import hosts_of_job
 

@@ -94,7 +94,8 @@ class ConvertedSettings:
     def _add_note(self, source: SettingOfOtherTrainer, translation: TranslatedSetting) -> None:
         """Sort what the user should know about one setting of the file into `remarks`, `not_needed` or `unsupported`.
 
-        `source`: the setting of the file; `translation`: what became of it. The cases, in order:
+        `source`: the setting of the file; `translation`: what became of it.
+        The cases, in order:
 
         - It has become settings of shardtune: its note, if it has one, goes to `remarks`.
         - It needs no setting of shardtune, or has no note: `not_needed`.
@@ -149,8 +150,8 @@ def cli_text_without_secrets(setting: str, value: Any) -> str:
 def scalar_settings(file_settings: Mapping[str, Any]) -> dict[str, str]:
     """The settings at the outermost level of a file that are one value, as command-line text: {"learning_rate": "1e-4"}.
 
-    `file_settings`: the file as nested dictionaries. Left out are blocks and settings without a value. Rules of translation read
-        this.
+    `file_settings`: the file as nested dictionaries.
+    Left out are blocks and settings without a value. Rules of translation read this.
     """
     values = {}
     for key, value in file_settings.items():

@@ -54,7 +54,8 @@ COLUMNS_BY_LLAMA_FACTORY_FORMAT = {
 def shardtune_data_path(path: str, file_dir: Path) -> str:
     """The path of another trainer's data set, as shardtune's setting `data.path` takes it.
 
-    `path`: as the other trainer's settings file has it. `file_dir`: the directory of that file. The cases, in order:
+    `path`: as the other trainer's settings file has it. `file_dir`: the directory of that file.
+    The cases, in order:
 
     - a file or directory that exists, in the working directory or below `file_dir`: its path;
     - the name of a data file, a local path or an address: as it is;
@@ -192,8 +193,9 @@ def _translate_axolotl_setting(key: str, text: str, our_prefix: str) -> Translat
     """Translate one setting of an axolotl data set: `revision: v2` -> {"data.sources.<name>.revision": "v2"}.
 
     `text`: its value as typed.
-    `our_prefix`: what shardtune's settings of the data set begin with, `data` or `data.sources.<name>`. Without an equivalent the
-        translation has a note that says why. An empty translation means that shardtune does the same anyway.
+    `our_prefix`: what shardtune's settings of the data set begin with, `data` or `data.sources.<name>`.
+    Without an equivalent the translation has a note that says why. An empty translation means that shardtune does the same
+    anyway.
     """
     is_named_source = our_prefix != "data"
     if key in COLUMN_BY_AXOLOTL_SETTING:
@@ -230,8 +232,8 @@ def _add_axolotl_type(value: Any, setting_name: str, our_prefix: str, conversion
     `value`: such as `chat_template`, `alpaca.load_no_prompt` (a format, and how its prompt is written), or a block that describes
         a prompt.
     `setting_name`: the setting in messages, such as `datasets[0].type`.
-    `our_prefix`: what shardtune's settings of the data set begin with, `data` or `data.sources.<name>`. A type without a format
-        is noted as unsupported.
+    `our_prefix`: what shardtune's settings of the data set begin with, `data` or `data.sources.<name>`.
+    A type without a format is noted as unsupported.
     """
     if isinstance(value, dict):
         why = "a prompt of one's own is written into the rows, as prompt and completion"

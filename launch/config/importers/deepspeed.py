@@ -131,8 +131,8 @@ def _translate_top_level(key: str, value: Any, deepspeed_settings: OtherTrainerS
     """Translate a setting of a DeepSpeed file that stands in no block: `steps_per_print` -> `logging.every_steps`.
 
     `value`: as read from JSON.
-    `deepspeed_settings`: all single values of the file as text, on which a rule may depend. A setting without an equivalent gets
-        a note.
+    `deepspeed_settings`: all single values of the file as text, on which a rule may depend.
+    A setting without an equivalent gets a note.
     """
     if key == "steps_per_print":
         return TranslatedSetting({"logging.every_steps": to_cli_text(value)})
@@ -204,8 +204,8 @@ def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSetting
 def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSetting:
     """Translate one setting of DeepSpeed's block `zero_optimization`: `cpu_offload`, True, `zero2` -> offload_optimizer=cpu.
 
-    `strategy`: shardtune's name for the ZeRO stage: `ddp` (stage 0), `zero1`, `zero2` or `zero3`. Settings of stage 3 mean
-        nothing under another stage. A setting without an equivalent gets a note.
+    `strategy`: shardtune's name for the ZeRO stage: `ddp` (stage 0), `zero1`, `zero2` or `zero3`.
+    Settings of stage 3 mean nothing under another stage. A setting without an equivalent gets a note.
     """
     text = to_cli_text(value)
     if key == "cpu_offload":  # a switch of older versions of DeepSpeed
@@ -263,8 +263,8 @@ def _translate_precision_block(
 
     `key`: `bf16`, `bfloat16` or `fp16`.
     `block_name`: the block in messages.
-    `off_means_fp32`: if the block is off, nothing else in the settings names a precision. Settings beside `enabled`, such as the
-        loss scale, have no equivalent and get a note.
+    `off_means_fp32`: if the block is off, nothing else in the settings names a precision.
+    Settings beside `enabled`, such as the loss scale, have no equivalent and get a note.
     """
     precision = "fp16" if key == "fp16" else "bf16"
     is_on = is_true(to_cli_text(block.get("enabled")))
@@ -321,8 +321,8 @@ def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSe
     """Translate DeepSpeed's block `optimizer` into shardtune's `optim` and `optim.*`, in `conversion`.
 
     `block`: such as {"type": "AdamW", "params": {"lr": 1e-4}}.
-    `block_name`: the block in messages. An Adam without a learning rate gets DeepSpeed's default rate, which differs from
-        shardtune's.
+    `block_name`: the block in messages.
+    An Adam without a learning rate gets DeepSpeed's default rate, which differs from shardtune's.
     """
     optimizer_type = block.get("type")
     parameters = _parameters_of_block(block, conversion, block_name)
@@ -391,7 +391,8 @@ def _translate_tracker_block(
 
     `key`: which of the two.
     `block`: such as {"enabled": true, "project": "x"}.
-    `block_name`: the block in messages. The settings of a tracker that is off need no equivalent.
+    `block_name`: the block in messages.
+    The settings of a tracker that is off need no equivalent.
     """
     is_on = is_true(to_cli_text(block.get("enabled")))
     for inner_key, value in block.items():

@@ -139,8 +139,9 @@ def convert_settings_file(path: Path, num_ranks: int | None = None) -> Converted
 def read_settings_tree(path: Path) -> dict[str, Any]:
     """Read the settings file of another trainer, which may be hostile or broken, as nested dictionaries.
 
-    `path`: JSON if it ends in `.json`, otherwise YAML. Raises ConfigError if it cannot be read, is larger than 1 MiB, is not of
-        that format, has YAML aliases, or is no mapping of names to values at its outermost level.
+    `path`: JSON if it ends in `.json`, otherwise YAML.
+    Raises ConfigError if it cannot be read, is larger than 1 MiB, is not of that format, has YAML aliases, or is no mapping of
+    names to values at its outermost level.
     """
     import yaml
 
@@ -171,7 +172,8 @@ def read_settings_tree(path: Path) -> dict[str, Any]:
 def detect_trainer(file_settings: Mapping[str, Any]) -> str | None:
     """Name the trainer that a settings file was written for, by the names of the settings in it; such as `axolotl`.
 
-    `file_settings`: the file as nested dictionaries. The answer decides which defaults hold and how ambiguous names are read:
+    `file_settings`: the file as nested dictionaries.
+    The answer decides which defaults hold and how ambiguous names are read:
 
     - The first trainer in `TELLING_SETTINGS_BY_TRAINER` (DeepSpeed before axolotl) of whose settings the file has one.
     - Otherwise Hugging Face's Trainer, if any setting has a rule for its translation.

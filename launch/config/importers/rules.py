@@ -109,7 +109,8 @@ def choice(key: str, other_names_by_choice: dict[str, str], note: str = "") -> R
     `key`: shardtune's setting.
     `other_names_by_choice`: for each choice of it the names elsewhere, with blanks between them: {"adamw": "adamw_torch
         adamw_hf"}.
-    `note`: for the user, whatever the choice. An unknown name gets a note that lists the choices.
+    `note`: for the user, whatever the choice.
+    An unknown name gets a note that lists the choices.
     """
 
     def rule(value: str, _: OtherTrainerSettings) -> TranslatedSetting:
