@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.losses.frozen_row import freeze_row
-
 
 @dataclass(frozen=True, slots=True)
 class RowWeighting:
@@ -325,6 +323,21 @@ class _RowCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
+class _FreezeRow(torch.autograd.Function):
+    """The identity for a weight `[V, H]`; in the backward pass the gradient of one of its rows is set to 0."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        grad = grad.clone()
+        grad[ctx.row] = 0
+        return grad, None
+
+
 class LossComparison(Protocol):
     """Computes another loss than the plain one inside a head's call, such as `trainer/losses/divergence.py`."""
 
@@ -345,7 +358,7 @@ class LossHead(nn.Linear):
         """The weight `[V, H]` for losses: a frozen row gets no gradient."""
         if self.frozen_row is None or not self.weight.requires_grad:
             return self.weight
-        return freeze_row(self.weight, self.frozen_row)
+        return _FreezeRow.apply(self.weight, self.frozen_row)  # type: ignore[no-any-return]
 
     @classmethod
     def of_linear(cls, head: nn.Linear, *, softcap: float | None, logit_scale: float) -> LossHead:
