@@ -30,7 +30,8 @@ from launch.config.frozen import ComposedConfig, default_run_dir, is_finished, l
 from launch.config.host_devices import device_problems, resolve_auto_for_this_host
 from launch.config.known_settings import Setting, find_setting
 from launch.config.learning_rate import keep_learning_rate_of_run, learning_rate_problems, set_usual_learning_rate
-from launch.config.overrides import ParsedOverrides, SettingValue, describe_type, parse_overrides
+from launch.config.overrides import describe_type, parse_overrides
+from launch.config.parsed_overrides import ParsedOverrides, SettingValue
 from launch.config.resume import keep_learning_rate_of_checkpoint
 from launch.config.reward_copies import use_copies_of_missing_reward_files
 from launch.config.secrets import secret_problems

@@ -7,10 +7,8 @@ line with what was probably meant. Hydra's own parser reads everything that is n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from launch.config import hints, user_files
 from launch.config.choices import (
@@ -20,6 +18,7 @@ from launch.config.choices import (
     is_published_shape_choice,
 )
 from launch.config.known_settings import all_settings, find_setting, key_with_underscore
+from launch.config.parsed_overrides import ParsedOverrides, SettingValue
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import parse_gate_argument
 from trainer.model.known_shapes import read_shape
@@ -43,76 +42,21 @@ OVERRIDE_REGEX = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTAL
 """`optim.lr=1e-4`, or with Hydra's plus signs `+optim.lr=1e-4`: the key `optim.lr`, the value `1e-4`."""
 
 
-class SettingValue(NamedTuple):
-    """One setting as it was typed or read from a file."""
-
-    key: str
-    value: Any
-    source_text: str
-    """What set it, for messages: the override (`optim.lr=1e-4`), or file, key and value (`my.yaml: optim.lr: 1e-4`)."""
-    is_published_shape: bool = False
-    """For `model.path`: whether the model was named by its published shape, as in `model=llama3_8b`."""
-
-
-@dataclass(slots=True)
-class ParsedOverrides:
-    """The command line of a run, sorted into choices of groups, values of settings, and problems."""
-
-    choices: dict[str, str] = field(default_factory=dict)
-    """The choice of each group that a file or an override chooses, such as {"tuning": "lora"}."""
-    values: list[SettingValue] = field(default_factory=list)
-    """The settings, in their order. The last one of a key counts."""
-    problems: list[str] = field(default_factory=list)
-    """A message for each override that cannot be used."""
-    replaced_tables: set[str] = field(default_factory=set)
-    """Tables that were typed as a whole. Entries that a settings file, an experiment or a run has in them are dropped."""
-    num_file_values: int = 0
-    """How many of `values` come from the user's settings files. Those stand first; the others were set on the command line."""
-    resets: list[tuple[str, str]] = field(default_factory=list)
-    """(key, override) of each `~key`, which sets a setting back to the default of the code."""
-    probably_meant_keys: set[str] = field(default_factory=set)
-    """Settings that a wrong override was probably meant for. Validation complains that they are not set, which is not shown."""
-
-    @property
-    def cli_values(self) -> list[SettingValue]:
-        """The values that were typed on the command line, without those of the user's settings files."""
-        return self.values[self.num_file_values :]
-
-    def add_problem(self, problem: str, probably_meant: Iterable[str] = ()) -> None:
-        """Add the message about an override that cannot be used. `probably_meant`: settings that validation need not miss."""
-        self.problems.append(problem)
-        self.probably_meant_keys.update(probably_meant)
-
-    def add_value(self, key: str, value: Any, source_text: str) -> None:
-        """Add the value of a setting. `source_text`: what sets it, for messages, such as `optim.lr=1e-4`."""
-        self.values.append(SettingValue(key, value, source_text))
-
-    def replace_table(self, table: str) -> None:
-        """Note that a list was typed for a whole table, as in `evaluation.tasks=[json]`, and drop an earlier list for it.
-
-        The last one counts, as of any setting. Entries that were typed by themselves stay, such as
-        `objective.rewards.maths.weight=2`.
-        """
-        self.replaced_tables.add(table)
-        # A file has one list at most, since YAML refuses a key that comes twice: only those that were typed are looked for.
-        list_regex = re.compile(rf"[+]*{re.escape(table)}\s*=")
-        self.values = [value for value in self.values if not list_regex.match(value.source_text)]
-
-
 def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     """Sort the arguments of a command line into choices of groups, values of settings, and problems; composing them comes later.
 
-    `overrides`: `key=value`, `~key`, or settings files. `tuning=lora optim.lr=1e-4 my.yaml` gives the choice {"tuning": "lora"},
-        the values in the file and, behind them, that of `optim.lr`. Nothing is raised: what cannot be read becomes a problem, so
-        that all are shown together.
+    `overrides`: `key=value`, `~key`, or settings files.
+    `tuning=lora optim.lr=1e-4 my.yaml` gives the choice {"tuning": "lora"}, the values in the file and, behind them, that of
+    `optim.lr`.
+    Nothing is raised: what cannot be read becomes a problem, so that all are shown together.
     """
     overrides, split_problems = hints.separate_settings_split_at_spaces(overrides)
     from_files = ParsedOverrides(problems=split_problems)
     for override in overrides:
         if user_files.is_settings_file(override):
-            from_files = _join_overrides(from_files, _parse_settings_file(override))
+            from_files = from_files.followed_by(_parse_settings_file(override))
     from_command_line = _parse_command_line(overrides)
-    parsed = _join_overrides(from_files, from_command_line)
+    parsed = from_files.followed_by(from_command_line)
     # Those of files come first, wherever the file stood on the command line: what is typed always counts more.
     parsed.num_file_values = len(parsed.values) - len(from_command_line.values)
     parsed.problems += _contradiction_problems(parsed)
@@ -138,25 +82,6 @@ def _parse_command_line(overrides: list[str]) -> ParsedOverrides:
         else:
             _add_override(parsed, override)
     return parsed
-
-
-def _join_overrides(earlier: ParsedOverrides, later: ParsedOverrides) -> ParsedOverrides:
-    """Put settings of two sources together, of files and the command line or of two files: the later ones count.
-
-    Their values stand last, because the last value of a key counts. A table that was typed as a whole replaces an earlier one, as
-    a value does.
-    """
-    earlier_values = earlier.values
-    for table in later.replaced_tables:
-        earlier_values = [value for value in earlier_values if not value.key.startswith(f"{table}.")]
-    return ParsedOverrides(
-        choices=earlier.choices | later.choices,
-        values=[*earlier_values, *later.values],
-        problems=[*earlier.problems, *later.problems],
-        replaced_tables=earlier.replaced_tables | later.replaced_tables,
-        resets=[*earlier.resets, *later.resets],
-        probably_meant_keys=earlier.probably_meant_keys | later.probably_meant_keys,
-    )
 
 
 def _add_override(parsed: ParsedOverrides, override: str) -> None:
@@ -229,8 +154,8 @@ def describe_type(annotation: Any) -> str:
 def _parse_settings_file(override: str) -> ParsedOverrides:
     """Read a user's settings file, as named on the command line, into choices, values and problems.
 
-    `override`: the file, `my.yaml`. Problems: a file that cannot be read, an unknown group, a value that cannot be used, and two
-        names of the model.
+    `override`: the file, `my.yaml`.
+    Problems: a file that cannot be read, an unknown group, a value that cannot be used, and two names of the model.
     """
     parsed = ParsedOverrides()
     try:
@@ -253,8 +178,9 @@ def _parse_settings_file(override: str) -> ParsedOverrides:
 def _add_file_values(parsed: ParsedOverrides, file_name: str, values: list[tuple[str, Any]]) -> None:
     """Add the values of a user's settings file to `parsed`, or problems that name the file and what stands there.
 
-    `values`: (full key, value) pairs in the file's order. Problems: a setting of another trainer, an interpolation that differs
-        between processes, and `_target_`. Whether a key exists is checked later, when the values are applied.
+    `values`: (full key, value) pairs in the file's order.
+    Problems: a setting of another trainer, an interpolation that differs between processes, and `_target_`. Whether a key exists
+    is checked later, when the values are applied.
     """
     of_other_trainers = hints.OverridesOfOtherTrainers([f"{key}={value}" for key, value in values])
     for key, value in values:
@@ -301,7 +227,8 @@ def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: s
     """Add the choice of a group to `parsed`, such as `tuning=lora`: a file of conf/ with that name, which sets several settings.
 
     `model=llama3_8b` may also be a published model whose layer sizes we know (its shape); it becomes a value of `model.path`.
-    Several choices, and an unknown one, are problems. `source_text`: what chooses it, for messages.
+    Several choices, and an unknown one, are problems.
+    `source_text`: what chooses it, for messages.
     """
     if is_published_shape_choice(group, choice):
         hub_id = read_shape(choice).hub[0]  # several hub ids may have this shape; the first is meant
@@ -318,7 +245,8 @@ def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: s
 def _add_setting(parsed: ParsedOverrides, key: str, text: str, source_text: str) -> None:
     """Add the value of one setting to `parsed`, read from its text by the syntax that the key calls for.
 
-    `key`, `text`: the halves of `optim.lr=1e-4`. `source_text`: what sets it, for messages: the override, or file, key and value.
+    `key`, `text`: the halves of `optim.lr=1e-4`.
+    `source_text`: what sets it, for messages: the override, or file, key and value.
     The cases, in order:
 
     - an interpolation that every process would resolve for itself, such as `${now:%H}`: a problem;
@@ -346,8 +274,8 @@ def _add_setting(parsed: ParsedOverrides, key: str, text: str, source_text: str)
 def _add_gates(parsed: ParsedOverrides, source_text: str) -> None:
     """Add the gates of an override to `parsed`, or a problem: bounds that a finished model must meet before it is exported.
 
-    `source_text`: the whole override, `gates.eval/loss=<3` or `gates={eval/loss: "<3"}`. It has a parser of its own, because `<`
-        and `>` are no characters of Hydra's grammar.
+    `source_text`: the whole override, `gates.eval/loss=<3` or `gates={eval/loss: "<3"}`.
+    It has a parser of its own, because `<` and `>` are no characters of Hydra's grammar.
     """
     gates: dict[str, Any] = {}
     try:
@@ -385,8 +313,8 @@ def _add_reward_entry(parsed: ParsedOverrides, entry: str, source_text: str) -> 
     - one function of a Python file: `more.py:brief` sets `objective.rewards.brief.function` to `more.py:brief`;
     - a Python file: `more.py` does that for each reward function in it.
 
-    `source_text`: the whole override, for messages. Raises nothing: a file that cannot be read, or that has no reward function,
-        becomes a problem in `parsed`.
+    `source_text`: the whole override, for messages.
+    Raises nothing: a file that cannot be read, or that has no reward function, becomes a problem in `parsed`.
     """
     path, function = parse_function_path(entry)  # `more.py:brief` -> (more.py, "brief"); `more.py` -> (more.py, "")
     if path.suffix != ".py":
@@ -413,8 +341,9 @@ def _add_reward_entry(parsed: ParsedOverrides, entry: str, source_text: str) -> 
 def _add_setting_by_grammar(parsed: ParsedOverrides, key: str, text: str, source_text: str) -> None:
     """Add a value to `parsed` that Hydra's own parser reads: a number, a list, a dictionary or null.
 
-    `key`, `text`: the halves of `optim.betas=[0.9,0.95]`. `source_text`: what sets it, for messages. Several values, as for a
-    sweep, are a problem, since this is the command line of one run.
+    `key`, `text`: the halves of `optim.betas=[0.9,0.95]`.
+    `source_text`: what sets it, for messages.
+    Several values, as for a sweep, are a problem, since this is the command line of one run.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException

@@ -21,7 +21,7 @@ from trainer.config.descriptions import direct_field_docstrings, field_docstring
 from trainer.config.run import RunConfig
 
 if TYPE_CHECKING:
-    from launch.config.overrides import ParsedOverrides
+    from launch.config.parsed_overrides import ParsedOverrides
 
 COMMENT_WIDTH_COLUMNS = 100
 """Columns of the comments in the file."""
