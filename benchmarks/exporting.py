@@ -26,7 +26,6 @@ import transformers
 from strategies import runtime as processes
 from strategies.base import Progress
 from strategies.matmul import Matmul
-from strategies.parameters import meta_context
 from strategies.saved_parameters import SavedParameters
 from tests.helpers.exports import trained, weight_source
 from tests.helpers.gathered_export import write_gathered
@@ -92,7 +91,6 @@ def write_new_file(shape: str, base: Path, checkpoint: Path, to: Path) -> None:
         layout=Layout.auto,
         tokenizer=tokenizer,
         num_labels=None,
-        context=meta_context(),
         half_on_gpu=False,
     )
     described = TrainedModel(

@@ -423,9 +423,6 @@ class Engine(Protocol):
 class Strategy(Protocol):
     """Builds an engine out of a step module that lives on the meta device."""
 
-    def init_context(self) -> AbstractContextManager[None]:
-        """The context in which the architecture is built: parameters on meta, buffers real."""
-
     def prepare(
         self,
         step_module: nn.Module,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ from strategies.native import LocalRange, NativeEngine
 from strategies.parameters import (
     COMPUTE_DTYPE,
     allocate_on_device,
-    meta_context,
     named_parameters,
     set_parameter_dtypes,
 )
@@ -208,9 +206,6 @@ class Fsdp2Strategy:
         self.num_replicas = replica_count(config, runtime.world_size, runtime.num_hosts)
         self.expert_mesh: DeviceMesh | None = None
         """The ranks that hold the same experts, with `parallel.experts`; else None."""
-
-    def init_context(self) -> AbstractContextManager[None]:
-        return meta_context()
 
     def prepare(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import nn
 
@@ -14,7 +12,6 @@ from strategies.parameters import (
     COMPUTE_DTYPE,
     allocate_on_device,
     load_full_parameters,
-    meta_context,
     set_parameter_dtypes,
 )
 from strategies.runtime import Runtime
@@ -27,9 +24,6 @@ class SingleStrategy:
         self.config = config
         self.precision = precision
         self.runtime = runtime
-
-    def init_context(self) -> AbstractContextManager[None]:
-        return meta_context()
 
     def prepare(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,6 @@ from strategies.parameters import (
     COMPUTE_DTYPE,
     allocate_on_device,
     load_full_parameters,
-    meta_context,
     named_parameters,
     set_parameter_dtypes,
     trainable_parameters,
@@ -322,9 +320,6 @@ class ZeroStrategy:
             raise ConfigError(
                 f"precision=fp16 with strategy={config.name}: DeepSpeed has no fp16 on CPUs; use bf16 or fp32"
             )
-
-    def init_context(self) -> AbstractContextManager[None]:
-        return meta_context()
 
     def prepare(
         self,

@@ -16,7 +16,7 @@ from launch.plan.expert_notes import expert_lines_of_dry_run
 from launch.plan.round_lines import round_lines_of_dry_run
 from strategies.base import Precision
 from strategies.hardware import slow_precision_warning
-from strategies.parameters import meta_context, named_parameters, num_elements_by_name
+from strategies.parameters import named_parameters, num_elements_by_name
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, largest_micro_batch, prepare_data
 from trainer.build.recomputation import longest_sequence_lengths
@@ -49,7 +49,7 @@ def describe_run(config: RunConfig) -> DryRunResult:
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     config = with_proposed_micro_batch(with_proposed_strategy(config, data), data)
-    built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu, scores_answers=True)
+    built, _ = build_model(config, tokenizer, data, half_on_gpu=half_on_gpu, scores_answers=True)
     world_size = config.launcher.per_node * config.launcher.nodes
     expert_lines = expert_lines_of_dry_run(config, built, world_size)
     sequences = built.data_spec.sequences_per_document

@@ -18,7 +18,7 @@ from launch.plan.dry_run_memory import (
 from launch.plan.expert_notes import expert_lines_of_dry_run
 from strategies.base import Precision
 from strategies.errors import ConfigError
-from strategies.parameters import meta_context, named_parameters, num_elements_by_name
+from strategies.parameters import named_parameters, num_elements_by_name
 from trainer.build.parallel import check_parallel
 from trainer.build.sequence import step_layout
 from trainer.build.step_module import build_step_module
@@ -114,7 +114,6 @@ def _build_step_on_meta(config: RunConfig) -> BuiltModel:
         layout=step_layout(config),
         tokenizer=NoTokenizer(config.model),
         num_labels=objective_family(config.objective).num_outputs or 2,  # labels are counted in the data: the fewest
-        context=meta_context(),
         half_on_gpu=str(config.run.device) == "cuda" and config.precision is not Precision.fp32,
     )
 

@@ -15,7 +15,7 @@ from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.expert_parallelism import keep_one_rank_of_experts_on_meta
 from strategies.expert_share import expert_share_of_parameter
-from strategies.parameters import meta_context, named_parameters
+from strategies.parameters import named_parameters
 from strategies.runtime import Runtime
 from tests.helpers.building import STRATEGIES, data_set, model_dir, run_config
 from tests.helpers.reward_models import save_reward_model
@@ -195,7 +195,7 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     """Of what is gathered: two blocks at a time, and the gradients that wait for the last micro-batch."""
     config = config_of(mixture(root), 4)
     data = data_set(root / "estimate", uneven=False)
-    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, half_on_gpu=False)
     ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
     step = built.step_module
     state = {1: model_state_bytes(built, config.strategy, Precision.bf16, ranks)}
@@ -252,7 +252,7 @@ def test_arithmetic_of_a_token_does_not_depend_on_how_experts_are_dealt(root, qu
         config.model.quantisation = quantised
         config.tuning = LoraConfig(rank=2)
     data = data_set(root / "arithmetic", uneven=False)
-    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, half_on_gpu=False)
     flops = model_flops_per_token(built, 10.0, 0.5)
     plan_expert_parallelism(built, config, Runtime(3, 8, 3, 8, torch.device("cpu"), None))
     keep_one_rank_of_experts_on_meta(built.step_module)
@@ -272,7 +272,7 @@ def test_the_bytes_that_a_step_exchanges_leave_reward_models_out(root):
     """They score between two steps."""
     config = config_of(mixture(root), 4)
     data = data_set(root / "exchanged", uneven=False)
-    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, half_on_gpu=False)
     step = built.step_module
     ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
     found = []

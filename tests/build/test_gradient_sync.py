@@ -7,7 +7,7 @@ import torch
 
 from launch.plan.dry_run_memory import deferred_gradient_lines
 from strategies.base import DdpConfig, Fsdp2Config, Precision, StrategyName, ZeroConfig
-from strategies.parameters import meta_context, named_parameters
+from strategies.parameters import named_parameters
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
 from trainer.build import gradient_sync
@@ -25,7 +25,7 @@ FSDP2 = Fsdp2Config()
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("reduction")
     data, config = data_set(root, uneven=False), run_config(model_dir(root), "single", "full", micro=4)
-    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, half_on_gpu=False)
     return built, largest_micro_batch(config, data)
 
 

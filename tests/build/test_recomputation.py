@@ -11,7 +11,6 @@ from strategies.activation import is_kept_op
 from strategies.activation_plan import ActivationBytes, choose_recomputation
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.errors import ConfigError
-from strategies.parameters import meta_context
 from strategies.pinned_memory import pinned_bytes
 from strategies.single import load_in_full
 from tests.helpers.building import (
@@ -74,7 +73,7 @@ def saved_bytes(step_module, batch):
 def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning):
     data = data_set(tmp_path, uneven=False)
     config = run_config(model_dir(tmp_path, architecture), "single", tuning, micro=4)
-    built, source = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    built, source = build_model(config, load_tokenizer(config.model), data, half_on_gpu=False)
     found = counted_activations(built, largest_micro_batch(config, data), Precision.fp32)
     batch = longest_micro_batch(built, largest_micro_batch(config, data))
     load_in_full(built.step_module, source, Precision.fp32, here)
@@ -181,7 +180,7 @@ def test_inputs_that_do_not_fit_the_host_are_refused(tmp_path, monkeypatch):
     data = data_set(tmp_path, uneven=False)
     strategy = SingleConfig(activation_checkpointing=FULL, offload_activations=True)
     config = run_config(model_dir(tmp_path), strategy, "full", micro=4)
-    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, half_on_gpu=False)
     work = largest_micro_batch(config, data)
     on_gpu = runtime.Runtime(0, 8, 0, 8, torch.device("cuda"), None)
     one = pinned_bytes(num_tokens_of_longest_micro_batch(built, work) * 32 * 2)
@@ -226,7 +225,7 @@ def test_recomputation_is_counted_for_other_objectives_and_quantised_bases(
     data = {"labelled": labelled_set, "pairs": pair_set, "rated": rated_set, "replay": replay_set}[make](tmp_path)
     config = run_config(model_dir(tmp_path), "single", tuning, micro=4, objective=objective)
     config.model.quantisation = Quantisation(quantisation)
-    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, half_on_gpu=False)
     found = counted_activations(built, largest_micro_batch(config, data), Precision.bf16)
     assert len(found.bytes_by_block_if_none) == 2
     by_mode = (found.bytes_by_block_if_none, found.bytes_by_block_if_full)

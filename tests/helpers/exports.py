@@ -59,7 +59,6 @@ def trained(
         layout=Layout.auto,
         tokenizer=tokenizer,
         num_labels=len(LABELS) if classify else None,
-        context=strategy.init_context(),
         half_on_gpu=False,
     )
     built.step_module.plan.ema_decay = ema_decay

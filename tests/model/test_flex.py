@@ -134,7 +134,7 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
     config = run_config(directory, "single", "full", micro=micro)
     config = replace(config, model=replace(config.model, attention=Attention(kernel)))
     monkeypatch.setattr(layout_choice, "_kernel_choices", lambda *_, **__: KernelChoices("no", None))
-    built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
+    built, _ = build_model(config, load_tokenizer(config.model), data, half_on_gpu=False)
     return counted_activations(built, largest_micro_batch(config, data), Precision.bf16)
 
 
@@ -209,7 +209,6 @@ def test_flex_attention_that_is_asked_for_is_taken_or_refused():
             Layout.auto,
             needs_padding=False,
             half_on_gpu=False,
-            context=meta_context(),
         )
 
 

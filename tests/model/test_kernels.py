@@ -97,7 +97,6 @@ def test_kernel_packages_are_on_the_start_screen_of_a_gpu_alone(installed, monke
             Layout.padded,
             needs_padding=False,
             half_on_gpu=on_gpu,
-            context=meta_context(),
         )
         assert ("model.kernels" in found.notes) == on_gpu
 

@@ -42,7 +42,7 @@ def problem_of(config, path=FUSED_PATH):
 def arranged(config, layout=Layout.auto):
     """The arrangement that a run would take."""
     model = ModelConfig(path="model")
-    return build_causal_model(model, config, layout, needs_padding=False, half_on_gpu=False, context=meta_context())[1]
+    return build_causal_model(model, config, layout, needs_padding=False, half_on_gpu=False)[1]
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "gemma3_text", "deepseek_v3", "gpt2"])

@@ -5,7 +5,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from strategies import runtime as processes
-from strategies.parameters import meta_context
 from tests.helpers.building import alone, built_trainer
 from tests.models import job, stock
 from trainer.data.config import Layout
@@ -50,7 +49,7 @@ def test_tied_head_model_is_built_again_only_where_values_differ_and_files_are_c
 
     def arrange():
         return layout_choice.build_causal_model(
-            config, loaded(config), Layout.auto, needs_padding=False, half_on_gpu=False, context=meta_context()
+            config, loaded(config), Layout.auto, needs_padding=False, half_on_gpu=False
         )
 
     arrange()  # what is proven of it is known now

@@ -50,9 +50,7 @@ def home(tmp_path, monkeypatch):
 
 def arranged(kind, **settings):
     model = ModelConfig(path=kind, **settings)
-    return build_causal_model(
-        model, CONFIGS[kind](), Layout.auto, needs_padding=False, half_on_gpu=False, context=meta_context()
-    )
+    return build_causal_model(model, CONFIGS[kind](), Layout.auto, needs_padding=False, half_on_gpu=False)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "mixtral"])

@@ -123,7 +123,6 @@ def test_virtual_tokens_refuse_a_row_of_several_documents(name, bases, runtime):
 
 
 def build(architecture, tuning, bases, *, layout=Layout.auto, objective=None):
-    from strategies.parameters import meta_context
 
     model = ModelConfig(path=str(bases(architecture)))
     return build_step_module(
@@ -133,7 +132,6 @@ def build(architecture, tuning, bases, *, layout=Layout.auto, objective=None):
         layout=layout,
         tokenizer=load_tokenizer(model),
         num_labels=len(LABELS),
-        context=meta_context(),
         half_on_gpu=False,
     )
 

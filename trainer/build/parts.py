@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -169,9 +168,7 @@ def build_engine(
     """
     strategy = build_strategy(config.strategy, precision, runtime)
     half_on_gpu = runtime.device.type == "cuda" and precision is not Precision.fp32
-    built, source = build_model(
-        config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu, scores_answers=scores_answers
-    )
+    built, source = build_model(config, tokenizer, data, half_on_gpu=half_on_gpu, scores_answers=scores_answers)
     if built.scheme is not None and config.model.keep_packed:
         host_rank = HostRank(runtime.local_rank, runtime.local_world_size)
         source.checkpoint.use_packed_cache(config.model.adapters, host_rank)
@@ -218,7 +215,6 @@ def build_model(
     config: RunConfig,
     tokenizer: Any,
     data: PreparedData,
-    context: AbstractContextManager[None],
     *,
     half_on_gpu: bool,
     scores_answers: bool = False,
@@ -226,7 +222,6 @@ def build_model(
     """Build the tuned architecture on meta and the source of its values, and check them against each other.
 
     Reads only headers of files.
-    `context`: the strategy's context in which a model is built.
     `half_on_gpu`: whether it computes in half precision on a GPU. `scores_answers`: whether the run's reward models are built
     too. Raises ConfigError for a model that does not fit the run's data, weights or settings.
     """
@@ -244,7 +239,6 @@ def build_model(
         layout=layout,
         tokenizer=tokenizer,
         num_labels=len(data.label_names) if data.label_names else None,
-        context=context,
         half_on_gpu=half_on_gpu,
     )
     built.substitutions.update(layout_notes | objective_notes)

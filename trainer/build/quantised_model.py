@@ -8,7 +8,7 @@ import torch
 
 from strategies.base import Engine, Precision
 from strategies.native import NativeEngine
-from strategies.parameters import COMPUTE_DTYPE, meta_context
+from strategies.parameters import COMPUTE_DTYPE
 from strategies.runtime import Runtime
 from trainer.build.parts import check_model_takes_data
 from trainer.build.step_module import build_step_module
@@ -37,7 +37,6 @@ def build_quantised_for_evaluation(
         layout=config.data.layout,
         tokenizer=tokenizer,
         num_labels=None,
-        context=meta_context(),
         half_on_gpu=runtime.device.type == "cuda",
     )
     built.substitutions.update(objective_notes)

@@ -10,7 +10,7 @@ from typing import Any
 
 from strategies.base import Engine
 from strategies.errors import ConfigError
-from strategies.parameters import REWARD_MODELS_PREFIX, meta_context
+from strategies.parameters import REWARD_MODELS_PREFIX
 from strategies.runtime import Runtime
 from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.config import Layout
@@ -89,7 +89,6 @@ def _reward_model_on_meta(files: RewardModelFiles, *, half_on_gpu: bool) -> Any:
         hf_config,
         # A row for each text. "reward" is what messages call the model.
         Layout.padded,
-        meta_context(),
         "reward",
         half_on_gpu=half_on_gpu,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ def build_step_module(
     layout: Layout,
     tokenizer: Any,
     num_labels: int | None,
-    context: AbstractContextManager[None],
     half_on_gpu: bool,
 ) -> BuiltModel:
     """Build the module that a strategy shards, with added tokens and tuning, on meta, without weights. Errors: ConfigError."""
@@ -72,11 +70,11 @@ def build_step_module(
     if family.kind is ModelKind.causal:
         needs_padding = needs_padded_rows(tuning_config)
         model, attention_layout = build_causal_model(
-            config, hf_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu, context=context
+            config, hf_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu
         )
     else:
         model, attention_layout = build_padded_model(
-            family.kind, config, hf_config, layout, context, family.name, half_on_gpu=half_on_gpu
+            family.kind, config, hf_config, layout, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()
     two_sides = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -155,15 +154,13 @@ def build_causal_model(
     *,
     needs_padding: bool,
     half_on_gpu: bool,
-    context: AbstractContextManager[None],
 ) -> tuple[Any, AttentionLayout]:
-    """Choose layout, attention kernel and forward path of a causal model, and build it; returns (the plain model, those).
+    """Choose layout, attention kernel and forward path of a causal model, and build it on meta; returns (the plain model, those).
 
     `hf_config`: transformers' configuration.
     `layout`: that of the settings.
     `needs_padding`: whether the tuning method needs a row for each document, and hidden states.
     `half_on_gpu`: whether the model computes in half precision on a GPU, of this machine or of a plan.
-    `context`: the model is built within it, on the meta device.
 
     Sets the model's attributes `forward_path` and `modules_beside_text`. Raises ConfigError.
     """
@@ -191,7 +188,7 @@ def build_causal_model(
             "own forward pass; use tuning=lora"
         )
     # The model. `kernel`: the one that it got, which may differ from `attention_layout.attention`.
-    with context:
+    with meta_context():
         model, kernel = build_plain_model(ModelKind.causal, hf_config, config, attention_layout.attention, "sft")
     untied = untie_as_stored(config, hf_config, model)  # changes `hf_config`
     if untied:
@@ -216,7 +213,6 @@ def build_padded_model(
     config: ModelConfig,
     hf_config: Any,
     layout: Layout,
-    context: AbstractContextManager[None],
     objective: str,
     *,
     half_on_gpu: bool,
@@ -225,14 +221,13 @@ def build_padded_model(
 
     Each row is one document. Only a classifier with `layout` padding_free has rows of several documents, which ranks may share.
 
-    `context`: the model is built within it, on the meta device.
     `objective`: its name, for messages.
     `half_on_gpu`: whether the model computes in half precision on a GPU.
 
     Raises ConfigError.
     """
     if kind is ModelKind.classifier and layout is Layout.padding_free:
-        return build_packed_classifier(config, hf_config, context, objective)
+        return build_packed_classifier(config, hf_config, objective)
     attention_layout = choose_attention_layout(
         config.attention,
         layout,
@@ -241,7 +236,7 @@ def build_padded_model(
         needs_padding=True,
         kernels=_kernel_choices(config, hf_config, None, half_on_gpu=half_on_gpu),
     )
-    with context:
+    with meta_context():
         model, kernel = build_plain_model(kind, hf_config, config, attention_layout.attention, objective)
     if kernel != attention_layout.attention:
         attention_layout.notes["model.attention"] = f"{kernel} (this architecture has no {attention_layout.attention})"
@@ -286,15 +281,13 @@ def why_classifier_rows_cannot_be_shared(config: ModelConfig, hf_config: Any, ob
     return classifier_packing_problem(hf_config, build_on_meta, VARLEN_ATTENTION)
 
 
-def build_packed_classifier(
-    config: ModelConfig, hf_config: Any, context: AbstractContextManager[None], objective: str
-) -> tuple[Any, AttentionLayout]:
+def build_packed_classifier(config: ModelConfig, hf_config: Any, objective: str) -> tuple[Any, AttentionLayout]:
     """Build a classifier for rows of several documents, which ranks may share with `parallel.sequence`.
 
-    Returns (the model, the layout of its rows and its attention kernel). `context`: the model is built within it, on the meta
-    device. If a test on a small copy shows such rows to be wrong for it, the second value's `sequence_problem` says why.
+    Returns (the model on meta, the layout of its rows and its attention kernel). If a test on a small copy shows such rows to be
+    wrong for it, the second value's `sequence_problem` says why.
     """
     problem = why_classifier_rows_cannot_be_shared(config, hf_config, objective)
-    with context:
+    with meta_context():
         model, kernel = build_plain_model(ModelKind.classifier, hf_config, config, VARLEN_ATTENTION, objective)
     return model, AttentionLayout(Layout.padding_free, kernel, {}, sequence_problem=problem)

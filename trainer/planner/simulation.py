@@ -15,7 +15,7 @@ from torch import nn
 
 from strategies.base import Precision, ZeroConfig
 from strategies.expert_counts import ASSUMED_IMBALANCE
-from strategies.parameters import meta_context, named_parameters, num_elements_by_name
+from strategies.parameters import named_parameters, num_elements_by_name
 from strategies.runtime import SIMULATED, Runtime
 from strategies.sequence import with_sequence_parallelism
 from strategies.simulation import simulated_rank
@@ -475,7 +475,6 @@ def _build_model_on_meta(config: RunConfig, runtime: Runtime, precision: Precisi
         layout=step_layout(config),
         tokenizer=tokenizer,
         num_labels=objective_family(config.objective).num_outputs or 2,  # labels are counted in the data: the fewest
-        context=meta_context(),
         half_on_gpu=half_on_gpu,
     )
     built.step_module.plan.ema_decay = config.optim.ema_decay

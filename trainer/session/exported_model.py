@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.base import Precision
-from strategies.parameters import COMPUTE_DTYPE, meta_context
+from strategies.parameters import COMPUTE_DTYPE
 from strategies.saved_parameters import MeanOfCheckpoints, SavedParameters
 from trainer.build.parts import build_model
 from trainer.checkpoints.manifest import manifest_sha256
@@ -43,7 +43,7 @@ def describe_trained_model(
     """
     half_on_gpu = on_gpu and precision is not Precision.fp32
     local_config = config if staged_model is None else replace(config, model=staged_model)
-    built, source = build_model(local_config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
+    built, source = build_model(local_config, tokenizer, data, half_on_gpu=half_on_gpu)
     if built.step_module.plan.optimizer_hooks is not None:
         # AdaLoRA's phases follow from the number of steps, and the files of its adapter state them.
         built.step_module.plan.optimizer_hooks.begin(total_steps)
