@@ -461,7 +461,10 @@ def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]
 
 
 def _step_time_as_json(step_time: StepTime) -> dict[str, float]:
-    """The seconds of a step by part, as JSON values."""
+    """The predicted seconds of a step by what they are spent on, for `plan --json`. Scripts read the keys, so they stay.
+
+    `exposed` is the part of `exchange` (communication) that computation does not hide.
+    """
     return {
         "products": step_time.matmul_s,
         "moves": step_time.memory_bound_s,
@@ -473,7 +476,10 @@ def _step_time_as_json(step_time: StepTime) -> dict[str, float]:
 
 
 def _peer_memory_as_json(choice: PlannedChoice, job: PlannedJob) -> dict[str, Any] | None:
-    """What another trainer (the peer) would hold in GiB, as JSON values; None without `plan.theirs`."""
+    """What another trainer (the peer) would hold in the same step, in GiB, for `plan --json`; None without `plan.theirs`.
+
+    `with_beside` is what it would take of a GPU: tensors, and what a process holds beside them.
+    """
     peer = choice.peer_memory
     if peer is None:
         return None

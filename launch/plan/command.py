@@ -178,7 +178,7 @@ def _with_enough_cards(
 
 
 def card_of_request(request: PlanRequest, command: list[str]) -> CalibratedCard:
-    """The card (GPU) to plan for. With `from=<run>` it has the figures that this run measured, else those of the card's file.
+    """Settle the figures of the GPU ("card") to plan for: those that the run of `from=` measured, else those of the card's file.
 
     That run is simulated, which takes a while. `from.<setting>=<value>` is a permission: it allows a value with which the run
     reads something outside of its directory, as in `from=runs/first from.model.trust_remote_code=true`. `command`: the command
@@ -205,8 +205,8 @@ def card_of_request(request: PlanRequest, command: list[str]) -> CalibratedCard:
 def read_plan_request(argv: list[str]) -> PlanRequest:
     """Read the command line of `shardtune plan`, and the file of the GPU ("card") that `hardware=` names.
 
-    `hardware.*` changes figures of the card, `plan.*` are settings of the planner, and the rest are overrides of the run. Raises
-    ConfigError with every problem at once.
+    `hardware.*` changes figures of the card, `plan.*` are settings of the planner, and the rest are overrides of the run.
+    Raises ConfigError with every problem at once.
     """
     from launch.plan.from_run import PERMISSION_PREFIX
     from trainer.planner.hardware import Card
@@ -290,7 +290,7 @@ def _list_checked_variants(run: RunToPlan, settings: PlanConfig) -> RunVariants:
 
 
 def _plan_setting_problems(settings: PlanConfig) -> list[str]:
-    """Error messages for settings of the planner that are out of range."""
+    """Check the planner's own settings (`plan.*`) against their ranges; returns error messages."""
     problems = []
     if settings.workers < 0:
         problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
@@ -314,7 +314,7 @@ class RunToPlan(NamedTuple):
 
 
 def compose_planned_run(overrides: list[str], card: Card) -> RunToPlan:
-    """Compose a run for GPUs that need not be here.
+    """Compose the configuration of the run to plan, for GPUs that need not be in this machine.
 
     If they are not set, `batch.micro` becomes 1, and `batch.global` is rounded up to a multiple that the ranks can share. The
     settings are not validated here: `trainer.planner.variants.list_variants` does that for each option. Raises ConfigError for
@@ -353,9 +353,10 @@ def _keys_fixed_by_overrides(overrides: list[str]) -> set[str]:
 
 
 def _fill_batch(batch: dict[str, Any], config: RunConfig, fixed_keys: set[str]) -> None:
-    """Set what the command line leaves open in `batch`: `micro` to 1, `global` rounded up to a multiple that the ranks can share.
+    """Give `batch` values with which a plan can work, where the command line sets none; changes it in place.
 
-    `config`: the run, for its ranks.
+    `micro` becomes 1 (the plan tries others later), and `global` is rounded up to a multiple that the ranks can share.
+    `config`: the run, for its ranks. `fixed_keys`: settings on the command line, which stay.
     """
     from launch.config.compose import num_launched_ranks
     from trainer.config.parallel import dp_size_of

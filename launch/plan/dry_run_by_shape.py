@@ -90,9 +90,9 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRunResult:
 
 
 def _raise_if_auto_needs_data(config: RunConfig) -> None:
-    """Raise ConfigError for strategy=auto and batch.micro=auto: a run chooses them by the lengths of its documents.
+    """Refuse strategy=auto and batch.micro=auto in a dry run by shape: a run chooses them by the lengths of its documents.
 
-    The caller has found that the model, with its tokenizer, is not on this machine: the documents cannot be read.
+    Those cannot be read, since the model, with its tokenizer, is not on this machine. Raises ConfigError.
     """
     problems = []
     for key, value in (("strategy", config.strategy.name), ("batch.micro", config.batch["micro"])):

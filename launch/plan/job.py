@@ -30,7 +30,7 @@ class _PlannedLengths(NamedTuple):
 
 
 def prepare_planned_job(config: RunConfig, card: Card) -> PlannedJob:
-    """What a plan needs to know of a run: GPU, ranks, batch, and the lengths of its documents.
+    """Gather what a plan needs to know of the run that all its options have in common: GPU, ranks, batch, document lengths.
 
     With `data.path` or `data.sources`, the data is prepared and its lengths are measured, which may take an hour. Without, all
     documents are taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows,
@@ -54,7 +54,7 @@ def prepare_planned_job(config: RunConfig, card: Card) -> PlannedJob:
 
 
 def _measured_lengths(config: RunConfig) -> _PlannedLengths:
-    """The lengths of the run's data, which is prepared for it."""
+    """Measure the lengths of the run's documents; the data is prepared for that, and the run finds it in the cache later."""
     data = prepare_data(config, load_tokenizer(config.model))
     lengths = lengths_of_data(config, data.train)
     # A prompt is learned with each of its answers, so that a micro-batch may hold the longest prompt several times.
@@ -67,7 +67,10 @@ def _measured_lengths(config: RunConfig) -> _PlannedLengths:
 
 
 def _longest_allowed_lengths(config: RunConfig) -> _PlannedLengths:
-    """The lengths to plan with if no data is given: all documents are as long as `data.max_length` allows."""
+    """The lengths to plan with if no data is given: all documents are as long as `data.max_length` allows, the worst case.
+
+    An answer that the model generates comes on top, as long as the objective allows.
+    """
     data_spec = data_spec_of(config.objective)
     # If the data has no answers, the model generates one behind each prompt.
     longest = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)

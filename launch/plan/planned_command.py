@@ -29,7 +29,7 @@ def planned_command_lines(overrides: list[str], best: PlannedChoice, job: Planne
 
 
 def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedJob) -> PlannedCommand:
-    """The command that runs the best choice, and what the user must add to it.
+    """Write the command that trains as the plan's best option does, for the user to copy, and what the user must add to it.
 
     `overrides`: those on the command line of the plan. The overrides that the plan has chosen (`best.overrides`) replace those
     of the same keys.
@@ -51,7 +51,10 @@ def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedJob) 
 
 
 def _folded_command(verb: str, arguments: list[str]) -> list[str]:
-    """A command, quoted for a shell, in lines of at most `MAX_COMMAND_COLUMNS`; a longer argument has a line of its own."""
+    r"""Write a command for a shell in lines of at most `MAX_COMMAND_COLUMNS`, each but the last ending in a backslash.
+
+    Arguments are quoted. One that is longer has a line of its own.
+    """
     lines = []
     line = verb
     for argument in arguments:
@@ -64,7 +67,7 @@ def _folded_command(verb: str, arguments: list[str]) -> list[str]:
 
 
 def _settings_to_add(best: PlannedChoice) -> str:
-    """What a run needs and the plan did not, such as `with a budget and data.path of your own`; empty if nothing is missing."""
+    """What a run needs and its plan did not: "with a budget and data.path of your own"; empty if nothing is missing."""
     missing_settings = []
     budget = best.variant.config.budget
     if not any((budget.steps, budget.epochs, budget.tokens)):

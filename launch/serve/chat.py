@@ -175,7 +175,11 @@ def _print_answers(conversations: list[Conversation], prompt: str, *, as_json: b
 
 
 def _answers_as_json(conversations: list[Conversation], prompt: str) -> str:
-    """The answer of each model to one prompt: {"prompt": ..., "answers": [{"model", "text", "tokens", "cut"}, ...]}."""
+    """Answer one prompt with each model, as JSON text for scripts.
+
+    {"prompt": ..., "answers": [{"model": "base", "text": ..., "tokens": 40, "cut": false}, ...]}; `cut`: whether an answer
+    reached `max_tokens`.
+    """
     answers = []
     for conversation in conversations:
         # Generated first: `num_answer_tokens` and `is_cut` are about the last answer.

@@ -84,7 +84,10 @@ class _Answers:
 
 
 def _table(conversations: list[Conversation], texts: list[str]) -> Any:
-    """The texts of the answers as rich's table, with a column and a title for each model."""
+    """Lay the answers out side by side, as rich's table with a column and a title for each model.
+
+    `texts`: of the answers so far, in the order of `conversations`.
+    """
     from rich.table import Table
     from rich.text import Text
 

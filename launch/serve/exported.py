@@ -61,7 +61,7 @@ def check_base_of_export(exported: ExportedModel, *, accept: bool) -> list[str]:
 
 
 def stored_type_name(exported: ExportedModel) -> str | None:
-    """The type in which the weights of a whole model, or of an adapter's base, are stored, such as "float32".
+    """The number format of the stored weights, such as "float32": of a whole model, or of an adapter's base.
 
     None if its config.json does not say, or the base is not a directory here.
     """
@@ -127,7 +127,7 @@ def _read_export(path: Path, settings_file: str, name: str) -> ExportedModel:
 
 
 def _base_of_adapter(settings: dict[str, Any], settings_path: Path) -> str:
-    """The base model of an adapter, a directory or a hub id, by its `settings`, which were read from `settings_path`.
+    """Find out which base model an adapter needs: a directory or a hub id, by its `settings`, read from `settings_path`.
 
     Raises ConfigError if it names none, or if the base's directory has small files that libraries could not read.
     """

@@ -72,7 +72,7 @@ class GatewayMiddleware:
             self.active_requests -= 1
 
     def _check_access(self, path: str, method: str, headers: dict[str, str]) -> None:
-        """Raise RefusedRequest for a request that may not use this server.
+        """Keep out requests that may not use this server; raises RefusedRequest for these, with the status:
 
         - an unknown address: status 404; its wrong method: 405;
         - a missing or wrong API key, except at /health: 401;
@@ -208,7 +208,7 @@ class _RefusalFormatter:
         self._buffered_body = b""
 
     async def __call__(self, message: Message) -> None:
-        """Take a message of the application: pass it on, or keep the answer until it is complete and send it rewritten.
+        """Take the place of `send` for the application: pass its messages on, or keep an answer and send it rewritten.
 
         An answer is one message that begins it, with status and headers, and one or more with its body.
         """
@@ -233,7 +233,7 @@ class _RefusalFormatter:
         return bool(start_message["status"] >= 400)
 
     def rewrite_answer_body(self, status: int, content: bytes) -> bytes:
-        """The body of an answer as it is sent to the client: an error in OpenAI's format, anything else unchanged.
+        """Bring the body of an error into OpenAI's format, by which clients tell users what went wrong; other bodies stay.
 
         The message of an error comes from the fields `detail` or `error`, else it is the whole body.
         """
@@ -263,7 +263,10 @@ class _StopCuttingResponse(_RefusalFormatter):
         return True
 
     def rewrite_answer_body(self, status: int, content: bytes) -> bytes:
-        """The body of an answer, with the text of each choice cut before the first stop sequence; an error in OpenAI's format."""
+        """Cut the generated text of a complete answer before the first stop sequence; errors get OpenAI's format.
+
+        `content`: the answer as JSON, with one text for each of its `choices`. `finish_reason` of a cut one becomes "stop".
+        """
         content = super().rewrite_answer_body(status, content)
         if status >= 400:
             return content

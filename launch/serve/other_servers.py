@@ -20,7 +20,7 @@ VLLM_MIDDLEWARE_CLASS = "launch.serve.middleware.VllmMiddleware"
 
 
 def vllm_command(exported: ExportedModel, config: ServeConfig, *, with_middleware: bool = False) -> list[str] | None:
-    """The command that serves an export with vLLM: a whole model, or a LoRA adapter (without DoRA) on its base.
+    """Write the command that serves an export with vLLM: a whole model, or a LoRA adapter (without DoRA) on its base.
 
     None for any other adapter, which vLLM cannot load. `with_middleware`: with our checks in front of all addresses. The key is
     not in the command: vLLM reads VLLM_API_KEY.
@@ -59,7 +59,7 @@ def _vllm_adapter_arguments(exported: ExportedModel, name: str) -> list[str]:
 
 
 def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | None:
-    """The command that serves an export with SGLang: a whole model, or a LoRA adapter (without DoRA) on its base.
+    """Write the command that serves an export with SGLang: a whole model, or a LoRA adapter (without DoRA) on its base.
 
     None for any other adapter, which SGLang does not take. That includes an adapter with positions of its own: SGLang would
     rotate by those of the base.
@@ -97,7 +97,7 @@ def _dtype_arguments(exported: ExportedModel, config: ServeConfig) -> list[str]:
 
 
 def _position_overrides_json(exported: ExportedModel) -> str | None:
-    """The position settings that an adapter was trained with, as JSON for vLLM's `--hf-overrides`; None if they are the base's.
+    """The position embeddings that an adapter was trained with, as JSON for vLLM's `--hf-overrides`; None if they are the base's.
 
     An adapter that was trained on longer documents than its base allows has a config.json of its own. An example:
     '{"max_position_embeddings": 32768, "rope_parameters": {...}}'.

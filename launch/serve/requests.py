@@ -197,7 +197,7 @@ def _require_template_variables(arguments: Any, tokenizer: Any) -> dict[str, Any
 
 
 def _check_message(message: Any, place: str) -> None:
-    """Raise RefusedRequest for a message that no chat template could render. `place`: where it is, such as "messages[2]".
+    """Check one message of a chat: raises RefusedRequest if no chat template could render it. `place`: such as "messages[2]".
 
     What a message must have:
     - its role must be one of `ROLES`;
@@ -224,7 +224,10 @@ def _check_message(message: Any, place: str) -> None:
 
 
 def _check_tool_call(tool_call: Any, place: str) -> None:
-    """Raise RefusedRequest for a tool call without a name or with arguments that are no JSON object (or its text)."""
+    """Check a call of a function that a message of the model contains; raises RefusedRequest if a template could not render it.
+
+    It must have a name, and arguments that are a JSON object or its text. `place`: such as "messages[2].tool_calls".
+    """
     function = tool_call.get("function") if isinstance(tool_call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise request_field_error(place, "each must be {function: {name, arguments}}")
@@ -308,8 +311,9 @@ def _move_prompt_and_count_tokens(body: dict[str, Any], engine_body: dict[str, A
 
 
 def _check_and_move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> None:
-    """Check temperature, top_p, seed and stop, and move them from `body` to `engine_body`. Raises RefusedRequest.
+    """Check how a request wants its answer sampled (temperature, top_p, seed, stop), and move that to `engine_body`.
 
+    Raises RefusedRequest.
     Without a temperature in the request, the engine gets 1.0 if the request has top_p or a seed, else 0.0 (greedy); none if the
     export's own settings sample, or the server batches requests (then any of these fields is refused).
     """
@@ -350,7 +354,7 @@ def _are_stop_texts(stops: list[Any]) -> bool:
 def _set_max_answer_tokens(
     body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel, num_prompt_tokens: int, path: str
 ) -> None:
-    """Check the requested length of the answer and move it from `body` to `engine_body`, as `max_tokens`.
+    """Settle how many tokens the answer may have: the length that the request asks for, moved to `engine_body` as `max_tokens`.
 
     Without one it is the longest that fits, at most `serve.max_tokens`. In a chat, `max_completion_tokens` counts before
     `max_tokens`. Raises RefusedRequest for a wrong length, or if prompt and answer do not fit into the model's context.

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """Open a socket at the configured address, before the model is loaded. Raises ConfigError if it is taken."""
+    """Take the address of the server before the model is loaded, which takes long: opens a socket at `serve.host` and port.
+
+    Raises ConfigError if the address is taken, or cannot be used.
+    """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     # A server that has just ended leaves connections behind, which would keep its address taken for a minute.
@@ -49,7 +52,7 @@ class LoadedServer(NamedTuple):
 
 
 def load_server(exported: ExportedModel, config: ServeConfig, listener: socket.socket) -> LoadedServer:
-    """Load the model and set up uvicorn's server, which does not run yet. Raises ConfigError if the model cannot be loaded.
+    """Load the model and set up the web server (uvicorn), which does not run yet. Raises ConfigError if loading fails.
 
     From now on connections to the socket wait until the server takes them.
     """

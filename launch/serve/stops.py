@@ -25,7 +25,7 @@ class StopScanner:
         """Text that was not sent yet, since a stop sequence may begin in it."""
 
     def add_text(self, text: str) -> str:
-        """Take the next piece of the answer; returns the text that may be sent now, of this piece and of what was held back.
+        """Take the next piece of a streamed answer; returns what may be sent now, of this piece and of what was held back.
 
         Held back is what may be the beginning of a stop sequence. After a complete one, `is_cut` is set and nothing is sent any
         more. With the stop sequence "END": "a E" -> "a ", then "x" -> "Ex", then "END b" -> "".

@@ -46,8 +46,9 @@ def sweep_points_table_text(labels: list[str], run_dirs: list[Path], exit_codes:
 
 
 def _state_cell(exit_code: int | None, run: RecordedRun | None) -> str:
-    """The state of a point: `done`, `failed`, `stopped`, `not run`, or `exit <code>` if its run left no status.
+    """How a point of `train -m` ended, as a word of its row: `done`, `failed`, `stopped`, `not run`, or `exit <code>`.
 
+    The last is for a run that left no status.
     `exit_code`: None for a point that was not started. `run`: None if its run cannot be read.
     """
     if exit_code is None:

@@ -155,8 +155,9 @@ def _failed_trials_with_reasons(trials: Sequence[FrozenTrial], search: PlannedSe
 def _trials_table(
     completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: PlannedSearch, search_dir: Path
 ) -> PageTable:
-    """The table of all trials, the best first: number, metric, state, the value of each setting, and a remark.
+    """The table of all trials on a search's page, the best first: number, metric, state, each setting's value, and a remark.
 
+    A trial's number links to the page of its run, if that exists.
     `completed`: the trials with a result, the best first. `trials`: all that were begun.
     """
     metric_column = PageColumn(search.metric, best="largest" if search.greater_is_better else "smallest")
@@ -273,7 +274,7 @@ def _trial_point(
 
 
 def _metric_axis_end(metrics: Sequence[float]) -> float:
-    """The metric at the far end of a drawing's axis, which begins at the best one. `metrics`: of the trials, the best first.
+    """Where the metric axis of a drawing ends, which begins at the best metric. `metrics`: of the trials, the best first.
 
     It is the worst metric. But trials that diverged would press all others into one line, so the axis ends at
     `MAX_AXIS_IN_MEDIAN_DISTANCES` times the distance from the best to the median.
@@ -287,7 +288,10 @@ def _metric_axis_end(metrics: Sequence[float]) -> float:
 
 
 def _axis_position(setting: SearchedSetting, value: object) -> float:
-    """Position of a value on the axis of its setting, from 0 at the lower end to 1; choices are evenly spread."""
+    """Where a value stands on the axis of its setting: 0 at the lower end, 1 at the upper; choices are evenly spread.
+
+    On a logarithmic scale if values are drawn on one.
+    """
     if setting.choices:
         return (setting.choices.index(str(value)) + 0.5) / len(setting.choices)
     scale = math.log if setting.is_logarithmic else float

@@ -115,8 +115,9 @@ def run_trial_to_end(name: str, composed: ComposedConfig, run_dir: Path, progres
 
 
 def metric_by_step(run_dir: Path, metric: str) -> dict[int, float]:
-    """The values of a held-out metric by step; step 0 is the evaluation before training. Empty if there are none yet.
+    """Read how a trial's held-out metric developed, from its `metrics.jsonl`: {0: 4.1, 100: 2.3} by step; {} before there is any.
 
+    Step 0 is the evaluation before training.
     A value that is not finite is NaN.
     """
     value_by_step = {}
@@ -257,7 +258,7 @@ def _exit_code_of_results(trials: list[FrozenTrial]) -> int:
 
 
 def write_search_page(study: Study, search: PlannedSearch, search_dir: Path) -> Path | None:
-    """Write `search.html` into the directory of the search; returns its path.
+    """Write `search.html`, which shows the trials so far, into the directory of the search; returns its path.
 
     No error of the page is an error of the search: it is only printed, and the result is None.
     """
@@ -280,7 +281,7 @@ class _ClaimedTrial(NamedTuple):
 
 
 def _run_trials(study: Study, search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> int:
-    """Run trials until the search has enough: first those that another command left unfinished, then new ones.
+    """Run trials one after another until the search has enough: first those that a killed command left, then new ones.
 
     Returns 0, the exit code `PREEMPTED` (75) if this command was asked to stop, or the exit code of a trial that was stopped or
     that ends the whole search.
@@ -340,7 +341,7 @@ def _trial_to_continue(study: Study, search_dir: Path, number: int) -> Trial:
 
 
 def _start_new_trial(study: Study, search: PlannedSearch, search_dir: Path) -> _ClaimedTrial | None:
-    """Draw the values of a new trial and claim it; None if the search has enough trials.
+    """Begin a new trial: Optuna draws its values, and this command claims it; None if the search has enough trials.
 
     A lock lets one command draw at a time, because all commands that work on the search share the number of trials. If another
     command claims the new trial first, as one that it finds unfinished, a further one is drawn.
@@ -434,8 +435,9 @@ def _run_trial_and_report(trial: Trial, search: PlannedSearch, search_dir: Path,
 
 
 def _report_result(trial: Trial, search: PlannedSearch, run_dir: Path, exit_code: int, reason: str | None) -> int:
-    """Report to the study how a trial ended that was neither stopped nor pruned; returns the trial's exit code.
+    """Report the result of a trial to Optuna's study, or that it failed; returns the trial's exit code.
 
+    The trial was neither stopped by the user nor pruned (ended early as a bad one).
     The trial's result is the metric of its last evaluation. Without a finite one the trial has failed, with the exit code
     70. `exit_code` is the one of its run, and `reason` says why the run failed, if it did.
     """

@@ -10,7 +10,10 @@ from itertools import pairwise
 
 
 def direct_field_docstrings(settings_class: type) -> dict[str, str]:
-    """The sentence under each field of a settings class, its own fields only: {"lr": "The learning rate."}."""
+    """Read the sentence under each field out of the source of a settings class: {"lr": "The learning rate."}.
+
+    Python keeps no such sentences at run time. Inherited fields are left out.
+    """
     (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(settings_class))).body
     assert isinstance(class_node, ast.ClassDef)
     sentence_by_field = {}

@@ -211,7 +211,10 @@ def _forgetting_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _general_text_problems(config: RunConfig, path: str) -> Iterator[str]:
-    """Error messages for `challenges.forgetting.data`, the file `path` of plain text, which must exist on this machine."""
+    """Check `challenges.forgetting.data`, plain text whose loss shows what a tuned model forgets; yields error messages.
+
+    `path`: its files, which must exist on this machine.
+    """
     key = "challenges.forgetting"
     # The file becomes a task of this name, which needs a language model's loss.
     if GENERAL_TEXT_TASK in config.evaluation.tasks:

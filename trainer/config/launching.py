@@ -100,7 +100,7 @@ def _ssh_problems(launcher: LauncherConfig) -> Iterator[str]:
 
 
 def _slurm_problems(launcher: SlurmConfig) -> Iterator[str]:
-    """Error messages about the settings of a SLURM job, each with what to set in its place."""
+    """Check the settings of a SLURM job before anything is submitted; yields error messages, with what to set instead."""
     if launcher.hosts:
         yield f"launcher.hosts=[{','.join(launcher.hosts)}]: SLURM chooses the nodes; launcher=local takes hosts, over ssh"
     if not SLURM_TIME_REGEX.fullmatch(launcher.time):

@@ -69,7 +69,7 @@ def default_settings(config: Any) -> dict[str, Any]:
 
 
 def _add_defaults(value: Any, default: Any, key: str, defaults: dict[str, Any]) -> None:
-    """Add the default of `value`, which stands at `key`, to `defaults`, or the defaults of the settings inside of it.
+    """Do the work of `default_settings` for one value of the configuration, which stands at `key`, and for all that is inside.
 
     For `config.optim` at "optim" it adds {"optim.lr": None, "optim.weight_decay": 0.01, ...}. `default`: of `value` itself, as
     the field that holds it declares; MISSING if it has none, and then nothing is added for a plain value.

@@ -40,7 +40,10 @@ class ReviewConfig:
     """How the answers are generated."""
 
     def problems(self) -> Iterator[str]:
-        """Error messages about `review`, one line each: the rubric's names and questions, and how answers are written."""
+        """Check the settings of a review by people: the rubric's names and questions, and how answers are written.
+
+        Yields error messages. The name of a question becomes a column of the reviewers' sheet.
+        """
         for name, question in self.rubric.items():
             if not name.replace("-", "_").isidentifier() or name in (OVERALL_QUESTION, *OTHER_COLUMNS):
                 yield (

@@ -156,7 +156,7 @@ def _columns_of_first_row(data_input: SourceInput) -> set[str] | None:
 
 
 def _missing_columns(name: str, reward: RewardEntry, columns: set[str]) -> list[str]:
-    """The columns that a reward needs and the data lacks.
+    """Which columns a reward needs and the data lacks; [] if it can be computed. `columns`: those of the data.
 
     - A function: its required arguments that are neither columns nor options of the reward. Loads the function's file.
     - A reward model: none.

@@ -74,7 +74,10 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _noise_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages for noise in training (on embeddings, dropout), since the answers are generated without it."""
+    """Check that a run that learns from its own answers trains without noise (dropout, noise on embeddings); yields messages.
+
+    The answers are generated without it, and would be those of another model than the trained one.
+    """
     reason = "answers are written without it, so the model would learn about answers that it did not write; set it to 0"
     if config.model.neftune_alpha:
         yield f"model.neftune_alpha={config.model.neftune_alpha:g}: {reason}"

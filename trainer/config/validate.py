@@ -58,7 +58,7 @@ MAX_TRIED_MICRO_BATCH = 4096
 
 
 def config_problems(config: RunConfig, *, world_size: int | None = None) -> list[str]:
-    """Every problem of a configuration as an error message, such as "budget: not set: ..."; empty if it can run.
+    """Check a whole configuration before a run starts; returns every problem as an error message, [] if it can run.
 
     `world_size` is the number of ranks, None if it is not known. `strategy=auto` can run if one of the strategies that it
     stands for can. Batches and sharding are not checked if a number in `batch`, `launcher` or `strategy` is out of its range.
@@ -100,7 +100,7 @@ class RunnableStrategies(NamedTuple):
 
 
 def runnable_strategies(config: RunConfig, world_size: int | None) -> RunnableStrategies:
-    """The strategies that `strategy=auto` may become on `world_size` ranks (None: not known yet), and what is wrong.
+    """Find out what `strategy=auto` may become on `world_size` ranks (None: not known yet), by checking the run under each.
 
     - Problems that every strategy has, such as a missing data file: they are returned, with the strategies that have no other.
     - Each strategy has a problem and they share none: no strategy, and the first problem under each.
@@ -132,7 +132,7 @@ def runnable_strategies(config: RunConfig, world_size: int | None) -> RunnableSt
 
 
 def _budget_problems(config: RunConfig) -> Iterator[str]:
-    """An error message unless exactly one of steps, epochs and tokens is set."""
+    """Check that the run's length is set exactly once: budget.steps, budget.epochs or budget.tokens; yields a message if not."""
     rule = "exactly one of budget.steps, budget.epochs and budget.tokens says how long to train"
     budgets = {name: getattr(config.budget, name) for name in ("steps", "epochs", "tokens")}
     set_names = [name for name, length in budgets.items() if length is not None]
@@ -209,7 +209,7 @@ def _nearest_multiples_text(global_batch: int, divisor: int) -> str:
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages if the model or the tokenizer does not exist here, or does not fit the objective.
+    """Check the model settings: that model and tokenizer exist here, and fit the objective; yields error messages.
 
     Only files of this machine are looked at. Whether a hub id exists shows when the model is loaded.
     """
@@ -341,7 +341,10 @@ def _resume_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _output_directory_problems(config: RunConfig) -> Iterator[str]:
-    """A line for each directory to write to that is an address: it would become a local directory called `s3:`."""
+    """Refuse addresses such as s3://bucket as directories to write to: each would become a local directory called `s3:`.
+
+    Yields an error message for each.
+    """
     settings = flatten_settings(settings_as_dict(config))
     for key in OUTPUT_DIRECTORY_KEYS:
         directory = settings.get(key)
@@ -371,7 +374,10 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages if two settings say when checkpoints are due, or if the fallback directory cannot be written."""
+    """Check the checkpoint settings: one setting alone says when they are due, and the fallback directory can be written.
+
+    Yields error messages. The fallback takes a checkpoint if the run's own disk is full.
+    """
     checkpoint = config.checkpoint
     if checkpoint.every_steps and checkpoint.every_minutes is not None:
         yield (
@@ -398,7 +404,7 @@ def _is_writable(directory: Path) -> bool:
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages if warmup and decay do not fit into the run."""
+    """Check that the warm-up and the decay of the learning rate fit into the run; yields error messages."""
     schedule = config.schedule
     steps = config.budget.steps
     if schedule.name == "wsd" and not schedule.warmup_steps and schedule.warmup_share + schedule.decay_share > 1:

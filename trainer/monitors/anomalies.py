@@ -284,7 +284,7 @@ class Guards:
         return deviations_by_step
 
     def _outlier_of_spike(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
-        """The record of a single step that stands out, with what is to be done about it (`guards.loss`, `guards.grad_norm`).
+        """Record a single step that stands out (a spike), with what is to be done about it (`guards.loss`, `guards.grad_norm`).
 
         `row`: the step's metrics. `scores`: standard deviations above the median, of the loss, the gradient norm or both,
         whichever stand out; if both do, the stronger of their two actions holds. `first_sample`: samples consumed before the

@@ -47,7 +47,7 @@ class BaseModelResults:
         """Tasks asked of a model that is the base still: the evaluation before the first step takes them."""
 
     def read_or_measure_base(self, engine: Engine, step: int) -> None:
-        """Set `tasks` to the base model's answers to the evaluation tasks, with which forgetting is measured later.
+        """Get the base model's answers to the tasks that measure forgetting, at a start of the run, into `tasks`.
 
         `step`: of the checkpoint that this start continues from; 0 for a new run. The cases, in their order:
         - An earlier start kept the answers in its file: they are read.
@@ -101,7 +101,7 @@ class BaseModelResults:
         return broadcast_object(tasks, self.runtime)
 
     def _read_base_tasks(self) -> dict[str, BaseTask] | None:
-        """The base's results by task that an earlier start wrote; None if the file is damaged, or of other rows or settings.
+        """Read the base model's results that an earlier start wrote; None if the file is damaged, or of other rows or settings.
 
         The base is then asked again, if it can be. A file without the chat tasks, of an earlier version, is accepted.
         """

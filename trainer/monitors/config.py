@@ -106,7 +106,7 @@ ANSWER_TOKENS = 32
 
 
 def forgetting_limit(config: ForgettingWatchConfig) -> float | None:
-    """`challenges.forgetting.limit` as a share: 0.02 for `0.02`, "0.02" and "2%"; None if there is no limit.
+    """Read `challenges.forgetting.limit` as a share: 0.02 for `0.02`, "0.02" and "2%"; None if there is no limit.
 
     It is the largest share of a task's metric that may be lost against the base. Raises ValueError for anything else.
     """

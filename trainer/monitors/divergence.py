@@ -133,8 +133,9 @@ def first_judged_step(warmup_steps: int) -> int:
 
 
 def training_change(first_loss: float | None, recent_losses: Sequence[float], window: int) -> TrainingChange | None:
-    """The training loss now, the median of the last `window` steps, beside that of step 1.
+    """Measure how far the training loss rose since step 1, to tell whether a run has diverged.
 
+    The loss now is the median of the last `window` steps.
     `recent_losses`: of the last steps, oldest first, `window` of them or more. The rise is stated in standard deviations of
     single steps. None if there are too few losses, or `first_loss`, that of step 1, is not known.
     """
@@ -153,7 +154,7 @@ def training_change(first_loss: float | None, recent_losses: Sequence[float], wi
 
 
 def _robust_spread(values: Sequence[float], window: int) -> float:
-    """Standard deviation of the losses of single steps, estimated by medians, so that a few outliers do not widen it.
+    """By how much the losses of single steps vary: a standard deviation by medians, so that a few outliers do not widen it.
 
     `values`: losses (or their logarithms) of at least two steps, oldest first.
 
@@ -176,7 +177,7 @@ def held_out_change(
     paired_batch_sums: tuple[Sequence[float], Sequence[float]] | None,
     significance_level: float,
 ) -> HeldOutChange:
-    """How much worse a held-out metric is than before the first step, with a lower bound from a paired test if there can be one.
+    """Measure how much worse a held-out metric is than before the first step, with a bound from a paired test where possible.
 
     Arguments:
         metric: the margin of preference pairs, which is better if higher, or a loss.
@@ -236,7 +237,7 @@ def _reference_loss(loss: float) -> float:
 
 
 def divergence_verdict(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
-    """The verdict on a run from its training loss and its held-out metric; None if nothing is wrong.
+    """Decide from the training loss and a held-out metric whether a run has diverged or got worse; None if nothing is wrong.
 
     Either argument is None if it could not be compared. The cases, in their order:
     - No held-out metric: `diverged` if the training loss rose very far, else None.
@@ -259,9 +260,10 @@ def divergence_verdict(training: TrainingChange | None, held_out: HeldOutChange 
 def divergence_finding(
     config: DivergenceConfig, step: int, training: TrainingChange | None, held_out: HeldOutChange | None
 ) -> Finding | None:
-    """The finding that a run is worse than at its own beginning, with what to do about it; None if it is not worse.
+    """Report that a run is worse than at its own beginning, with what to do about it; None if it is not worse.
 
-    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known. The remedies are
+    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known. The remedies
+    are
 
     - for a run that is `worse` though its training loss fell: those against overfitting;
     - for another run that is `worse`: those against forgetting;

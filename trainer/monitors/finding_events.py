@@ -31,7 +31,7 @@ def recorded_events(events_file: Path | None) -> list[dict[str, Any]]:
 
 
 def findings_of_earlier_starts(events_file: Path | None, last_step: int) -> list[tuple[str, dict[str, Any]]]:
-    """(detector, record) of each finding that earlier starts of the run recorded up to `last_step`, oldest first.
+    """Read what detectors found in earlier starts of the run, up to the step it resumes from: (detector, record), oldest first.
 
     The record is as of `Finding.record`, such as {"found": True, "verdict": "diverged", "step": 40, ...}.
     """

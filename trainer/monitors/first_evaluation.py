@@ -55,7 +55,7 @@ class HeldOutFile:
         self.runtime = runtime
 
     def read(self) -> HeldOutEvaluation:
-        """The evaluation that the file holds, read by rank 0 for all ranks; empty if there is none. All ranks must call."""
+        """Read the kept evaluation, on rank 0 for all ranks; empty if there is none, or if it is damaged. All ranks must call."""
         evaluation = HeldOutEvaluation()
         if self.runtime.is_main and self.path.is_file():
             try:

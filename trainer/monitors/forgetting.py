@@ -188,7 +188,7 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
 
 
 def student_t_quantile(probability: float, degrees_of_freedom: int) -> float:
-    """The value below which Student's t distribution has this `probability`.
+    """The value below which Student's t distribution has this `probability`, for bounds of means of few values.
 
     By expansion 26.7.5 of Abramowitz and Stegun: the standard library has only the normal distribution, whose quantile is the
     first term. One and two degrees, for which the expansion is too small, have closed forms.

@@ -18,7 +18,7 @@ MIN_ODD_STEP_SHARE = 0.02
 
 
 def find_instability(progress: Progress) -> Finding | None:
-    """The finding, at the end of training, that a run was unstable; None if it was not.
+    """Report at the end of training that a run was unstable; None if it was not.
 
     Unstable: it went back to an earlier checkpoint, or at least two of its steps and `MIN_ODD_STEP_SHARE` of them stood out by
     their loss or gradient norm, or had their update left out.

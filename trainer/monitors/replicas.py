@@ -118,7 +118,10 @@ class ReplicaCheck:
 def _difference_message(
     ranks_and_hosts: list[str], differing_parameters: list[str], last_equal_step: int, step: int
 ) -> str:
-    """The error about ranks, such as `rank 3 on gpu07`, whose values of some parameters are not those of most."""
+    """Write the error about ranks, such as "rank 3 on gpu07", that hold other copies of some parameters than most ranks.
+
+    `last_equal_step`: at which all copies were equal.
+    """
     parameter_names = ", ".join(differing_parameters[:MAX_NAMED_PARAMETERS])
     if len(differing_parameters) > MAX_NAMED_PARAMETERS:
         parameter_names += f" and {len(differing_parameters) - MAX_NAMED_PARAMETERS} more"
@@ -194,8 +197,9 @@ def replicated_parameters(engine: Engine) -> Iterator[ReplicatedParameter]:
 
 
 def tensor_checksum(tensor: Tensor) -> Tensor:
-    """The tensor's bytes summed as integers: 0-d int64, on its device. Any single flipped bit changes it.
+    """Sum a tensor's bytes as integers, to compare copies on several ranks by one number: 0-d int64, on its device.
 
+    Any single flipped bit changes the sum.
     The sum wraps at 2**64, so its sign means nothing. The bytes are read as integers of eight bytes, which is fastest, if
     start and size are multiples of eight bytes; otherwise as integers of an element's size.
     """

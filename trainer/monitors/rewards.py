@@ -235,7 +235,10 @@ def find_no_signal(config: RewardsWatchConfig, step: int, blocks: Sequence[Mappi
 
 
 def _make_finding(step: int, ends_run: bool, verdict: str, message: str, **numbers: float) -> Finding:
-    """A finding of this detector at `step`, with the remedies of its verdict (`cheated`, `collapsed`, `longer` or `idle`)."""
+    """Make a finding of this detector at `step`, with the remedies of its `verdict`, such as "cheated".
+
+    `ends_run`: whether the run is to end for it (challenges.rewards.action=stop). `numbers`: what was measured, by name.
+    """
     return Finding(
         detector=DETECTOR_NAME,
         step=step,
@@ -281,7 +284,7 @@ def _collapse_findings(
 
 
 def p_value_corrected_for_autocorrelation(p_value: float, values: Sequence[float]) -> float:
-    """A p-value of a trend in more than four `values`, corrected for noise that carries over from one value to the next.
+    """Correct the p-value of a trend in more than four `values` for noise that carries over from one value to the next.
 
     Such noise looks like a trend: the variance of the test's score grows by (1 + r) / (1 - r), where r is the correlation of
     neighbours around a straight line (Bayley and Hammersley 1946). In a short series, r comes out too small by (2 + 4 r) / n
