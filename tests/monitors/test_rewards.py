@@ -92,7 +92,7 @@ def no_signal(num_steps, **values):
 def test_a_run_without_any_signal_says_so_at_its_end(num_steps):
     alike, cut, gradient = rewards.IDLE_GROUP_SHARE, rewards.CLIPPED_SHARE, rewards.GRADIENT_NORM
     found = no_signal(num_steps, **{alike: 1.0, cut: 0.5, gradient: 0.0})
-    assert found.verdict == "no_signal" and "in every step all answers to a prompt scored alike" in found.message
+    assert found.verdict == "no signal" and "in every step all answers to a prompt scored alike" in found.message
     assert found.remedies[0].startswith("rewards that differ")
     found = no_signal(num_steps, **{alike: 0.5, cut: 1.0, gradient: 0.0})
     assert "no step had a gradient" in found.message and "all answers were cut off" in found.message

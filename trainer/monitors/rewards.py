@@ -57,7 +57,7 @@ REWARD, ENTROPY, LENGTH, IDLE_GROUP_SHARE = "reward", "entropy", "completions/me
 """Metrics of a step: the mean reward, nats a token, tokens of an answer, the share of groups whose answers all score alike."""
 CLIPPED_SHARE, GRADIENT_NORM = "completions/clipped_ratio", "grad_norm"
 """Metrics of a step: the share of answers that were cut off by the length limit, and the norm of the gradients."""
-NO_SIGNAL = "no_signal"
+NO_SIGNAL = "no signal"
 """Verdict on a whole run in which no step could learn anything."""
 LONGER_ANSWERS_REMEDY = "a larger objective.rollout.max_new_tokens, since all answers were cut off"
 REMEDIES_BY_VERDICT = {
