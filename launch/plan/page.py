@@ -108,7 +108,7 @@ def _colour_legend(bars: list[MemoryBar]) -> list[tuple[int, str]]:
 
 
 def _planned_run_text(answer: PlanAnswer) -> str:
-    """The line under the title of a plan's page: "7.00 billion parameters, 7.000 trained, bf16, on 8 x NVIDIA L4 (1 node) ..."."""
+    """The line under the title of a plan's page: "7.00 billion parameters, 7.000 trained, bf16, on 8 x NVIDIA L4 ..."."""
     job = answer.planned_run
     cost_model = answer.cost_model
     nodes = f"{job.num_nodes} node{'s' if job.num_nodes > 1 else ''}"
