@@ -190,7 +190,9 @@ def build_model_on_meta(model: ModelConfig, kind: ModelKind) -> nn.Module:
 
 
 def _model_problem(config: RunConfig, setting: str, model: nn.Module, num_ranks: int, num_hosts: int) -> str | None:
-    """Why expert parallelism is not possible with one model; None if it is. The first of these that applies:
+    """Why the experts of one model cannot be distributed over ranks, as a line for the user; None if they can.
+
+    The first that applies:
 
     - the model's class computes its experts with code of its own, which cannot send tokens to other ranks;
     - it has no experts, or they are computed by another function than ours, which sends tokens (remote code);

@@ -251,7 +251,10 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
-        """Gradients by hidden `[N, H]`, weight `[V, H]` and bias `[V]`: those of the forward pass times `grad_total` (0-d)."""
+        """The gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`: those of the forward pass, times `grad_total`.
+
+        `grad_total`: 0-d, derivative of the step's loss by the weighted sum that `forward` returned.
+        """
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)

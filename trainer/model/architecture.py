@@ -93,9 +93,10 @@ def build_plain_model(
 
 @contextmanager
 def _dropout_while_building(hf_config: Any, probability: float) -> Iterator[None]:
-    """A context with every dropout probability in `hf_config` set to `probability`; then the base's values are back.
+    """Within it, every dropout probability in `hf_config` is `probability`; afterwards, also after an error, the base's values
+    are back.
 
-    Layers read the settings when they are built, and an export keeps the base's values. They are back after an error, too.
+    Layers read the settings when they are built, and an export keeps the base's values.
     """
     earlier_settings = set_dropout(hf_config, probability)
     try:

@@ -304,10 +304,10 @@ class AttentionRule:
 
 
 def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: Sequence[int] = ()) -> Tensor:
-    """Attention within one document: q `[1, heads, T, width]`, k and v with as many heads or fewer.
+    """Attention within one document: q `[1, heads, T, width]`, k and v with as many heads or fewer. Chooses how it is computed.
 
-    `branches`: where its branches (answers to one prompt) begin; empty if it has none. On a CPU one mask serves, unless a
-    document with branches is too long for it.
+    `rule`: how the layer attends (window, soft cap and so on). `branches`: where its branches (answers to one prompt) begin;
+    empty if it has none. On a CPU one mask serves, unless a document with branches is too long for it.
     """
     on_gpu = q.device.type == "cuda"
     if branches and (on_gpu or q.shape[2] > MAX_TOKENS_UNDER_ONE_MASK):
@@ -322,7 +322,8 @@ def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, b
 def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: Sequence[int]) -> Tensor:
     """Attention within one document that is a prompt (the trunk) with several answers: each answer sees the prompt and itself.
 
-    `q`, `k`, `v`: `[1, heads, tokens, width]`. `branches`: where the answers begin.
+    For answers there is no mask of the whole document: each is attended with the keys of the prompt before its own. `q`, `k`,
+    `v`: `[1, heads, tokens, width]`. `branches`: where the answers begin.
     """
     trunk = branches[0]
     pieces = [_attend_one_document(q[:, :, :trunk], k[:, :, :trunk], v[:, :, :trunk], rule)]

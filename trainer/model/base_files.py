@@ -44,10 +44,10 @@ def digests_of_loaded_files(digests: Mapping[str, str], directory: Path) -> dict
 
 
 def changed_file_lines(recorded: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
-    """How a base model's files differ from those that a run trained on: a line for each missing, new or changed file.
+    """Say how a base model's files differ from those that a run trained on: a line for each missing, new or changed file.
 
-    `recorded`, `present`: digests by file name, as the run recorded them and as they are now. Such a line is
-    `config.json: is missing`.
+    `recorded`, `present`: digests by file name, as the run recorded them and as they are now. Such a line is `config.json: is
+    missing`. Empty if nothing changed.
     """
     lines = []
     for name in sorted(recorded.keys() | present.keys()):
@@ -74,10 +74,11 @@ _BASE_PREFIX = "base/"
 
 
 def write_base_record(directory: Path, input_digests: Mapping[str, str]) -> None:
-    """Write `base_files.json` into the directory of an adapter: the digests of its base model. No file if there are none.
+    """Record beside an adapter which base it was trained on: writes `base_files.json`, the digests of the base's files, into
+    `directory`.
 
-    `input_digests`: the digests that `identity.json` has under `base`. Only those whose name begins with `base/` are of the base
-    model; others are of adapters and reward models, for instance. Raises OSError.
+    `input_digests`: the digests that `identity.json` has under `base`. Only those whose name begins with `base/` are of the
+    base model; others are of adapters and reward models, for instance. Writes nothing if there are none. Raises OSError.
     """
     base_digests = {}
     for name, digest in input_digests.items():

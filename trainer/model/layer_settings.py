@@ -6,10 +6,11 @@ from typing import Any
 
 
 def layer_values(text_config: Any, name: str) -> list[Any]:
-    """The different values of the setting `name` in the layers of a text configuration, first layer first; `[None]` without it.
+    """Read a setting that layers may have differently: its different values, first layer first; `[None]` if there is no such
+    setting.
 
-    Layers of one model may differ: Gemma 4 has larger heads where attention is full. transformers then raises an error if the
-    setting of the whole model is read.
+    `text_config`: transformers' configuration of the text model. Layers of one model may differ: Gemma 4 has larger heads where
+    attention is full. transformers then raises an error if the setting of the whole model is read.
     """
     if name not in (getattr(text_config, "per_layer_attributes", None) or ()):
         return [getattr(text_config, name, None)]

@@ -76,7 +76,10 @@ class StoredAdapter:
     """The tensors of one adapter directory under the plain names of a model that is wrapped in such an adapter."""
 
     def __init__(self, directory: str | Path, setting_name: str) -> None:
-        """Open the file of tensors. Raises ConfigError, which names the setting, if it cannot be opened."""
+        """Open the file of tensors in `directory`.
+
+        Raises ConfigError, which names the setting `setting_name`, if it cannot be opened.
+        """
         from safetensors import safe_open
 
         self.directory = Path(directory).expanduser()

@@ -112,6 +112,10 @@ class AdapterMerger:
     def __init__(
         self, tuning: Adapter, model: nn.Module, trained: Mapping[str, Tensor], base: BaseWeightsReader
     ) -> None:
+        """`tuning`, `model`: the adapter's method and the tuned model.
+
+        `trained`: full tensors of adapters. `base` reads base weights.
+        """
         self.tuning = tuning
         self.model = model
         self.trained = trained

@@ -52,7 +52,9 @@ class AdaptionPrompt(AddedParameters):
         return peft_model
 
     def _refuse_unsuitable_model(self, hf_config: Any) -> None:
-        """Raise ConfigError if peft cannot adapt this architecture, or if it has fewer layers than are to be adapted."""
+        """Raise ConfigError if peft cannot adapt this architecture's attention, or if it has fewer layers than
+        `tuning.adapter_layers`.
+        """
         model_type = hf_config.model_type
         num_layers = hf_config.num_hidden_layers
         num_heads = hf_config.num_attention_heads

@@ -85,9 +85,10 @@ def initial_weights_reader(model: nn.Module, tuning: TuningConfig) -> MergedAdap
 
 
 def merged_adapter_reader(model: nn.Module, directories: list[str]) -> MergedAdapters | None:
-    """A reader of base weights that merges the adapters of `directories` into each weight when it is read; None without any.
+    """Open the adapters of `model.adapters` (`directories`), to be merged into each base weight when it is read; None without
+    any.
 
-    `model`: the architecture, on meta.
+    `model`: the architecture, on meta. Raises ConfigError if one does not fit it.
     """
     if not directories:
         return None

@@ -139,7 +139,7 @@ def _drawing_from_seed(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """A context in which transformers draws no progress bars, which it would also write to files."""
+    """Within it, transformers draws no progress bars, which it would also write to files."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
@@ -152,7 +152,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _write_tokenizer(vocabulary_size: int, directory: Path) -> None:
-    """Write a tokenizer with a token for each embedding of a small copy; the full model's own has more tokens."""
+    """Write a tokenizer of made-up words for a small copy, with one token for each of its embeddings; the full model's has
+    more.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
