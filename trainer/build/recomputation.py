@@ -238,7 +238,10 @@ def set_expected_memory(
     precision: Precision,
     runtime: processes.Runtime,
 ) -> None:
-    """Set `built.expected_bytes` by estimates. Must be called before the model is sharded. No collective."""
+    """Set `built.expected_bytes`: estimates of a rank's memory, with which the run compares what it measures later.
+
+    Must be called before the model is sharded. No collective.
+    """
     built.expected_bytes = ExpectedBytes(
         model_state=model_state_bytes(built, strategy, precision, runtime),
         activations=expected_activation_bytes(built, largest_batch, strategy, precision),
