@@ -310,7 +310,7 @@ class ChallengeDetectors:
         return detector_metrics
 
     def _take_evidence(self, progress: Progress, values: dict[str, float]) -> Evidence:
-        """What is known of an evaluation: its metrics, and the answers and tasks since the last one, which this empties."""
+        """What the detectors judge an evaluation by: its metrics, and answers and tasks since the last one, which it empties."""
         evidence = Evidence(
             step=progress.step,
             metrics=values,

@@ -136,9 +136,9 @@ class PageTable:
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """(heading, number of columns) of each group of neighbouring columns, from left to right; empty if there are no groups.
+        """The headings above the table's own, each over a group of neighbouring columns: [("", 1), ("speed", 2)].
 
-        Such as [("", 1), ("speed", 2)]: the first column is in no group.
+        Each with its number of columns, from left to right; "" is over columns of no group. Empty if no column has a group.
         """
         if not any(column.group for column in self.columns):
             return []

@@ -29,7 +29,10 @@ def vega_script() -> Markup:
 
 @cache
 def _bundled_script() -> Markup:
-    """Vega, Vega-Lite and Vega-Embed as one script. Bundling takes seconds, so the text is kept in the cache directory."""
+    """The script that pages embed to draw plots without a network: Vega, Vega-Lite and Vega-Embed as one text.
+
+    Bundling takes seconds, so the text is kept in the cache directory, by the version of the package that bundles.
+    """
     cached = cache_directory() / "pages" / f"vega-{version('vl-convert-python')}.js"
     try:
         return Markup(cached.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from trainer.reporting.step_times import moment_on_device, seconds_between
 
 
 def timed_modules(blocks: list[nn.Module], *, has_collectives_inside: bool) -> list[nn.Module]:
-    """The modules whose forward passes are timed to find slow ranks: a rank's own computation, without waiting for others.
+    """Choose the modules whose forward passes are timed to find slow ranks: a rank's own computation, without waiting for others.
 
     - Blocks are compiled: none, since hooks would be compiled with them.
     - No rank waits for others inside of a block: the transformer blocks themselves.

@@ -14,7 +14,7 @@ CODE_MANIFEST_FILE = "CODE.json"
 
 
 def read_code_manifest(root: Path = CODE_DIRECTORY) -> dict[str, Any]:
-    """The content of `CODE.json` in a job's copy of the code, such as {"sha256": "ab12", "revision": "cd34", "source": "/clone"}.
+    """Read `CODE.json`, which says what a job's copy of the code is a copy of: {"sha256": "ab12", "revision": "cd34", ...}.
 
     Empty for a clone or an installation, which have no such file, and if it cannot be read.
     """

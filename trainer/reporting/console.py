@@ -72,7 +72,7 @@ class Console:
                 self._log_file.flush()
 
     def show_step(self, row: dict[str, Any], schedule: RunSchedule) -> None:
-        """Show the newest step: as a bar on a terminal, else as a line. The log file gets the line in any case.
+        """Show the user the newest step of training: as a bar on a terminal, else as a line. The log file gets the line too.
 
         `row`: the step's metrics, as in `metrics.jsonl`.
         """

@@ -16,7 +16,7 @@ FILE_VERSION = 1
 
 
 def readable_file_version(tree: Mapping[str, Any]) -> int:
-    """The version that a file of a run directory states: {"version": 1} -> 1, and 0 if it states none.
+    """Make sure that this code can read a file of a run directory: returns its version, {"version": 1} -> 1, or 0 without one.
 
     `tree`: the keys of the file. Raises ValueError, with a sentence for people, if this code does not know the version.
     """

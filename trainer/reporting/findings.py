@@ -30,7 +30,7 @@ class RecordedFinding:
 
 
 def findings_in(challenges: Mapping[str, Any] | None) -> list[RecordedFinding]:
-    """The findings of a run's detectors that it has not recovered from.
+    """List what the detectors found wrong with a run, as its record has it, without what it has recovered from.
 
     `challenges`: what `run.json` has under this key, by detector, such as {"overfitting": {"found": true, "first_step": 40,
     "says": "overfitting: the held-out loss rises", "remedies": ["stop earlier"]}}; None if the run wrote nothing there.

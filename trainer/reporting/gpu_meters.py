@@ -21,7 +21,7 @@ ReadGpu = Callable[[torch.device], Iterable[float]]
 
 
 def read_gpu(device: torch.device) -> list[float]:
-    """Measure a GPU now: the figures of `GPU_FIGURE_NAMES`, in their order.
+    """Ask the driver what a GPU does now: [utilization in percent, GiB of memory, watts, degrees], as in `GPU_FIGURE_NAMES`.
 
     A figure is NaN if the driver or its package (`nvidia-ml-py`) does not tell it.
     """

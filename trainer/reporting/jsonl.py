@@ -61,9 +61,9 @@ class JsonlTracker:
         self.earlier = earlier_results(kept_rows)
 
     def _save_unreadable_lines(self, unreadable: list[UnreadableLine]) -> None:
-        """Append lines that are no rows to `metrics.unreadable.jsonl`, durably, and print which they are. Raises OSError.
+        """Keep lines that are no rows in `metrics.unreadable.jsonl`, durably, and print which they are. Raises OSError.
 
-        The caller removes them from `metrics.jsonl`.
+        The caller then removes them from `metrics.jsonl`.
         """
         unreadable_file = self.path.with_name(UNREADABLE_LINES_FILE)
         with unreadable_file.open("a", encoding="utf-8") as file:
@@ -93,7 +93,7 @@ class JsonlTracker:
         return self.path.open("a+", encoding="utf-8")
 
     def _restore_if_deleted(self) -> None:
-        """Write the file again, with all rows and durably, if somebody deleted it while the run goes on. Errors: OSError."""
+        """Save the rows if somebody deleted the file while the run goes on: writes it again, durably. Raises OSError."""
         try:
             # Not if the directory is missing too: it was renamed or deleted, which the lease of the run finds out.
             is_deleted = not self.path.exists() and self.path.parent.is_dir()
@@ -112,7 +112,10 @@ class JsonlTracker:
         print(f"{self.path}: was deleted while the run was under way; its rows are written again", flush=True)
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
-        """Append a row, with the names of its metrics that are not finite, and flush it. Errors: OSError."""
+        """Append a row for `step`, and flush it, so that readers see it at once. Raises OSError.
+
+        JSON has no NaN: such a metric is null, and its name is in the row's list `not_finite`.
+        """
         self._restore_if_deleted()
         row = {"step": step, **metrics, **non_finite_metrics(metrics)}
         is_first_row = os.fstat(self._file.fileno()).st_size == 0
@@ -123,7 +126,7 @@ class JsonlTracker:
         self._file.flush()
 
     def sync(self) -> None:
-        """Sync the rows to the disk, before the checkpoint that counts on them. If that fails, there is one warning."""
+        """Make sure that the rows outlive a power cut, before a checkpoint that counts on them; a failure gives one warning."""
         try:
             atomic_io.disk.sync(self._file.fileno())
         except OSError as error:

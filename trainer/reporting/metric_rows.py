@@ -48,8 +48,9 @@ class MetricRows:
 
 
 def read_rows(path: Path) -> MetricRows:
-    """All rows of a `metrics.jsonl` with their lines, and the lines that are no rows; empty if there is no file.
+    """Read all rows of a `metrics.jsonl` (metrics of steps and evaluations), and the lines that are no rows.
 
+    Empty if there is no file.
     Errors: OSError; ConfigError if a later version of shardtune wrote the file.
     """
     try:
@@ -103,7 +104,7 @@ def parse_metrics_row(line: bytes) -> dict[str, Any]:
 
 
 def _parse_metrics_row(line: bytes) -> dict[str, Any]:
-    """The row in a line; the first row of a file also has the file's version, under `VERSION_KEY`.
+    """Parse a line of `metrics.jsonl`; the first row of a file also has the file's version, under `VERSION_KEY`.
 
     Raises ValueError for a line that is no JSON object with a whole-numbered step. Its text says what is wrong, to follow "line
     7".

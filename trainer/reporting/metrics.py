@@ -220,7 +220,8 @@ class Meter:
     def flush(self) -> list[dict[str, Any]]:
         """Turn the steps since the last flush into rows of `metrics.jsonl`, once a logging interval: one row for each step.
 
-        Rows are equal on all ranks. A collective: all ranks must call, after the same steps. Here the host waits for the device.
+        Rows are equal on all ranks. A collective: all ranks must call, after the same steps. Here the host waits for the
+        device.
         """
         records = self._records
         self._records = []
@@ -319,7 +320,10 @@ class Meter:
         return torch.tensor(step_columns, dtype=torch.float64)
 
     def _own_measurements(self, tokens: int) -> RankMeasurements:
-        """What this rank measured of itself since the last flush. `tokens`: its tokens of the interval's first step."""
+        """What this rank measured of itself since the last flush, for all ranks: memory, computing time, and its GPU.
+
+        `tokens`: its tokens of the interval's first step, the one whose blocks are timed.
+        """
         return RankMeasurements(
             peaks_gib=peak_memory_gib_by_metric(self.runtime.device),
             block_time=RankTime(

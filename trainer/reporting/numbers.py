@@ -7,7 +7,7 @@ from typing import Any
 
 
 def format_setting(value: Any) -> str:
-    """A value of a setting as people write it: 2e-4 for 0.0002, `none` for None."""
+    """Write the value of a setting as people type it, for names of runs and tables: 2e-4 for 0.0002, `none` for None."""
     if value is None:
         return "none"
     if not isinstance(value, float):

@@ -60,7 +60,7 @@ class Profiler:
         next_at_step: Callable[[int], None],
         print_line: Callable,
     ) -> None:
-        """`next_at_step`: called before each step with its number, after the profiler.
+        """`config`: which steps are traced. `next_at_step`: what else is called before each step, with its number.
 
         `print_line`: prints a line on the screen.
         """
@@ -84,7 +84,7 @@ class Profiler:
         self._next_at_step(step)
 
     def _begin_trace(self, step: int) -> None:
-        """Start tracing; `step` is the first one that is traced."""
+        """Start torch's profiler, with memory, and on a GPU its kernels. `step`: the first one that is traced."""
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU]

@@ -76,7 +76,7 @@ def _yaml_loader_class() -> Any:
 
 
 def escape_interpolations(value: Any) -> Any:
-    r"""Nested values with `${` escaped for OmegaConf: "${a}" -> r"\${a}", which OmegaConf takes as text and does not look up."""
+    r"""Make OmegaConf take `${...}` in nested values as text, in place of looking it up: "${a}" -> r"\${a}"."""
     if isinstance(value, dict):
         return {escape_interpolations(key): escape_interpolations(inner) for key, inner in value.items()}
     if isinstance(value, list):

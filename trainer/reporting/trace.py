@@ -23,12 +23,12 @@ Spans = list[tuple[float, float]]
 
 
 def summarise_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """A summary of a trace of torch's profiler: top operators, communication, idle time (seconds) and memory (GiB).
+    """Sum up a trace of torch's profiler for the run's page: top operators, communication, idle time (seconds), memory (GiB).
 
     `events`: `traceEvents` of Chrome's format, times in microseconds, such as {"ph": "X", "name": "aten::mm", "cat": "cpu_op",
-    "ts": 12.5, "dur": 3.0, "pid": 1, "tid": 1}. If anything ran on a GPU, only that is counted; else operators on all threads of
-    the CPU. An operator's `self_s` is without the operators that it called. `exposed_s` is communication during which nothing was
-    computed, `idle_s` time with neither communication nor computation.
+    "ts": 12.5, "dur": 3.0, "pid": 1, "tid": 1}. If anything ran on a GPU, only that is counted; else operators on all threads
+    of the CPU. An operator's `self_s` is without the operators that it called. `exposed_s` is communication during which
+    nothing was computed, `idle_s` time with neither communication nor computation.
     """
     timed_events = [event for event in events if event.get("ph") == "X" and isinstance(event.get("dur"), int | float)]
     device_events = [event for event in timed_events if event.get("cat") in DEVICE_CATEGORIES]
@@ -80,10 +80,10 @@ class _OpenEvent:
 
 
 def _own_durations_us(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], float]]:
-    """(event, its duration in microseconds without the events that it called), thread by thread.
+    """Find out what each event of a trace took by itself: yields (event, microseconds without the events that it called).
 
-    If `linear` takes 10 us and calls `mm`, which takes 7, then `linear` has 3 us and `mm` 7. Operators call each other, so events
-    of one thread are nested: a stack holds those that have begun and not ended at each moment.
+    If `linear` takes 10 us and calls `mm`, which takes 7, then `linear` has 3 us and `mm` 7. Operators call each other, so
+    events of one thread are nested: a stack holds those that have begun and not ended at each moment.
     """
     events_by_thread: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
@@ -120,8 +120,9 @@ def _total_span_us(spans: Spans) -> float:
 
 
 def _memory_curve(events: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Allocated memory over time, as about `MEMORY_POINTS` points such as {"s": 0.25, "gib": 1.5}, seconds since the first one.
+    """Draw the curve of allocated memory over time: about `MEMORY_POINTS` points such as {"s": 0.25, "gib": 1.5}.
 
+    Seconds count from the first point.
     It is the GPU's memory if there is a GPU; else the CPU's, of which only what was allocated since the trace began is known.
     Time is cut into equal stretches, and each is represented by its largest value, so that peaks stay.
     """

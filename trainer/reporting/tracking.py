@@ -35,8 +35,9 @@ class Trackers:
         print_line: Callable[[str], None] = print,
         metric_names: int = CURRENT_NAMES_EDITION,
     ) -> None:
-        """`rows_file`: `metrics.jsonl`; None on other ranks than 0, and until it is attached. `metric_names`: edition of the
-        names of metrics in trackers.
+        """`rows_file`: `metrics.jsonl`; None on other ranks than 0, and until it is attached. `print_line`: tells the user.
+
+        `metric_names`: which edition of names metrics have in trackers. A run that resumes keeps the one that it began with.
         """
         self._rows_file = rows_file
         self._trackers = list(trackers)
@@ -95,7 +96,7 @@ class Trackers:
         self._call_each_tracker(lambda tracker: tracker.summarise(values))
 
     def _call_each_tracker(self, call: Callable[[Tracker], None]) -> None:
-        """Call a function with each tracker. One that raises is dropped with a message: the run goes on without it."""
+        """Do something with each tracker, such as logging a row. One that raises is dropped with a message: the run goes on."""
         for tracker in list(self._trackers):
             try:
                 call(tracker)
@@ -106,9 +107,10 @@ class Trackers:
                 self._trackers.remove(tracker)
 
     def rewind(self, step: int) -> None:
-        """Remove the rows after a step from `metrics.jsonl`, since training continues from there, and the tables that wait.
+        """Go back to a step, when a rollback lets training continue from there: its later rows leave `metrics.jsonl`.
 
-        Trackers keep such rows until the steps are logged again. Without a file nothing is removed. Errors: StorageError.
+        Tables that wait for a row are dropped. Trackers keep such rows until the steps are logged again. On other ranks than 0,
+        which have no file, nothing is removed. Raises StorageError.
         """
         self._waiting_tables.clear()
         if self._rows_file is not None:
@@ -158,7 +160,7 @@ def _error_without_secrets(error: Exception) -> str:
 def final_summary(
     last_row: dict[str, Any], median_speeds: dict[str, float], held_out_metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """The summary (`final/NAME`) by which trackers compare runs: median speeds, memory, the last loss and held-out metrics.
+    """Sum a run up for trackers, whose tables of runs compare by such numbers: speeds, memory, the last loss, held-out metrics.
 
     {"final/loss": 2.1, "final/step_s": 0.5, "final/eval/loss": 2.2}. `last_row`: the row of the last step in `metrics.jsonl`.
     `median_speeds` replace the speeds of that row. `held_out_metrics`: of the last evaluation.
@@ -191,8 +193,8 @@ class OpenedTrackers:
 def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
     """Open `metrics.jsonl` and the trackers that are on. Rank 0 only. Errors: StorageError.
 
-    `tracked_run.run_id` may be empty: then the trackers get a new one. A tracker that cannot begin is left out, with its reason:
-    what it would show is in `metrics.jsonl`.
+    `tracked_run.run_id` may be empty: then the trackers get a new one. A tracker that cannot begin is left out, with its
+    reason: what it would show is in `metrics.jsonl`.
     """
     opened = open_trackers_without_rows(tracked_run, environment)
     opened.trackers.attach_rows_file(JsonlTracker(tracked_run.run_dir / "metrics.jsonl", tracked_run.resumed_at))
@@ -200,8 +202,9 @@ def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = 
 
 
 def open_trackers_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
-    """Open the trackers alone, without `metrics.jsonl`. `environment`: variables; None for those of this process.
+    """Open the trackers that are on (W&B, TensorBoard, MLflow, ...), without `metrics.jsonl`, as an export after training needs.
 
+    `environment`: environment variables; None for those of this process.
     A tracker that cannot be opened is left out, and `substitutions` has the reason by its setting, such as `logging.mlflow`.
     """
     # Environment variables such as WANDB_PROJECT complete the settings, and may give the run's id.

@@ -52,7 +52,7 @@ class TrainingCompute:
 
 
 def training_compute(run: RunRecord, answers: Mapping[str, Any], tokens: int | None) -> TrainingCompute:
-    """The compute and energy of a training, from the run's record and its owner's answers.
+    """Work out the compute and energy of a training, which documents such as the AI Act's ask for, as far as they are known.
 
     `answers`: the owner's, by question; two are read, `base_flop` (FLOP of the base's training) and `device_watts`. `tokens`:
     that the weights were trained on, all ranks together; None if that is not known.

@@ -34,7 +34,7 @@ def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], export
 
 
 def _licence_consequences(licence: str, export_licence: str | None) -> Iterator[str]:
-    """What a licence means for a release under `export_licence`: none to four clauses, which follow "the base is under gpl-3.0".
+    """Say what a licence means for a release under `export_licence`: none to four clauses, to follow "the base is under gpl-3.0".
 
     `cc-by-nc-4.0` gives one: ", which allows no commercial use". The terms are recognised in the licence's name.
     """

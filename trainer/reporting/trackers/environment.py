@@ -45,8 +45,9 @@ class LoggingFromEnvironment:
 def wandb_mode_problems(config: LoggingConfig, environment: Mapping[str, str]) -> Iterator[str]:
     """An error message if WANDB_MODE, among the variables `environment`, is a word that W&B does not know, such as `ofline`.
 
-    W&B's client reads the variable by itself, whatever `logging.wandb` says, and raises for such a word when the run begins. The
-    run would then train without a record in W&B. No message if `logging.wandb=disabled`, because the client is not started then.
+    W&B's client reads the variable by itself, whatever `logging.wandb` says, and raises for such a word when the run begins.
+    The run would then train without a record in W&B. No message if `logging.wandb=disabled`, because the client is not
+    started then.
     """
     mode_text = environment.get("WANDB_MODE")
     if mode_text is None or config.wandb is WandbMode.disabled:
@@ -56,10 +57,10 @@ def wandb_mode_problems(config: LoggingConfig, environment: Mapping[str, str]) -
 
 
 def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> LoggingFromEnvironment:
-    """The settings of `logging` with W&B's variables applied: a setting wins over its variable, that over the default.
+    """Complete the settings of `logging` by W&B's environment variables: a setting wins over its variable, that over the default.
 
-    With WANDB_PROJECT=mine, an empty `logging.project` becomes `mine`, and `resolutions` says so. If `logging.project` is another
-    name already, it stays, and `passed_over` names the variable.
+    With WANDB_PROJECT=mine, an empty `logging.project` becomes `mine`, and `resolutions` says so. If `logging.project` is
+    another name already, it stays, and `passed_over` names the variable.
     """
     resolutions: dict[str, ResolvedSetting] = {}
     passed_over: list[str] = []

@@ -46,7 +46,10 @@ def enabled_trackers(config: LoggingConfig) -> list[TrackerKind]:
 
 
 def tracker_problems(config: LoggingConfig) -> Iterator[str]:
-    """An error message for each tracker whose package is not installed on this host, and for tables that nobody shows."""
+    """Check that the trackers which `logging` turns on can record: yields a message for each whose package is missing here.
+
+    Also if `logging.tables` asks for tables, and no tracker is on that shows them.
+    """
     tracker_kinds = enabled_trackers(config)
     enabled_settings = {tracker_kind.setting_name for tracker_kind in tracker_kinds}
     if config.tables and not enabled_settings & {"wandb", "tensorboard"}:

@@ -23,7 +23,7 @@ class TensorboardFiles:
                 self._writer.add_scalar(key, value, step)
 
     def log_table(self, name: str, table: LoggedTable, *, step: int) -> None:
-        """Log a table as Markdown, which TensorBoard shows under its texts."""
+        """Show a table under TensorBoard's texts, since it has no tables: as Markdown, each cell on one line."""
         lines = []
         separator = ["---"] * len(table.columns)
         for row in (table.columns, separator, *table.rows):

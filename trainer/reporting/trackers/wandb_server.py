@@ -47,7 +47,7 @@ def fetch_run_labels(entity: str, project: str, run: str) -> RunLabels:
 
 
 def fetch_wandb_run(entity: str, project: str, run: str) -> ServerRun:
-    """Fetch a run from W&B's server, with its whole history. `run`: its id, such as `3k9xw2ab`.
+    """Fetch a run that was recorded in W&B, with its whole history, to compare it with others. `run`: its id, such as `3k9xw2ab`.
 
     Raises ConfigError if the server does not give it, within 10 seconds if there is no network.
     """

@@ -204,10 +204,9 @@ class WandbRun:
         self._set_hint(is_online=is_online)
 
     def log_table(self, name: str, table: LoggedTable, *, step: int) -> None:
-        """Log a table. A column with any cell that is no number becomes texts throughout."""
+        """Show a table in W&B. A column of W&B has one type: with any cell that is no number, all its cells become texts."""
         import wandb
 
-        # A column of W&B has one type: it becomes texts unless all its cells are numbers.
         columns = []
         for cells in zip(*table.rows, strict=True):
             is_numeric = all(isinstance(cell, int | float) for cell in cells)
