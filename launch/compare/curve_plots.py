@@ -17,6 +17,7 @@ from launch.compare.vega_specs import (
     Spec,
     chart_frame,
     csv_plot_data,
+    evenly_spread,
     legend_opacity,
     legend_selections,
     point_encoding,
@@ -312,13 +313,8 @@ def _held_out_rows(
     steps = point.first_repeat.steps
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in steps.values())
     seconds_by_step = {0: 0.0, **dict(zip(steps, elapsed_s, strict=True))}
-    evaluations = list(point.first_repeat.evaluations.items())
-    stride = max(1, math.ceil(len(evaluations) / max_evaluations))
     rows = []
-    for index, (step, values) in enumerate(evaluations):
-        is_last = index == len(evaluations) - 1
-        if index % stride and not is_last:
-            continue
+    for step, values in evenly_spread(list(point.first_repeat.evaluations.items()), max_evaluations):
         # Before the first step nothing was trained, and there is no row of a step.
         tokens = 0 if step == 0 else steps.get(step, {}).get("tokens")
         for metric in metrics:

@@ -9,10 +9,11 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from launch.compare.comparison import Comparison
 
+Entry = TypeVar("Entry")
 Spec = dict[str, Any]
 VEGA_LITE_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 PLOT_HEIGHT_PX = 320
@@ -61,6 +62,13 @@ def csv_plot_data(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_co
         lines.append(",".join(_csv_cell(value) for value in row))
     parse = {column: "string" if column in text_columns else "number" for column in columns}
     return {"values": "\n".join(lines), "format": {"type": "csv", "parse": parse}}
+
+
+def evenly_spread(entries: Sequence[Entry], max_entries: int) -> list[Entry]:
+    """About `max_entries` of the entries, so that a page stays small: every n-th, and always the last one."""
+    stride = max(1, math.ceil(len(entries) / max_entries))
+    last_index = len(entries) - 1
+    return [entry for index, entry in enumerate(entries) if index % stride == 0 or index == last_index]
 
 
 def chart_frame(height_px: int) -> Spec:

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.compare.events import notable_steps
 from launch.compare.run_files import RecordedRun
+from launch.compare.vega_specs import evenly_spread
 
 Spec = dict[str, Any]
 """A specification in Vega-Lite, or a part of one."""
@@ -120,7 +121,7 @@ def held_out_rows_of(run: RecordedRun, x_values_by_step: dict[int, Row], metric:
         if value is not None and math.isfinite(value):
             position = x_values_of(x_values_by_step, step)
             rows.append({"series": HELD_OUT_SERIES, **position, "value": round_to_six_digits(value), "metric": metric})
-    return evenly_spread_rows(rows)
+    return evenly_spread(rows, MAX_DRAWN_STEPS)
 
 
 def x_values_of(x_values_by_step: dict[int, Row], step: int) -> Row:
@@ -129,10 +130,3 @@ def x_values_of(x_values_by_step: dict[int, Row], step: int) -> Row:
     The last two are None for a step without a row in `metrics.jsonl`.
     """
     return x_values_by_step.get(step, {"step": step, "tokens": None, "seconds": None})
-
-
-def evenly_spread_rows(rows: list[Row], max_rows: int = MAX_DRAWN_STEPS) -> list[Row]:
-    """About `max_rows` of the rows: every n-th, and always the last one."""
-    stride = max(1, math.ceil(len(rows) / max_rows))
-    last_index = len(rows) - 1
-    return [row for index, row in enumerate(rows) if index % stride == 0 or index == last_index]

@@ -22,7 +22,6 @@ from launch.compare.run_page.figure_pieces import (
     Row,
     Spec,
     drawn_steps,
-    evenly_spread_rows,
     held_out_rows_of,
     round_to_six_digits,
     tooltip_fields,
@@ -30,6 +29,7 @@ from launch.compare.run_page.figure_pieces import (
 )
 from launch.compare.run_page.held_out import monitored_metric
 from launch.compare.run_page.loss_figure import loss_figure
+from launch.compare.vega_specs import evenly_spread
 
 AXIS_TITLE_BY_COURSE_METRIC = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
 """Metrics of steps that are drawn beneath each other, and the titles of their axes."""
@@ -129,8 +129,8 @@ def _reward_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure
         return None
     rows: list[Row] = []
     for metric in metrics:
-        rows += evenly_spread_rows(_training_metric_rows(run, x_values_by_step, metric), MAX_ANSWER_POINTS)
-        held_out_rows = evenly_spread_rows(held_out_rows_of(run, x_values_by_step, f"eval/{metric}"), MAX_ANSWER_POINTS)
+        rows += evenly_spread(_training_metric_rows(run, x_values_by_step, metric), MAX_ANSWER_POINTS)
+        held_out_rows = evenly_spread(held_out_rows_of(run, x_values_by_step, f"eval/{metric}"), MAX_ANSWER_POINTS)
         # Under the name that the menu has, and not `eval/...`.
         rows += [{**row, "metric": metric} for row in held_out_rows]
     mark = {"type": "line", "strokeWidth": 2, "point": {"size": 30, "filled": True}}
