@@ -56,7 +56,7 @@ class StartedRun:
     def note_step(self, step: int, now: float) -> None:
         """Take note of the run's last step, to estimate the time left: its first new step, and how many steps it will take."""
         if self.total_steps is None:
-            # The run records it in `run.json` at its first step.
+            # It is in `run.json`, once the run has written that file.
             self.total_steps = readable_run_record(self.run_dir).total_steps or None
         if self.first_new_step is None and step > self.step_at_start:
             self.first_new_step = SeenStep(step, seen_at=now)
