@@ -311,19 +311,18 @@ def _set_total_steps_of_optimizer_hooks(
     - The run recorded its steps (`recorded_steps`): those.
     - Else: as many as the data and the budget make.
     """
-    hooks = built.step_module.plan.optimizer_hooks
-    if hooks is None:
+    if built.step_module.plan.optimizer_hooks is None:
         return
     if recorded_steps is not None:
-        hooks.begin(recorded_steps)
+        built.set_total_steps(recorded_steps)
         return
     learns_from_rounds = objective_family(config.objective).rollout is not None
     if learns_from_rounds:
         _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
         steps = num_steps_of_run(config, order, data.train.lengths)
-        hooks.begin(steps)
+        built.set_total_steps(steps)
     else:
-        build_loader(config, data, built, engine, runtime)  # tells the hooks, too
+        build_loader(config, data, built, engine, runtime)  # sets them, too
 
 
 def _connect_server(

@@ -183,6 +183,11 @@ class BuiltModel:
         """What was chosen for the user, and why; grows while the run is built."""
         return self.attention_layout.notes
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """Tell a tuning method whose parameters change with the step, such as AdaLoRA, how many steps the run has in all."""
+        if self.step_module.plan.optimizer_hooks is not None:
+            self.step_module.plan.optimizer_hooks.begin(total_steps)
+
     def base_weights(self, directory: Path) -> BaseWeights:
         """The reader of the base model's values as the run trains on them, from the model files in `directory`.
 

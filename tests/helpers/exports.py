@@ -68,8 +68,7 @@ def trained(
         make_optimizer=lambda named: build_optimizer(optim, named),
         max_grad_norm=1.0,
     )
-    if built.step_module.plan.optimizer_hooks is not None:
-        built.step_module.plan.optimizer_hooks.begin(max(1, steps))
+    built.set_total_steps(max(1, steps))
     for step in range(steps):
         batch = label_batch(step) if classify else token_batch(len(tokenizer), built.layout, step)
         terms = engine.forward(batch, last=True)

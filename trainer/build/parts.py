@@ -138,8 +138,7 @@ def build_loader(
     if balances_by_squared_lengths(config.parallel.sequence, data.train.lengths):
         loader.balance_by_attention_cost(attention_crossover_tokens(built.config))
     steps = steps_from_budget(config.budget, order, loader.unit_tokens, global_batch)
-    if built.step_module.plan.optimizer_hooks is not None:
-        built.step_module.plan.optimizer_hooks.begin(steps)
+    built.set_total_steps(steps)
     return loader, steps
 
 

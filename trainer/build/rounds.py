@@ -213,8 +213,7 @@ def build_round_loader(
         max_logp_difference = MAX_LOGP_DIFFERENCE[inputs.precision]
     loader = RolloutLoader(round_builder, share, inputs.progress, max_logp_difference)
     num_steps = num_steps_of_run(config, order, loader.unit_tokens)
-    if built.step_module.plan.optimizer_hooks is not None:
-        built.step_module.plan.optimizer_hooks.begin(num_steps)
+    built.set_total_steps(num_steps)
     return loader, num_steps
 
 

@@ -88,9 +88,7 @@ def take_probe_steps(config: RunConfig, inputs: RunInputs) -> None:
     engine, built, _ = build_engine(
         config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime, scores_answers=True
     )
-    if built.step_module.plan.optimizer_hooks is not None:
-        # AdaLoRA must know the number of steps of a run. As in `minimal_trainer`, there is a last step that is not taken.
-        built.step_module.plan.optimizer_hooks.begin(PROBE_STEPS + 1)
+    built.set_total_steps(PROBE_STEPS + 1)  # as in `minimal_trainer`, there is a last step that is not taken
     runtime = inputs.runtime
     # Two micro-batches hold as much as any number: the second adds to the gradients that the first left.
     num_micro_batches = min(2, accumulation_steps(config, runtime.world_size))

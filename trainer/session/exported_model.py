@@ -44,9 +44,7 @@ def describe_trained_model(
     half_on_gpu = on_gpu and precision is not Precision.fp32
     local_config = config if staged_model is None else replace(config, model=staged_model)
     built, source = build_model(local_config, tokenizer, data, half_on_gpu=half_on_gpu)
-    if built.step_module.plan.optimizer_hooks is not None:
-        # AdaLoRA's phases follow from the number of steps, and the files of its adapter state them.
-        built.step_module.plan.optimizer_hooks.begin(total_steps)
+    built.set_total_steps(total_steps)  # AdaLoRA's phases follow from it, and the files of its adapter state them
     # A schedule-free optimizer trains other weights than are to be used, which its beta and its state give.
     schedule_free_beta = None
     if config.optim.name is OptimName.schedule_free:
