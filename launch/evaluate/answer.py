@@ -50,6 +50,7 @@ def report_text(report: EvaluationReport) -> str:
             rows.append(TableRow(cells))
     columns = (*METRIC_COLUMNS, *COMPARISON_COLUMNS) if baseline else METRIC_COLUMNS
     lines += format_table(columns, rows)
+    # How intervals and p-values were computed.
     lines += ["", *wrap_text(str(report["method"]))]
     for note in _report_notes(report, comparisons):
         lines += wrap_text(note)

@@ -51,6 +51,7 @@ def check_evaluation(
     run_config = None if run is None else load_frozen_config(run / "config.yaml")
     problems = []
     # Problems with a run's training data do not count, because it is read only if a task needs it, and as the run recorded it.
+    # What a training with this configuration would be refused for.
     for problem in start_problems(config, frozen_config=run_config):
         key = key_of_problem(problem)
         is_of_training = key == "evaluation.watch" or (run is not None and key.startswith("data."))

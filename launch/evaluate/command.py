@@ -62,11 +62,13 @@ def main(argv: list[str]) -> int:
     Errors: ConfigError, DataError, StorageError and what evaluating raises.
     """
     asks = asks_for_help(argv)
+    # torchrun, srun or our launcher has started it as one of several.
     if is_rank_process(os.environ) and not asks:
         return run_as_rank(argv)
     if asks or not argv:
         show_help(USAGE)
         return 0 if argv else exit_codes.WRONG_SETTING
+    # The imports take seconds; looking for garbage meanwhile would take a fifth more.
     with importing_without_gc("torch"):
         from launch.evaluate.arguments import parse_evaluate_arguments
         from launch.evaluate.plan import plan_evaluation
@@ -100,6 +102,7 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     from trainer.evaluation.report.record import PAGE_FILE, REPORT_FILE
 
     # The compared model first, because the report of the other one is compared with its report.
+    # Each of the two writes its report into its own directory.
     for next_plan in [evaluation_plan.plan_of_compared_model, evaluation_plan]:
         if next_plan is None:
             continue
@@ -157,6 +160,7 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     with stdout_to_stderr(quiet):
         if config.launcher.in_place:  # this process is the only rank
             block_signals()  # signals that ask to stop wait until the evaluation can handle them
+            # By which records of this start are told from those of an earlier one.
             earlier_state = state_before_start(job_dir)
             code = 0
             try:
@@ -164,7 +168,9 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
             except Preempted as stop:
                 # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
                 code = exit_codes.INTERRUPTED if stop.signal_name == "SIGINT" else 0
+            # Also writes the status file, if the evaluation could not.
             return record_run_outcome(job_dir, code, earlier_state, verb="evaluate")
+        # Starts a rank for each GPU, and waits for all of them.
         return run_supervised(config, job_dir, config_sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
 
 

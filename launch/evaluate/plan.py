@@ -335,6 +335,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_arguments: EvaluateArgu
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.prepared import TaskContext
 
+    # The ranks that the settings ask for; unknown counts as one.
     world_size = world_size_of(config) or 1
     _set_strategy_for_evaluation(config, world_size, evaluate_arguments.settings)
     _turn_off_training(config, world_size)

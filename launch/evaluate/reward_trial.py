@@ -159,6 +159,7 @@ def _settle_choices_for_reward_trial(config: RunConfig) -> RunConfig:
         raise ConfigError("launcher=slurm: rewards are tried on this machine; leave it out, or allocate one with srun")
     if isinstance(config.strategy, AutoConfig):
         config.strategy = SingleConfig() if (world_size_of(config) or 1) == 1 else Fsdp2Config()
+    # Such as strategy=single with several ranks.
     problems = list(sharding_problems(config, world_size_of(config)))
     if problems:
         raise ConfigError(problems)
@@ -260,7 +261,9 @@ def run_reward_trial_as_rank() -> int:
     from trainer.reporting.status import read_failure
     from trainer.reward_trial import RewardTrialJob, trial_worker
 
+    # srun names ranks by other variables.
     export_torchrun_variables()
+    # A rank must not outlive its launcher.
     die_with_parent()
     config_file = Path(os.environ["SHARDTUNE_CONFIG"])
     job_dir = config_file.parent

@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
     With --json, only the answer goes to stdout: what the commands print on their way goes to stderr. Errors: ConfigError,
     StorageError, DriftError.
     """
+    # This process is one of several that write one export.
     if writing.is_export_rank(os.environ):
         return writing.run_export_as_rank()
     if asks_for_help(argv):
@@ -377,6 +378,7 @@ def write_model_directory(config: RunConfig, request: ExportRequest, num_process
 
     with ExitStack() as kept_checkpoints:
         for checkpoint in request.checkpoints():
+            # The run, which may still train, deletes no checkpoint that is marked.
             kept_checkpoints.enter_context(marked_as_in_use(checkpoint))
         if not request.averaged_checkpoints and not request.checkpoint.is_dir():
             request.checkpoint = choose_checkpoint_again(request, config)

@@ -193,6 +193,7 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
     )
 
     kind = request.kind
+    # An export that has a base is an adapter.
     if find_export(str(directory)).base is not None:
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be merged into its base")
     # What the loss is measured on.

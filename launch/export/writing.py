@@ -95,6 +95,7 @@ def export_in_processes(config: RunConfig, job: ExportJob, num_processes: int) -
     (job_dir / JOB_FILE).write_text(json.dumps(asdict(job), indent=1) + "\n", encoding="utf-8")
     header = f"# Written by shardtune export.\n# sha256: {sha256}\n"
     (job_dir / CONFIG_FILE).write_text(header + config_yaml(config), encoding="utf-8")
+    # Starts the processes, as those of a training, and waits for them.
     code = run_supervised(config, job_dir, sha256, program=RankProgram("launch.export", CONFIG_FILE))
     has_failed = code not in (0, *exit_codes.STOPPED_CODES)
     if not has_failed:
@@ -122,6 +123,7 @@ def run_export_as_rank() -> int:
     from trainer.session.attempt import open_rank_of_job
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Started by torchrun: a process must not outlive it.
         die_with_parent()
     # Configuration and job, as the launcher wrote them.
     config_file = Path(os.environ["SHARDTUNE_CONFIG"])
@@ -130,6 +132,7 @@ def run_export_as_rank() -> int:
     job = ExportJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
     run = config.run
     try:
+        # Keeps the job's lease, and records a failure for the launcher.
         with open_rank_of_job(job_dir, run.lease_s) as (_, attempt):
             attempt.phase = "start of the processes"
             with attempt.join_ranks(run.timeout_s) as rendezvous:
@@ -244,6 +247,7 @@ def _compute_reference_for_export(
                 # In place of the initial values: those of the checkpoint.
                 values_of=lambda source: TrainedValues(source, model.trained),
             )
+            # The logits on the probe, a fixed sentence.
             reference = compute_probe_reference(engine, built, model.tokenizer, single_rank)
             engine.close()
         broadcast_object(None, runtime)  # the others wait here

@@ -97,6 +97,7 @@ def evaluate_models(
     if built is not None:
         models = _evaluate_base_and_load_checkpoint(job, *built, evaluator, reporter)
     for prepared in evaluator.tasks:
+        # Set anew: while the base was asked, it was True.
         prepared.task.asks_opponent = job.is_opponent
         if job.base:  # tasks that compare two answers now have the base's
             base_rows = models[BASE].rows[prepared.task.name]

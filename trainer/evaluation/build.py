@@ -153,6 +153,7 @@ def build_model_interface(
     None for a language model. `encoder`: turns prompts and answers into tokens. `stop_now`: whether the run must stop, the
     same on all ranks.
     """
+    # The decoder's first token; None for a model that is no encoder-decoder.
     decoder_start = built.encoder_decoder.decoder_start if built.encoder_decoder else None
     answer_generator = AnswerGenerator(
         encoder.tokenizer,

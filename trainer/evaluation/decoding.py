@@ -105,6 +105,7 @@ class GenerateAnswers:
         """
         from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
+        # The model of transformers, without peft's model around it.
         causal_model: Any = unwrap_adapter(model)
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
         # Where new tokens begin in what `generate` returns: after the prompt, or after the start token of a decoder with an
@@ -120,6 +121,7 @@ class GenerateAnswers:
         if not can_generate_with_cache(causal_model):
             config.use_cache = False
         processors = list(self._sampling_processors(batch["seeds"], answer_start))
+        # The padding-free attention of training has no KV cache.
         with stock_attention(causal_model):
             ids = causal_model.generate(
                 **prompts,

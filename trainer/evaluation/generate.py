@@ -216,6 +216,7 @@ class AnswerGenerator:
         Interrupted if the run is asked to stop.
         """
         model = transformers_model_of(engine)
+        # The decoder's first token; None for a model without an encoder.
         decoder_start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
         _check_pairs_fit_positions(pairs, model.config, is_decoder_only=decoder_start is None)
 
@@ -226,6 +227,7 @@ class AnswerGenerator:
             )
 
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
+        # Lists of pair numbers.
         batches = self._own_batches_of_rows(engine, lengths, max_tokens=None)
         gathering = decide_weight_gathering(engine, self.runtime, kv_cache_bytes=0)  # scoring needs no KV cache
         own_likelihoods: dict[int, Likelihood] = {}  # by pair number

@@ -85,6 +85,7 @@ class SharedPromptGenerator(AnswerGenerator):
             gathering = self._decide_gathering_for_samples(engine, model, prompts, limits, decoding)
         if gathering is None or gathering.forward_is_collective:
             return self.generate_answers(engine, prompts, decoding, seeds=seeds, averaged=False, keep_logprobs=True)
+        # `generate_answers` checks this by itself.
         check_sequences_fit_positions("prompt", prompts, max_positions(model.config))
         return self._generate_with_shared_prompts(engine, prompts, decoding, seeds, limits, gathering)
 

@@ -112,6 +112,7 @@ class ServedAnswerGenerator:
                 extra_body=extra_settings or None,
             )
         )
+        # None for an answer without choices.
         choice = first_choice(response)
         text = getattr(choice, "text", None)
         if not isinstance(text, str):

@@ -67,6 +67,7 @@ def choose_exported_checkpoint(
         return ChosenCheckpoint(
             step=last_step, which="last", reason=f"no earlier checkpoint has a better {outcome.watched_metric}"
         )
+    # Old checkpoints are deleted, and not every improvement is saved.
     if best_step not in saved_steps:
         return ChosenCheckpoint(
             step=last_step, which="last", reason=f"step {best_step} was better, and its checkpoint is not there"

@@ -65,6 +65,7 @@ def exclusive_export_lock(destination: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            # Such as " (me on gpu01, process 4711)".
             holder = _lock_holder_text(descriptor)
             os.close(descriptor)
             raise ExportInUse(
@@ -232,6 +233,7 @@ def write_export_file(plan: ExportPlan, file: ExportFile, values: ModelValues, s
     save_file(tensor_by_name, staging_dir / file.name, {"format": "pt"})
     atomic_io.sync_file(staging_dir / file.name)
     written = _size_and_sha256(staging_dir / file.name)
+    # Written last: a file without it counts as incomplete.
     record = json.dumps({"bytes": written.size, "sha256": written.sha256}) + "\n"
     atomic_io.write_new_file(_record_path(staging_dir, file), record.encode())
 

@@ -108,6 +108,7 @@ class ModelValues:
         self.model = model
         self.base = model.base_weights()
         """Also the reader of stored weights that the architecture ignores."""
+        # Merges the adapter into one parameter after another; None without an adapter.
         self._merger: AdapterMerger | None = None
         tuning: Any = model.built.tuning
         if tuning.adapter:

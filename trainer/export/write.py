@@ -191,6 +191,7 @@ def _open_staging_on_main(
         return _Staging(may_have_complete_files=may_have_complete_files, problem=problem)
 
     try:
+        # On rank 0 alone; every rank gets what it returns or raises.
         staging = call_on_main(open_and_check_space, runtime)
     except StorageError as error:
         raise StorageError(f"{error}; writing the export {destination} failed: {_FREE_SPACE_REMEDY}") from error
@@ -272,6 +273,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
     """
     from trainer.tuning.adapter import Adapter
 
+    # Of an export that was cut short.
     remove_leftovers(staging_dir)
     make_directories(staging_dir)
     too_little_space = disk_space_problem(staging_dir, export_bytes(model, plan=None))
@@ -286,6 +288,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
         hub_id, commit = hub_id_and_commit(model.base_path)
         tuning.save_adapter(model.built.step_module.model, trained, staging_dir, hub_id, commit)
     base_identity = (facts.run.identity or {}).get("base") or {}
+    # So that who loads the adapter can tell whether his base is the one of the training.
     write_base_record(staging_dir, base_identity)
     if model.built.base_config is not None:
         model.built.base_config.save_pretrained(str(staging_dir))
@@ -324,10 +327,12 @@ def _write_small_files(
             (staging_dir / INDEX_FILE).write_text(index_json, encoding="utf-8")
         _write_model_config(model, plan.dtype, staging_dir, facts)
     model.tokenizer.save_pretrained(str(staging_dir))
+    # No encoder-decoder and no classifier.
     writes_chats = model.built.encoder_decoder is None and model.model_without_adapter.can_generate()
     if writes_chats:
         write_end_tokens(model.tokenizer, staging_dir, model.base_path)
     facts.resize_to = _num_tokens_to_resize_to(model) if is_adapter else None
+    # The card then says how the model is loaded, since transformers' auto classes do not find it.
     if needs_own_class(type(model.built.config)):
         facts.custom_auto_class = type(model.model_without_adapter).__name__
     write_documents(staging_dir, config.papers, facts, adapter=is_adapter, base_path=model.base_path)

@@ -126,6 +126,7 @@ class Judge:
             self.num_calls += 1
             self.num_tokens_used += num_tokens
             cache_entry = {"model": model, "said": verdict, "tokens": num_tokens}
+            # After each few questions, so that hardly any is paid for twice if the command is cut short.
             write_text_atomic(self._cache_file(model, question), json.dumps(cache_entry) + "\n")
             verdict_by_question[question] = verdict
         return verdict_by_question

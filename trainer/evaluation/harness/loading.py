@@ -22,6 +22,7 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
     problems = _problems_of_data_and_metrics(task_files)
     if problems:
         raise ConfigError("; ".join(problems[:5]))  # a group may have hundreds of tasks
+    # Without the harness's own index, which takes ten seconds to build.
     manager = TaskManager(include_defaults=False)
     manager.task_index.update(task_files.index)
     # With the harness's own seeds, a task that draws at random while it loads gets the rows that lm-eval's command gives it.

@@ -53,6 +53,7 @@ class EngineLM(TemplateLM):
         self.decoding = decoding
         self.tokenizer = answer_generator.tokenizer
         self.backend = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+        # As lm-eval's own `hf` model decides it.
         self.max_length = longest_context(config, self.tokenizer)
         self.shortened_texts: Counter[str] = Counter()
         """Number of texts that were too long for the model and lost their beginning, by kind of text."""
@@ -149,6 +150,7 @@ class EngineLM(TemplateLM):
         pairs = []  # of each window
         request_of_pair = []  # number of the request that the window is of
         for number, request in enumerate(requests):
+            # lm-eval's own windows, so that the numbers are its.
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
@@ -175,6 +177,7 @@ class EngineLM(TemplateLM):
         """
         request_indices_by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
+            # As a text, since a dictionary cannot be a key.
             settings = json.dumps(request.args[1], sort_keys=True, default=str)
             request_indices_by_settings.setdefault(settings, []).append(index)
         texts = [""] * len(requests)

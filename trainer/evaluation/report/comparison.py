@@ -101,6 +101,7 @@ def _paired_differences(
     If several of the metrics are one family (one for each group of people, say), their p-values are corrected together. Any
     other metric in which the models differ in few rows is tested exactly.
     """
+    # The same seed and number of rows give the same resamples as this model's.
     other_resamples_by_metric = resample_metrics(task, other_rows, bootstrap)
     rows = model.rows[task.name]
     # A single metric needs no correction.

@@ -69,6 +69,7 @@ def overview_table(
     ]
     rows = []
     for task, metric in metric_by_task.items():
+        # The two values, their difference, and its interval with a bar.
         cells = _comparison_cells(metric.record, metric.difference, scale)
         rows.append(
             [

@@ -81,6 +81,7 @@ class Harness(Task):
         if self.option_values["task"]:
             harness_task = str(self.option_values["task"])
         try:
+            # Reads YAML files alone.
             self.task_files = find_tasks(harness_task, path)
             self.metrics = declared_metrics(self.task_files)
         except ConfigError as error:
@@ -177,6 +178,7 @@ class Harness(Task):
         from trainer.evaluation.harness.model import EngineLM
 
         assert self.loaded_tasks is not None
+        # lm-eval's interface of a model, which our engine answers.
         lm = EngineLM(model.answer_generator, model.engine, model.model_config, decoding=self.decoding)
         with collect_warnings() as warnings, harness_seeds():
             # Without this, each evaluation would draw other few-shot examples.
@@ -204,6 +206,7 @@ class Harness(Task):
         self.warnings = [*lm.notes(), *warnings][:MAX_NOTES]
         rows = []
         for name in self.loaded_tasks.tasks:
+            # `samples`: what lm-eval logged of each document.
             rows += report_rows_of_task(name, results["samples"][name], self.loaded_tasks)
         return complete_scores_in_place(rows, self.loaded_tasks)
 

@@ -184,6 +184,7 @@ class ModelInterface:
 
         own_logits: dict[int, list[float]] = {}  # by index of the sample
         lengths = [len(sample.input_ids) for sample in samples]
+        # Lists of indices of samples.
         batches = batches_of_rank(lengths, self.engine.rank, self.engine.world_size, max_rows=self.batch)
         with self.engine.inference() as module:
             step_module: Any = module
@@ -216,6 +217,7 @@ class ModelInterface:
             return self.cached_losses[cache_key]
         # One sequence in a micro-batch, so that the sums of a batch are those of a sequence.
         runtime = self.runtime
+        # The slice of each row that this rank takes under sequence parallelism; None without it.
         cut = sequence_cut(runtime)
         share = EvalShare(1, runtime.dp_rank, runtime.dp_size, max_rows, cut=cut)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)

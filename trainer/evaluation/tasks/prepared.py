@@ -166,6 +166,7 @@ def prepare_tasks(
     prepared = []
     for task in build_tasks(tasks):
         _check_objective(task, context)
+        # It reads tokens, and needs of each sequence only its location.
         if isinstance(task, HeldOutLossTask):
             data = _open_loss_task_data(task, context, run_data, tokenizer, stop)
             task.dataset = data.dataset
@@ -198,7 +199,7 @@ def _open_loss_task_data(
     - Else: the run's evaluation documents, which are tokenised already. Raises ConfigError if there are none.
     """
     if task.config.path is not None:
-        # If the chat template writes today's date: that of the run.
+        # For a chat template that writes today's date: the run's date, or that of the first preparation into the cache.
         choose_date = keep_or_first_date(context.date)
 
         def prepare_data(data: DataConfig) -> PreparedData:

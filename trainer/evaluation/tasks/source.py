@@ -105,6 +105,7 @@ def _read_file_cases(task: Task, *, may_be_url: bool) -> Iterator[TaskCase]:
         if is_hub_path(file):
             raise ConfigError(f"{path_key}={file}: would be fetched from a hub; download its files and give their path")
     rows: Iterator[SourceRow] = (_parse_row(row) for row in Origin(path_key, files).rows())
+    # Such as BBQ's, whose columns are no training format.
     if task.has_own_file_format:
         rows = task.expand_rows(rows)
     # The training format of all rows is recognised by the first one, which is put back before the others.

@@ -75,6 +75,7 @@ def measured_metrics(run_dir: Path, step: int | None, weights_sha256: str | None
         REVIEW_REPORT: _metrics_of_review,
         TEST_REPORT: _metrics_of_test,
     }
+    # The newest first; a report that cannot be read is passed over.
     for report in kept_reports(run_dir):
         is_of_these_weights = weights_sha256 is not None and report.artefact == weights_sha256
         # A run that writes no checkpoint of its last step tests weights without a hash; an export of that step has none either.
