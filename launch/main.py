@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch import streams
 from strategies import exit_codes
@@ -223,46 +223,62 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
     """Run a verb, and turn whatever it raises into a message for the user and the exit code, which is returned.
 
     `verb`: such as `train`. `interrupts`: has an entry for each Ctrl-C so far.
-    By the error:
-
-    - one that the user can mend (ShardtuneError): its message, and its own exit code;
-    - Ctrl-C: "interrupted", 130;
-    - a closed output pipe: no message, 0;
-    - any other error: its traceback without secrets, 70.
+    An error for which there is no message, such as SystemExit, is raised again.
     """
-    from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
-    from strategies.redaction import redact
-
     try:
         return _run_verb(verb, argv)
-    except ConfigError as error:
-        number = len(error.problems)
-        title = f"{number} problems" if number > 1 else "1 problem"
-        lines = [f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems)]
-        print("\n".join(lines), file=sys.stderr)
-        return _report_failure(argv, error.problems, error.exit_code)
-    except ShardtuneError as error:
-        print(f"shardtune {verb}: {error}", file=sys.stderr)
-        return _report_failure(argv, [str(error)], error.exit_code)
-    except KeyboardInterrupt:
-        print(f"shardtune {verb}: interrupted", file=sys.stderr)
-        return _report_failure(argv, ["interrupted"], exit_codes.INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as in `shardtune train --cfg | head`
         # Python writes buffered output at exit, which would fail once more: let it go to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
-        if is_panic(error):  # of the tokenizer's Rust code, whose Python error is no Exception
-            problem = str(tokenizer_panic(error, "the tokenizer"))
-            print(f"shardtune {verb}: {problem}", file=sys.stderr)
-            return _report_failure(argv, [problem], ConfigError.exit_code)
-        if not isinstance(error, Exception):
+        failure = _failure_of_verb(verb, error, was_interrupted=bool(interrupts))
+        if failure is None:
             raise
-        if interrupts:  # a library turned Ctrl-C into this error
-            print(f"shardtune {verb}: interrupted", file=sys.stderr)
-            return _report_failure(argv, ["interrupted"], exit_codes.INTERRUPTED)
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        return _report_failure(argv, [redact(f"{type(error).__name__}: {error}")], exit_codes.FAILED)
+        print(failure.text, file=sys.stderr)
+        return _report_failure(argv, failure.problems, failure.exit_code)
+
+
+class _VerbFailure(NamedTuple):
+    """What the user is told about the error that ended a verb."""
+
+    text: str
+    """Printed on stderr: the message with the name of the verb, or a traceback."""
+    problems: list[str]
+    """The messages alone, for the answer of `--json`."""
+    exit_code: int
+
+
+def _failure_of_verb(verb: str, error: BaseException, *, was_interrupted: bool) -> _VerbFailure | None:
+    """What to tell the user about an error that a verb has raised; None for one that is no failure, such as SystemExit.
+
+    By the error:
+
+    - one that the user can mend (ShardtuneError): its message, and its own exit code;
+    - Ctrl-C: "interrupted", 130; also any other error after Ctrl-C, since a library may turn that into an error of its own;
+    - a panic of the tokenizer's Rust code, whose Python error is no Exception: a message, and the code of a wrong setting;
+    - any other error: its traceback without secrets, 70.
+    """
+    from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
+    from strategies.redaction import redact
+
+    if isinstance(error, ConfigError):
+        number = len(error.problems)
+        title = f"{number} problems" if number > 1 else "1 problem"
+        lines = [f"shardtune {verb}: {title}", *(f"  {problem}" for problem in error.problems)]
+        return _VerbFailure("\n".join(lines), error.problems, error.exit_code)
+    if isinstance(error, ShardtuneError):
+        return _VerbFailure(f"shardtune {verb}: {error}", [str(error)], error.exit_code)
+    if isinstance(error, KeyboardInterrupt) or (was_interrupted and isinstance(error, Exception)):
+        return _VerbFailure(f"shardtune {verb}: interrupted", ["interrupted"], exit_codes.INTERRUPTED)
+    if is_panic(error):
+        problem = str(tokenizer_panic(error, "the tokenizer"))
+        return _VerbFailure(f"shardtune {verb}: {problem}", [problem], ConfigError.exit_code)
+    if not isinstance(error, Exception):
+        return None
+    # The traceback ends in a line break, as does what is printed.
+    traceback_text = redact(traceback.format_exc()).removesuffix("\n")
+    return _VerbFailure(traceback_text, [redact(f"{type(error).__name__}: {error}")], exit_codes.FAILED)
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
