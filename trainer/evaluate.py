@@ -176,7 +176,7 @@ def _evaluate_test(
 ) -> None:
     """Measure a checkpoint on the run's test documents, and let rank 0 record and count that. All ranks must call.
 
-    Each such evaluation is counted, since whoever chooses by test metrics has no test documents left.
+    Each such evaluation is counted, since documents by which a checkpoint is chosen test nothing any more.
 
     `engine_and_model`: with the weights of before the training; the checkpoint is loaded here.
     `job_dir`: for the result, and for log-probabilities of the initial model if the loss compares with it.

@@ -120,7 +120,7 @@ class Trainer(SavingLoop):
 
         All ranks must call.
         """
-        # A loss that has moved to another level is noticed only within so many steps.
+        # So many steps may pass until a loss that stays at another level is found.
         self.checkpoints.look_back_steps = LEVEL_LOOK_BACK_STEPS
         if not self.checkpoints.has_any():
             # Also in a run that begins with another run's state, whose step counts as saved.
@@ -283,8 +283,8 @@ class Trainer(SavingLoop):
     def _may_save_best(self, is_last: bool) -> bool:
         """Whether a best evaluation is worth a checkpoint at once: yes, if the user gave `evaluation.every_steps` as a number.
 
-        With `auto` (`intermediate_loss_only`), the store says whether enough time has passed since its last one. The last step
-        needs no question if it is saved anyway.
+        With `auto` (`intermediate_loss_only`), the schedule of checkpoints decides, so that saving costs little time. The last
+        step needs no question if it is saved anyway.
         """
         if not self.settings.intermediate_loss_only or (is_last and self.settings.save_final):
             return True

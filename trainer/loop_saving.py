@@ -92,7 +92,7 @@ class SavingLoop:
             # that stands out.
             self.progress.skipped_steps += int(bool(step_metrics.get("skipped")))
             self.progress.outliers += int(any(key in step_metrics for key in OUTLIER_KEYS.values()))
-        # The detector of overfitting compares held-out losses with these training losses.
+        # The losses of the steps, or their rewards, which the detectors of overfitting and divergence judge.
         self.evaluation_monitor.add_step_metrics(self.progress, metrics_of_steps)
         if not metrics_of_steps:
             return

@@ -361,7 +361,7 @@ def build_batch_loader(
       on from where `progress` and the checkpoint `resumed_from` stand.
 
     `inputs`: data, tokenizer and precision of the run.
-    `built`, `engine`: the model with its objective; and the engine in which it is distributed over the ranks.
+    `built`: the model with its objective. `engine`: that model distributed over the ranks.
 
     Raises StorageError, or an error of a reward that cannot be opened.
     """
@@ -396,9 +396,9 @@ def build_monitors(
     detectors: ChallengeDetectors,
     context: RunContext,
 ) -> Monitors:
-    """Build what may end the run early, leave an update out, or warn: of outlying steps, slow ranks, signals and bad evaluations.
+    """Build what may end the run early, leave an update out, or warn of slow ranks.
 
-    `detectors`: of overfitting, forgetting and divergence, which go by evaluations.
+    `detectors`: of overfitting, forgetting, divergence and the like, which look at evaluations and training losses.
     """
     # Steps whose loss or gradient norm stands out: noted with their documents, left out or rolled back (`guards.*`).
     anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.print_line)

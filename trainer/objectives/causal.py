@@ -102,7 +102,7 @@ def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
 def run_for_hooks(model: nn.Module, batch: dict[str, Any]) -> None:
     """Run a batch only for what hooks record on the way, such as what routers choose.
 
-    No loss is computed, nor, in a causal model, logits.
+    No loss is computed, nor, in most causal models, logits.
     """
     is_causal = hasattr(unwrap_adapter(model), "forward_path")
     if is_causal:

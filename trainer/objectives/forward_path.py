@@ -81,13 +81,13 @@ class ProvenPaths:
 def proven_paths(hf_config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
     """Which forward passes of an architecture are right: from this host's cache, else tested now, which takes about a second.
 
-    A path is a way of running a batch: whether documents share a row without padding, and whether the output head computes the
-    loss itself. Tests compare it with transformers' own model on a small copy.
+    A path (`ForwardPath`) is a way of running a batch: whether the output head computes the loss itself, and whether the model is
+    told positions. It must give the loss and gradients of transformers' own model on a small copy.
 
     `hf_config`: transformers' configuration.
     `build`: makes its model on the meta device.
     `attention`: the kernel for documents in one row.
-    `on_gpu`: whether to test in bfloat16 on this host's GPU, instead of on the CPU.
+    `on_gpu`: whether rows without padding are tested in bfloat16 on this host's GPU, instead of on the CPU.
     """
     # Hosts with other cards may share the cache, and packages come and go. False: proven on a CPU, whatever card there is.
     gpu_and_versions = [repr(gpu_of_device(torch.device("cuda"))), kernel_versions()] if on_gpu else False
@@ -470,8 +470,8 @@ class _Proof:
 def error_on_tokens_alone(meta_model: Any) -> str:
     """Why a model cannot be trained on texts alone: the error that it raises if it is given a row of tokens and nothing else.
 
-    `meta_model`: on the meta device. Empty if it accepts them. A decoder that reads another model's states raises one, for
-    example. Only ValueError and TypeError count: others come from tensors that have no values on meta.
+    Empty if it accepts them. A decoder that reads another model's states does not, for example. `meta_model`: on the meta device.
+    Only ValueError and TypeError count: others come from tensors that have no values on meta.
     """
     try:
         meta_model.train()(input_ids=torch.zeros(1, 23, dtype=torch.int64, device="meta"), use_cache=False)

@@ -39,7 +39,7 @@ def grpo_problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator
 def _group_problems(config: GrpoConfig) -> Iterator[str]:
     """Settings that do not go with groups of one answer, and `objective.idle_groups` where idle groups teach too.
 
-    A group: the answers to one prompt. It is idle if all of them get the same reward, so that none is better than its baseline.
+    A group: the answers to one prompt. It is idle if all of them get the same reward, so that none is better than another.
     """
     if config.group_size == 1:
         settings_that_compare_in_group = []

@@ -153,7 +153,9 @@ class Policy(Objective):
     def _clipped_tokens(self, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
         """Which tokens clipping affects: bool `[N]` each at the lower bound, at the upper one, at either, by names of metrics.
 
-        With `ppo` such a token has no gradient, with `cispo` a bounded weight. Clipped is:
+        With `ppo` such a token has no gradient, with `cispo` a bounded weight; weights are bounded with a negative advantage too,
+        which is not counted here. Clipped is:
+
         - `none`: no token.
         - `cispo`: above `clip_high` (`config.upper_clip`), which bounds the ratio itself, with a positive advantage.
         - `ppo`: below 1 - `clip` with a negative advantage, above 1 + `clip_high` with a positive advantage.

@@ -68,8 +68,9 @@ def record_reference_logps(
 ) -> None:
     """Attach to each split how likely the model finds its sequences before training: their log-probabilities, as marks.
 
-    A mark is a number beside the tokens of a sequence. They are read from `settings.directory`, else computed by `engine` and
-    written there: one column for the sequences, and, for KTO, one for mismatched samples (a prompt with the answer to another).
+    A mark is a number beside the tokens of a sequence. The log-probabilities are read from `settings.directory`, else computed by
+    `engine` and written there: one column for the sequences, and, for KTO, one for mismatched samples (a prompt with the answer
+    to another).
 
     Call before a checkpoint is loaded: afterwards the model is no longer the initial one. All ranks must call. Raises
     StorageError on all ranks alike, and Preempted if `stop_now`, asked on all ranks after each micro-batch, says so.

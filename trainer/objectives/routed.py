@@ -136,7 +136,7 @@ class AddedLosses:
 
 
 def _logit_z_loss(model: nn.Module, record: RoutingRecord, step_tokens: float) -> Tensor:
-    """Compute the z-loss, which keeps the output's logits small: the step's mean of log(Z)^2, this rank's part of it.
+    """Compute a micro-batch's part of the z-loss, which keeps the output's logits small: the step's mean of log(Z)^2.
 
     Z is the sum of a token's exponentiated logits. The head computes the logits anew from the recorded hidden states.
     """

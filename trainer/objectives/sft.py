@@ -216,7 +216,7 @@ class SftWithReplayKl(Sft):
         self.initial_model = initial_model
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute the loss and its parts: `sft_loss`, and `replay_kl`, how far replayed documents are from the initial model.
+        """Compute the loss and its parts: `sft_loss`, and `replay_kl`, how far it is from the initial model on replayed text.
 
         The trained model runs once on all tokens, the initial model on the replayed documents. In evaluation: the terms without
         the divergence. All ranks must call; of the batch it reads the entries of `ReplayCollator`.

@@ -89,7 +89,7 @@ def _count_tokens_by_expert(engine: Engine, micro_batches: Sequence[dict[str, An
 
 
 def pop_loss(terms: dict[str, torch.Tensor], scale: float, world_size: int) -> torch.Tensor:
-    """Scale the loss of a micro-batch for its backward pass (0-d), and take the loss that routers add out of `terms`.
+    """Scale the loss of a micro-batch for its backward pass (0-d), and take the loss that the model adds out of `terms`.
 
     `scale`: turns the sum `terms["loss"]` into its part of the step's mean, times `world_size`, because engines average gradients
     over ranks. The added loss is a part of that mean already, so it is multiplied by `world_size` alone.

@@ -25,7 +25,7 @@ REWARD_METRIC = "eval/reward"
 def evaluation_decoding(rollout: RolloutConfig, generate: GenerateConfig) -> DecodingConfig:
     """Decide how answers to held-out prompts are generated: length and stop strings as in training.
 
-    All else is of `evaluation.generate`. Its defaults are greedy decoding and one answer to each prompt.
+    All else is as `evaluation.generate` says, by default greedy decoding and one answer to each prompt.
     """
     return DecodingConfig(
         max_new_tokens=rollout.max_new_tokens,

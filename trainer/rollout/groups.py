@@ -118,7 +118,8 @@ def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: in
 def _subtract_baseline(known_rewards: np.ndarray, is_scored: np.ndarray, baseline: Baseline) -> np.ndarray:
     """Subtract from each reward what its answer is compared with, its baseline; float64 [groups, answers].
 
-    A group is all answers to one prompt.
+    A group is all answers to one prompt. By `baseline`:
+
     - none: nothing is subtracted.
     - batch: the mean of all scored rewards.
     - group: the mean of the scored rewards of the group.

@@ -309,7 +309,7 @@ class RoundBuilder:
             return {}
         with self._timed_stage("looking back at the answers", stage_key="look_back_s"):
             samples = [rollout_round.sequence(number) for number in answer_numbers]
-            # A rank that has fewer micro-batches than others runs the filler, since each pass is collective.
+            # A rank with too few answers runs the filler in their place, since each pass is collective.
             local_micro_batches = self.batcher.divide(samples, filler=samples[0]).micro_batches
             # The answer numbers of each micro-batch's sequences; None for a filler.
             numbers_by_batch: list[list[int | None]] = []

@@ -82,7 +82,7 @@ def open_trackers_and_records(
     record.from_environment = opened.from_environment or None
     for key, value in opened.substitutions.items():
         context.console.print_line(f"resolved: {key}: {value}")
-    # A line on environment variables that lose to a setting; None if none does.
+    # A line on environment variables that have no effect, such as those that lose to a setting; None if there are none.
     if opened.passed_over:
         context.console.print_line(opened.passed_over)
     write_run_record(context.run_dir, record)

@@ -80,7 +80,7 @@ def _num_evaluated_tokens(
 ) -> int:
     """Count the tokens that one evaluation of the held-out loss reads, all ranks together.
 
-    It reads `evaluation.max_documents` documents.
+    It reads at most `evaluation.max_documents` documents; of each source, if the loss is measured by source.
     """
     eval_share = EvalShare(
         settings.batch,

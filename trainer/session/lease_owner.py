@@ -66,7 +66,7 @@ def owner_of_this_process(lease_timeout_s: float) -> LeaseOwner:
 
 
 def process_identity(pid: int) -> str:
-    """Identify a process of this host for good: process ids are used again, but not with the same boot and start time.
+    """Identify a process of this host: process ids are used again, but not with the same boot and start time.
 
     Returns "<boot id>/<namespace of process ids>/<start in ticks>"; empty if the process is gone, or on systems other than Linux.
     """

@@ -93,8 +93,7 @@ def _metrics_of_control_rewards(objective: ObjectiveConfig) -> list[str] | None:
 def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConfig]:
     """Select the evaluation tasks that this tokenizer allows: without a chat template it can ask no chat questions.
 
-    CHAT_TASK measures forgetting by chat questions. Raises ConfigError if the user has asked for them in that case
-    (`challenges.forgetting.chat=true`).
+    They measure forgetting. Raises ConfigError if the user has asked for them in that case (`challenges.forgetting.chat=true`).
     """
     tasks = tasks_to_run(config)
     if tokenizer.chat_template is not None or CHAT_TASK not in tasks:

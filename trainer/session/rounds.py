@@ -36,7 +36,7 @@ def open_rounds(
     """Set up the data side of a run that learns from rewards: rewards, and the loader that lets the model write answers.
 
     Such a run works in rounds: the model answers prompts, rewards score the answers, and a few optimizer steps learn from them.
-    Called in place of opening a data set. All ranks must call.
+    All ranks must call.
 
     `inputs`: data, tokenizer and precision of the run.
     `built`: the model with its objective.

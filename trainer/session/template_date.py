@@ -31,8 +31,8 @@ def choose_template_date(
     """Choose the date that chat templates write as today's, the same on every rank and at every start of the run.
 
     Called while data is prepared, before there is a process group, so all ranks must call. Rank 0 chooses, and the others wait,
-    until `stop` says that the ranks stop (Preempted). `read_cache_date`: when this host first prepared the data. Errors:
-    StorageError.
+    until `stop` says that the ranks stop (Preempted). `read_cache_date`: gives the day on which data was first prepared into the
+    cache. Errors: StorageError.
     """
 
     def choose_on_rank_0() -> str:

@@ -37,7 +37,7 @@ class RankStopAgreement:
         self._steps_since_asked = 0
         self._steps_between_questions = 1
         self._has_slow_steps = False
-        """Whether the slowest rank takes `MAX_SECONDS_BETWEEN_QUESTIONS` for a step. The same on all ranks."""
+        """Whether the slowest rank takes `MAX_SECONDS_BETWEEN_QUESTIONS` or more for a step. The same on all ranks."""
         self._asked_at = time.monotonic()
 
     def is_asked_on_this_rank(self) -> bool:

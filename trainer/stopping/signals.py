@@ -126,7 +126,7 @@ class StopRequest:
         self._closed.set()
         thread = self._receiving_thread
         if thread is not None and thread.is_alive() and thread.ident is not None:
-            # Any signal wakes the thread, which waits for one; it then sees `_closed` and ends.
+            # The thread may wait for one of the signals. SIGUSR1, which is one of them, wakes it; it sees `_closed` and ends.
             signal.pthread_kill(thread.ident, signal.SIGUSR1)
             thread.join()
         if self._stop_reason is None:  # otherwise the process is about to end, and more signals must not change how
