@@ -19,7 +19,7 @@ from launch.output import format_table as draw_table
 from launch.runs.pipeline_jobs import PIPELINE_FILE
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import RunConfig, SlurmConfig
-from trainer.config.sbatch_options import MEMORY_OPTIONS, drop_gpu_options, drop_memory_options, parse_sbatch_options
+from trainer.config.sbatch_options import GPU_OPTIONS, MEMORY_OPTIONS, drop_options, parse_sbatch_options
 from trainer.reporting.status import write_text_atomic
 
 PIPELINE_COLUMNS = (
@@ -81,7 +81,7 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
         settings,
         gpus_per_node=0,
         gres=None,
-        extra=[*drop_gpu_options(run_settings.extra), *part_options],
+        extra=[*drop_options(run_settings.extra, GPU_OPTIONS), *part_options],
         exclusive=False,  # a few cores do not need a node of their own
     )
     if part == "export":
@@ -110,7 +110,7 @@ def _with_export_resources(
         processes=resources.processes,
         cpus_per_task=resources.processes,
         mem=None if has_own_memory else f"{resources.memory_gib}G",
-        extra=[*drop_memory_options(drop_gpu_options(run_options)), *part_options],
+        extra=[*drop_options(run_options, GPU_OPTIONS | MEMORY_OPTIONS), *part_options],
     )
 
 

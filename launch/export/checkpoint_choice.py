@@ -26,7 +26,7 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.checkpoints.manifest import checkpoint_problem
     from trainer.export.exported_checkpoint import recorded_export_step
-    from trainer.reporting.results import read_json_or_empty
+    from trainer.reporting.status import read_json_or_empty
 
     checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, config.fallback_dir)))
     if not checkpoints:

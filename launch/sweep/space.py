@@ -178,7 +178,8 @@ def _with_interval(argument: str, setting: SearchedSetting, low: float, high: fl
     Raises ConfigError if `low` and `high` are not ends of an interval. Only whole numbers are drawn if the setting takes no
     others, or if both ends are ints, as Hydra makes them of int(interval(1,8)). `argument` is for messages.
     """
-    is_integer = _takes_integers(setting.key) or (isinstance(low, int) and isinstance(high, int))
+    takes_only_integers = _setting_types(setting.key) == {int}  # such as `tuning.rank`
+    is_integer = takes_only_integers or (isinstance(low, int) and isinstance(high, int))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ConfigError(
             f"{argument}: goes from {low:g} to {high:g}; write the smaller end first, both of them numbers"
@@ -214,11 +215,6 @@ def _setting_types(key: str) -> set[Any]:
         return set()
     union_members = get_args(setting.type) or (setting.type,)
     return set(union_members) - {type(None)}
-
-
-def _takes_integers(key: str) -> bool:
-    """Whether a setting of the configuration takes whole numbers alone, such as `tuning.rank`."""
-    return _setting_types(key) == {int}
 
 
 def _takes_text(key: str) -> bool:

@@ -351,13 +351,8 @@ def _watched_task_problems(config: RunConfig, *, has_data: bool) -> Iterator[str
             "data.eval_path or data.eval_share"
         )
         return
-    names_a_task = _task_name_in_metric(watched_metric) in tasks
+    names = watched_metric.split("/")  # `eval/<task>/<metric>`, or `eval/loss`, which names no task
+    names_a_task = len(names) > 2 and names[1] in tasks
     is_loss_of_set = watched_metric.startswith("eval/loss/")  # of a named set of evaluation documents
     if names_a_task and not is_loss_of_set:
         yield f"evaluation.watch={watched_metric}: the tasks yield {task_metrics}; watch one of them"
-
-
-def _task_name_in_metric(metric: str) -> str | None:
-    """The task of a metric `eval/<task>/<metric>`; None for a metric of fewer parts, such as `eval/loss`."""
-    names = metric.split("/")
-    return names[1] if len(names) > 2 else None

@@ -124,14 +124,12 @@ def ranks_per_node(launcher: Mapping[str, Any]) -> int:
     return request.count if request is not None else 1
 
 
-def drop_gpu_options(arguments: Iterable[str]) -> list[str]:
-    """The arguments of sbatch that do not ask for GPUs."""
-    return [argument for argument in arguments if not GPU_OPTIONS & parse_sbatch_options([argument]).keys()]
+def drop_options(arguments: Iterable[str], dropped: frozenset[str]) -> list[str]:
+    """Leave options out of sbatch's arguments, for a job that needs other ones, such as `GPU_OPTIONS` for one without GPUs.
 
-
-def drop_memory_options(arguments: Iterable[str]) -> list[str]:
-    """The arguments of sbatch that do not ask for memory."""
-    return [argument for argument in arguments if not MEMORY_OPTIONS & parse_sbatch_options([argument]).keys()]
+    `dropped`: long names, such as {"gres"}.
+    """
+    return [argument for argument in arguments if not dropped & parse_sbatch_options([argument]).keys()]
 
 
 def gpus_of_whole_job(launcher: Mapping[str, Any]) -> int | None:

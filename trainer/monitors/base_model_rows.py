@@ -87,8 +87,9 @@ class BaseModelResults:
         self.tasks_of_unchanged_base = [] if keeps_base else finished_tasks
         self.tasks = {}
         for finished_task in finished_tasks:
-            task_name = finished_task.prepared.task.name
-            self.tasks[task_name] = BaseTask(finished_task.rows, _main_metric_value(finished_task))
+            task = finished_task.prepared.task
+            main_metric = task.metrics[0]  # a task names first the metric that stands for it
+            self.tasks[task.name] = BaseTask(finished_task.rows, finished_task.metrics[main_metric.name])
         if self.runtime.is_main:  # for a resumed run
             task_records = {name: asdict(task) for name, task in self.tasks.items()}
             write_text_atomic(self.path, json_text({"key": self._results_key(), "tasks": task_records}))
@@ -137,9 +138,3 @@ def _loss_task_fingerprint(task: Task) -> list[str]:
     if isinstance(task, HeldOutLossTask) and task.dataset is not None:
         return [task.dataset.fingerprint]
     return []
-
-
-def _main_metric_value(finished: FinishedTask) -> float:
-    """The value of the metric that stands for a task, its first one, such as accuracy."""
-    metric = finished.prepared.task.metrics[0]
-    return finished.metrics[metric.name]

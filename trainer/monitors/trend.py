@@ -32,7 +32,9 @@ def rising_p_value(values: Sequence[float]) -> float:
 
     # The sum of the signs is about normal, with a known variance that ties make smaller.
     score = float(np.sum(signs))
-    variance = (count * (count - 1) * (2 * count + 5) - _tie_correction(values)) / 18
+    _, group_sizes = np.unique(series, return_counts=True)  # groups of equal values
+    tie_correction = float((group_sizes * (group_sizes - 1) * (2 * group_sizes + 5)).sum())
+    variance = (count * (count - 1) * (2 * count + 5) - tie_correction) / 18
     if variance <= 0:
         return 1.0
     continuous_score = score - 1  # continuity correction: the score is a whole number
@@ -50,9 +52,3 @@ def _falls_distribution(count: int) -> np.ndarray:
     for size in range(2, count + 1):
         probabilities = np.convolve(probabilities, np.full(size, 1 / size))
     return probabilities
-
-
-def _tie_correction(values: Sequence[float]) -> float:
-    """By how much groups of equal values (ties) make the variance of the Mann-Kendall score smaller, times 18; 0 without ties."""
-    _, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
-    return float((counts * (counts - 1) * (2 * counts + 5)).sum())

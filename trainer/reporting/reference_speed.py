@@ -39,8 +39,9 @@ def reference_tflops(configured: float | None, device: torch.device) -> Referenc
     return ReferenceSpeed(measured_matmul_tflops(), source)
 
 
-def measured_matmul_tflops(size: int = 768) -> float:
-    """Measure what this CPU can do at best, as no data sheet says it: TFLOP/s of an fp32 matrix product of size x size."""
+def measured_matmul_tflops() -> float:
+    """Measure what this CPU can do at best, as no data sheet says it: TFLOP/s of an fp32 product of 768 x 768 matrices."""
+    size = 768
     left = torch.randn(size, size)
     right = torch.randn(size, size)
     best_s = float("inf")

@@ -7,7 +7,6 @@ weights, by the hash of the checkpoint's manifest.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.metric_rows import METRICS_FILE, read_rows
-from trainer.reporting.status import write_text_atomic
+from trainer.reporting.status import read_json_or_empty, write_text_atomic
 
 REPORTS_DIR_NAME = "reports"
 EVALUATION_REPORT = "evaluation"
@@ -111,12 +110,3 @@ def add_to_run_record(run_dir: Path, key: str, value: Any) -> None:
     if record:
         record[key] = value
         write_text_atomic(path, json_text(record, indent=1, default=str))
-
-
-def read_json_or_empty(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if the file is missing, cannot be read, or holds no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

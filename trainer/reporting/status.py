@@ -117,7 +117,7 @@ def _overwrite_in_place(path: Path, content: bytes) -> bool:
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """The content of `status.json`, empty where there is none that can be read."""
-    return _read_json_object(Path(run_dir) / "status.json")
+    return read_json_or_empty(Path(run_dir) / "status.json")
 
 
 def record_failure(
@@ -170,7 +170,7 @@ def record_failure(
 
 def read_failure(run_dir: Path) -> dict[str, Any]:
     """The content of `failure.json`, empty where there is none that can be read."""
-    return _read_json_object(Path(run_dir) / "failure.json")
+    return read_json_or_empty(Path(run_dir) / "failure.json")
 
 
 def clear_failure(run_dir: Path) -> None:
@@ -178,7 +178,7 @@ def clear_failure(run_dir: Path) -> None:
     (Path(run_dir) / "failure.json").unlink(missing_ok=True)
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_or_empty(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if the file is missing, cannot be read, or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -19,8 +19,9 @@ from strategies.errors import Interrupted, Preempted
 from strategies.runtime import Runtime, broadcast_object, call_on_main
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.base import Evaluator
-from trainer.reporting.results import TEST_REPORT, add_to_run_record, keep_report, kept_reports, read_json_or_empty
+from trainer.reporting.results import TEST_REPORT, add_to_run_record, keep_report, kept_reports
 from trainer.reporting.run_record import RUN_RECORD
+from trainer.reporting.status import read_json_or_empty
 
 TEST_METRIC_PREFIX = "test/"
 """Of the names of metrics of the test documents."""

@@ -24,8 +24,8 @@ from trainer.data.store.sequences import Sample, Sequences, StoreWriter, TokenDa
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.registry import data_spec_of
-from trainer.reporting.results import read_json_or_empty
 from trainer.reporting.run_record import readable_run_record
+from trainer.reporting.status import read_json_or_empty
 from trainer.session.base_files import IDENTITY_FILE
 
 DATA_KIND = "data"

@@ -25,8 +25,7 @@ from trainer.monitors.rewards import NO_SIGNAL
 from trainer.pages.numbers import format_number
 from trainer.pages.pieces import Callout, Tone, worst_first
 from trainer.reporting.findings import MAX_SHOWN_REMEDIES, RecordedFinding, findings_in
-from trainer.reporting.results import read_json_or_empty
-from trainer.reporting.status import RunState
+from trainer.reporting.status import RunState, read_json_or_empty
 
 HEADING_BY_FINDING = {
     "diverged": "The run diverged",

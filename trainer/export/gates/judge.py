@@ -15,7 +15,8 @@ from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.manifest import manifest_sha256_at_step
 from trainer.export.gates.bounds import OVERRIDE_KEY, Bound, parse_gate_bounds
 from trainer.export.gates.measured import FORGETTING_METRIC, MeasuredMetric, matching_metrics, measured_metrics
-from trainer.reporting.results import TEST_REPORT, add_to_run_record, read_json_or_empty
+from trainer.reporting.results import TEST_REPORT, add_to_run_record
+from trainer.reporting.status import read_json_or_empty
 
 MAX_LISTED_METRICS = 12
 """Most metrics that are listed if a gate names none of them."""

@@ -21,9 +21,9 @@ from trainer.reporting.results import (
     TEST_REPORT,
     KeptReport,
     kept_reports,
-    read_json_or_empty,
 )
 from trainer.reporting.run_record import RunRecord
+from trainer.reporting.status import read_json_or_empty
 
 
 @dataclass(kw_only=True, slots=True)
