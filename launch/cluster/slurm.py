@@ -191,21 +191,13 @@ def sbatch_options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
     `runs`: the run directories; several make a job array. `cwd`: the working directory of the job.
     """
     is_array = len(runs) > 1
+    dependencies = _job_dependencies(slurm)
     log_dir = f"{runs[0]}/logs".replace("%", "%%")  # sbatch reads %j and the like in the name of the output
-    array_tasks = None  # or "0-7%2": tasks 0 to 7, two of them at a time
-    if is_array:
-        limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
-        array_tasks = f"0-{len(runs) - 1}{limit}"
-    dependencies = []
-    if slurm.after:
-        dependencies.append(f"afterok:{slurm.after}")
-    if slurm.dependency:
-        dependencies.append(slurm.dependency)
     # A signal for the batch shell (B:), which asks the ranks to save before the time limit.
     signal = f"B:USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None
     option_values: OptionValues = {
         "job-name": slurm.job_name or default_job_name(runs),
-        "array": array_tasks,
+        "array": _array_tasks(len(runs), slurm.array_limit) if is_array else None,
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
         **node_request(slurm),
@@ -222,6 +214,22 @@ def sbatch_options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
     }
     extra_options = [checked_line(option, "launcher.extra") for option in slurm.extra]
     return [*quoted_options(option_values), "--requeue", *extra_options]
+
+
+def _array_tasks(num_tasks: int, max_running: int | None) -> str:
+    """The tasks of a job array as sbatch takes them: 8, 2 -> "0-7%2", tasks 0 to 7 of which two run at a time (None: all)."""
+    limit = f"%{max_running}" if max_running else ""
+    return f"0-{num_tasks - 1}{limit}"
+
+
+def _job_dependencies(slurm: SlurmConfig) -> list[str]:
+    """What a job waits for, as sbatch takes it: that the job `launcher.after` has succeeded, and the user's own conditions."""
+    dependencies = []
+    if slurm.after:
+        dependencies.append(f"afterok:{slurm.after}")
+    if slurm.dependency:
+        dependencies.append(slurm.dependency)
+    return dependencies
 
 
 def node_request(slurm: SlurmConfig) -> OptionValues:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS, choices_by_group
 from strategies.errors import ConfigError
@@ -30,11 +30,19 @@ def user_files_may_apply(overrides: Iterable[str]) -> bool:
     return bool(USER_CONFIG_DIRS) or (CONF_DIR / "local" / "default.yaml").exists()
 
 
-def read_settings_file(file_argument: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """Read a user's YAML file of settings, such as `my.yaml`: (choices of groups, values by full key).
+class FileSettings(NamedTuple):
+    """What a user's file of settings holds."""
 
-    {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). Values are pairs, since a file may have a
-    key twice, as `optim.lr` and within `optim`; the last one counts.
+    choices: dict[str, str]
+    """The choice of each group that the file chooses: {"tuning": "lora"}."""
+    values: list[tuple[str, Any]]
+    """(full key, value) in the file's order. A file may have a key twice, as `optim.lr` and within `optim`; the last counts."""
+
+
+def read_settings_file(file_argument: str) -> FileSettings:
+    """Read a user's YAML file of settings, such as `my.yaml`, which the command line names.
+
+    {tuning: {name: lora, rank: 16}} gives the choice {"tuning": "lora"} and the value ("tuning.rank", 16).
 
     There are three ways to write a choice: `tuning: lora`, an entry `- tuning: lora` of `defaults`, and a block with a `name`, as
     in the config.yaml of a run. Raises ConfigError if the file cannot be read or holds no settings.
@@ -60,7 +68,7 @@ def read_settings_file(file_argument: str) -> tuple[dict[str, str], list[tuple[s
             continue  # all lines of the block are comments
         else:
             values.append((str(key), value))
-    return choices, values
+    return FileSettings(choices, values)
 
 
 def _read_yaml(file_argument: str) -> dict[Any, Any]:

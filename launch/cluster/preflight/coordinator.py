@@ -141,13 +141,6 @@ class _ReportCollector:
 
         `num_pipes`: stdout and stderr of each ssh or srun, from which threads read `lines`.
         `is_queued`: the seconds begin with the first line of a node, because the wait in SLURM's queue does not count.
-        It ends as soon as one of these holds:
-
-        - all pipes have ended;
-        - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
-        - a node ended without an answer, and the others had a few seconds more. Then `reports.not_waited_for` is set to the nodes
-          that have neither answered nor ended;
-        - all nodes have answered, and the communication test has reported too, or is not waited for.
         """
         began_at = None if is_queued else time.monotonic()
         num_open_pipes = num_pipes
@@ -155,16 +148,8 @@ class _ReportCollector:
             now = time.monotonic()
             waited_s = 0.0 if began_at is None else now - began_at
             self._note_progress(now)
-            if num_open_pipes == 0 or (self.all_answered_at is None and waited_s > FACTS_TIMEOUT_S):
+            if num_open_pipes == 0 or self._is_waiting_over(now, waited_s):
                 return waited_s
-            if self._is_patience_over(now):
-                self.reports.not_waited_for = self._missing_nodes()
-                return waited_s
-            if self.all_answered_at is not None:
-                since_answers_s = now - self.all_answered_at
-                if _is_communication_settled(self.request, self.reports, since_answers_s):
-                    return waited_s
-
             # Take the next line, if one comes within 0.2 s.
             try:
                 line = self.lines.get(timeout=0.2)
@@ -176,6 +161,25 @@ class _ReportCollector:
             self.sort_line(line.node, line.text)
             if began_at is None and (self.reports.facts or self.reports.output_lines_by_node):
                 began_at = time.monotonic()
+
+    def _is_waiting_over(self, now: float, waited_s: float) -> bool:
+        """Whether no further report is to be waited for, although the nodes' processes still run.
+
+        `now`: of the monotonic clock. `waited_s`: seconds since the reports were first waited for. The first that holds:
+
+        - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
+        - a node ended without an answer, and the others had a few seconds more. Then `reports.not_waited_for` is set to the nodes
+          that have neither answered nor ended;
+        - all nodes have answered, and the communication test has reported too, or is not waited for.
+        """
+        if self.all_answered_at is None and waited_s > FACTS_TIMEOUT_S:
+            return True
+        if self._is_patience_over(now):
+            self.reports.not_waited_for = self._missing_nodes()
+            return True
+        if self.all_answered_at is None:
+            return False
+        return _is_communication_settled(self.request, self.reports, since_answers_s=now - self.all_answered_at)
 
     def _note_progress(self, now: float) -> None:
         """Set `first_error_at` and `all_answered_at` to `now` if that has happened since the last call."""

@@ -30,6 +30,8 @@ COLUMN_BY_AXOLOTL_SETTING = {
     "field_rejected": "rejected",
 }
 """axolotl's settings that name a column, and our name for what the column holds."""
+SOURCE_SETTING_BY_AXOLOTL_SETTING = {"name": "subset", "revision": "revision", "split": "split"}
+"""axolotl's settings of a data set, and our name for each below `data.sources.<name>`."""
 COLUMNS_BY_LLAMA_FACTORY_FORMAT = {
     "alpaca": {
         "prompt": "instruction",
@@ -203,12 +205,8 @@ def _translate_axolotl_setting(key: str, text: str, our_prefix: str) -> Translat
         if column == text:  # the column has our name already
             return TranslatedSetting()
         return TranslatedSetting({f"{our_prefix}.columns.{column}": text})
-    if key == "name" and is_named_source:
-        return TranslatedSetting({f"{our_prefix}.subset": text})
-    if key == "revision" and is_named_source:
-        return TranslatedSetting({f"{our_prefix}.revision": text})
-    if key == "split" and is_named_source:
-        return TranslatedSetting({f"{our_prefix}.split": text})
+    if key in SOURCE_SETTING_BY_AXOLOTL_SETTING and is_named_source:
+        return TranslatedSetting({f"{our_prefix}.{SOURCE_SETTING_BY_AXOLOTL_SETTING[key]}": text})
     if key == "split":
         # Without a source of its own the split is `train`, which `data.path` takes without a setting.
         return TranslatedSetting()
