@@ -344,8 +344,9 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
 
 
 def gpu_kinds_of_job(slurm: SlurmConfig, candidate_partitions: list[Partition]) -> set[str]:
-    """The cluster's own names for the kinds of GPU that the job may get, such as {"a100", "h100"}.
+    """The kinds of GPU that a job may get, by the cluster's own names, for its speed and price: {"a100", "h100"}.
 
+    `candidate_partitions`: those in which the job may run.
     Empty if the job requests no GPUs, or if neither its settings nor sinfo name a kind.
     """
     request = slurm.gpus_per_node_request

@@ -57,9 +57,10 @@ class FrozenRun:
 
     @classmethod
     def read(cls, directory: Path) -> FrozenRun:
-        """Read a run directory's `config.yaml`, without torch. Raises ConfigError if it cannot be read or lacks a section.
+        """Read the settings of a run from the `config.yaml` of its directory, without torch, which takes seconds to import.
 
-        Whether the file was edited since it was written is checked later, by the ranks.
+        Whether the file was edited since it was written is checked later, by the ranks. Raises ConfigError if it cannot be read
+        or lacks a section.
         """
         path = directory / "config.yaml"
         sections = read_settings_tree(path)
@@ -182,7 +183,7 @@ def refuse_heterogeneous(env: Mapping[str, str]) -> None:
 
 
 def print_idle_gpus(ranks_per_node: int, env: Mapping[str, str]) -> None:
-    """Print to stderr how many GPUs of this node stay without a rank, if any. `env`: the job's environment variables."""
+    """Tell the user on stderr how many GPUs of this node stay without a rank, if any. `env`: the job's environment variables."""
     gpus_per_node = env.get("SLURM_GPUS_ON_NODE", "")
     if gpus_per_node.isdecimal() and int(gpus_per_node) > ranks_per_node:
         num_idle_gpus = int(gpus_per_node) - ranks_per_node

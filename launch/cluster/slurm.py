@@ -233,7 +233,10 @@ def _job_dependencies(slurm: SlurmConfig) -> list[str]:
 
 
 def node_request(slurm: SlurmConfig) -> OptionValues:
-    """The resources that a run asks of each node, as options of sbatch and srun: GPUs, CPUs, memory, partition and so on."""
+    """What a run asks SLURM for on each node, as options of sbatch and srun: {"gpus-per-node": 8, "mem": "64G", ...}.
+
+    None for what the run leaves open; True for an option without a value.
+    """
     return {
         "gpus-per-node": slurm.gpus_per_node or None,
         "cpus-per-task": slurm.cpus_per_task,

@@ -101,7 +101,7 @@ def ssh_command(host: str, launcher: LauncherConfig) -> list[str]:
 
 
 def connect(host: str, launcher: LauncherConfig) -> Node:
-    """Start ssh to a host, without waiting for the connection."""
+    """Start the ssh process that leads to a host of the run, without waiting for the connection. `host`: as ssh takes it."""
     process = subprocess.Popen(
         ssh_command(host, launcher),
         stdin=subprocess.PIPE,

@@ -143,7 +143,10 @@ def settings_class_of(group: str, name: str) -> type:
 
 @cache
 def register_schemas() -> None:
-    """Register the settings dataclasses with Hydra, as `schema_run` and `<group>/schema_<name>`. Done once per process."""
+    """Register the settings dataclasses with Hydra, so that it checks the types of what it composes; done once per process.
+
+    The files of conf/ name them: `schema_run`, and in a group such as `tuning` `schema_lora`.
+    """
     from hydra.core.config_store import ConfigStore
 
     from trainer.config.run import RunConfig
@@ -174,7 +177,7 @@ def add_table_entry(tree: Any, key: str) -> None:
 
 @cache
 def entry_class_by_table() -> dict[str, type]:
-    """Tables whose entries the user names, such as `data.sources.<name>`, with the settings class of an entry."""
+    """The dataclass of an entry, for each table whose entries the user names: {"data.sources": SourceConfig, ...}."""
     from trainer.data.config import SourceConfig
     from trainer.evaluation.base import TaskConfig
     from trainer.objectives.rollouts import RewardEntry

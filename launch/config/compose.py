@@ -216,6 +216,7 @@ def _start_problems_adopting_earlier_defaults(config: RunConfig, overrides: list
 def start_problems(config: RunConfig, *, frozen_config: RunConfig | None = None) -> list[str]:
     """The problems for which a run of this configuration is refused before anything starts; empty if it may start.
 
+    They are of its values and their combinations, the learning rate, this host's devices, and secrets among the values.
     `frozen_config`: what the run's config.yaml holds already; a secret among its values is not refused again.
     """
     return [

@@ -87,7 +87,10 @@ def _escaped_for_shell(char: str) -> str:
 
 
 def _cli_text(value: Any) -> str:
-    """A value as it is typed behind `key=` on the command line."""
+    """Write a value as it is typed behind `key=` on the command line: None as `null`, ["a b"] as `['a b']`.
+
+    A dictionary is written as JSON.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):

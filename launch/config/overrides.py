@@ -138,7 +138,7 @@ def _two_models_problems(values: list[SettingValue]) -> list[str]:
 
 
 def describe_type(annotation: Any) -> str:
-    """What a value of a setting's type looks like, in words: `a whole number or null`."""
+    """Say in words what a setting of this type takes, for messages: `int | None` is "a whole number or null"."""
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return "one of " + ", ".join(member.name for member in annotation)
     if get_origin(annotation) is list:
@@ -400,7 +400,7 @@ def _values_of_override(key: str, value: Any, source_text: str) -> list[SettingV
 
 
 def _list_entries(text: str) -> list[str] | None:
-    """The entries of `[a,b]` without quotes and empty ones; None if the text is no list."""
+    """Split the text of a list, `[a,b]`, into its entries, without quotes and without empty ones; None if it is no list."""
     if not (text.startswith("[") and text.endswith("]")):
         return None
     entries = []

@@ -183,15 +183,16 @@ def keep_earlier_defaults(composed: ComposedConfig, run_dir: Path) -> None:
     """Give `composed.config` the defaults that the run in `run_dir` began with, if shardtune's defaults have changed since.
 
     For ranks that compose the run themselves, under torchrun: rank 0 does the same (`settle_resumed_config`) when it writes the
-    run's `config.yaml`, and all ranks must train the same. Does nothing for a run without progress. If settings differ for other
-    reasons than defaults, they stay, and rank 0 refuses the command. Raises ConfigError if the `config.yaml` cannot be read.
+    run's `config.yaml`, and all ranks must train the same. Does nothing for a run without progress (a checkpoint, or a finished
+    run). If settings differ for other reasons than defaults, they stay, and rank 0 refuses the command. Raises ConfigError if the
+    `config.yaml` cannot be read.
     """
     path = run_dir / "config.yaml"
     has_checkpoint = bool(checkpoints_in(checkpoint_dirs_of(run_dir, composed.config.checkpoint.fallback_dir)))
     if not path.exists() or not (has_checkpoint or is_finished(run_dir)):
         return
     earlier_config = load_frozen_config(path)
-    # First the three defaults that are known to have changed, since they would count as differences below.
+    # First, since another learning rate or evaluation interval would count as a difference below.
     _keep_earlier_defaults(composed, earlier_config)
     differing = differing_settings(composed.config, earlier_config)
     if differing and _only_defaults_changed(composed, differing, earlier_config, path):

@@ -72,7 +72,10 @@ def read_settings_file(file_argument: str) -> FileSettings:
 
 
 def _read_yaml(file_argument: str) -> dict[Any, Any]:
-    """A YAML file of settings as nested dictionaries, with `${...}` unresolved. Raises ConfigError if it is no such file."""
+    """Read a user's YAML file of settings as nested dictionaries, with `${...}` unresolved: they may name settings outside of it.
+
+    Raises ConfigError if it cannot be read, is no YAML, or holds no settings.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

@@ -244,7 +244,7 @@ def _default_of(declared: Field[Any]) -> Any:
 
 
 def _default_text(default: Any) -> str:
-    """The default of a setting as it would be typed, for `--help`."""
+    """Write the default of a setting as it would be typed, for `--help`: None as `null`, an enum by its member's name."""
     if default is None:
         return "null"
     if isinstance(default, bool):

@@ -314,7 +314,7 @@ def _nvidia_smi_rows() -> list[list[str]]:
 
 
 def _amd_gpus() -> list[dict[str, Any]]:
-    """AMD's GPUs of this node as the Linux kernel lists them, with index and name; empty if there are none."""
+    """The AMD GPUs of this node as the Linux kernel lists them: [{"index": 0, "name": ...}]; empty if there are none."""
     gpus: list[dict[str, Any]] = []
     for node in sorted(AMD_GPUS_DIRECTORY.glob("[0-9]*"), key=lambda path: int(path.name)):
         try:

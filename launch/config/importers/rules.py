@@ -255,7 +255,10 @@ def lora_targets(value: str, other_settings: OtherTrainerSettings) -> Translated
 
 
 def tuning_method(value: str, other_settings: OtherTrainerSettings) -> TranslatedSetting:
-    """Our `tuning` for a method's name elsewhere: `qlora` is tuning=lora model.quantisation=nf4; a note for an unknown name."""
+    """Our `tuning` for the name of a tuning method in another trainer: `qlora` is tuning=lora model.quantisation=nf4.
+
+    An unknown name gets a note. `other_settings` is not read; every rule takes it.
+    """
     overrides_by_name = {
         "lora": {"tuning": "lora"},
         "qlora": {"tuning": "lora", "model.quantisation": "nf4"},
