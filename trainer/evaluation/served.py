@@ -87,7 +87,7 @@ class ServedAnswerGenerator:
         return [completion.answer for completion in completions]
 
     def _request_completion(self, request: _CompletionRequest, decoding: DecodingConfig) -> _Completion:
-        """Send one prompt to the server for one answer. Raises ConfigError if it sends no text, or refuses; EndpointFailed."""
+        """Send one prompt to the server for one answer. Raises ConfigError if it sends no text or refuses, EndpointFailed."""
         # Special tokens do not appear in the text in which a server looks for stop strings, so they are sent as ids.
         special_stops = [text for text in decoding.stop if text in self.tokenizer.all_special_tokens]
         text_stops = [text for text in decoding.stop if text not in special_stops]

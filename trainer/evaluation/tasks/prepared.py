@@ -166,7 +166,7 @@ def prepare_tasks(
     prepared = []
     for task in build_tasks(tasks):
         _check_objective(task, context)
-        # It reads tokens, and needs of each sequence only its location.
+        # It reads tokens; of each sequence it needs only the location, and what was asked.
         if isinstance(task, HeldOutLossTask):
             data = _open_loss_task_data(task, context, run_data, tokenizer, stop)
             task.dataset = data.dataset
