@@ -296,7 +296,7 @@ def compare_with_resumed_run(config: RunConfig, data: PreparedData, context: Run
 def choose_strategy_and_micro_batch(
     config: RunConfig, inputs: RunInputs, context: RunContext, write_config: WriteConfig
 ) -> RunConfig:
-    """Choose the sharding strategy and the micro-batch, if they are `auto`, by what fits into memory. All ranks must call.
+    """Choose the fastest strategy and the largest micro-batch that fit into memory, where they are `auto`. All ranks must call.
 
     `inputs`: data, tokenizer and precision, with which steps are tried. Returns the configuration with both choices; rank 0 also
     writes each into `config.yaml`, so that a resumed run keeps it. Raises DoesNotFit if no choice fits, LeaseLost on every rank

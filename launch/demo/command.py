@@ -222,7 +222,7 @@ def _write_rows(path: Path, documents: list[SizedDocument]) -> None:
 
 
 def chat_document(row: dict[str, str]) -> dict[str, Any]:
-    """Make a chat of a row of MTS-Dialog: the user gives the conversation and asks for a section, the assistant answers the note.
+    """Make a chat of a row of MTS-Dialog: the user gives the conversation and asks for a section, the assistant writes the note.
 
     {"messages": [{"role": "user", "content": "Write the plan section ..."}, {"role": "assistant", "content": <note>}]}
     Raises DataError if a column is missing, or if the section is not known.

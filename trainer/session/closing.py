@@ -33,8 +33,8 @@ class HeldOutPoint:
 def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
     """Say at a run's end whether it overfits and whether more steps would help, as one sentence.
 
-    By its held-out and training losses at each evaluation. `from_rewards`: the run learns from rewards. A higher reward is
-    better, so its sign is turned to compare it like a loss.
+    By its held-out and training losses at each evaluation; if nothing could be learned from its rewards, the sentence says that.
+    `from_rewards`: the run learns from rewards. A higher reward is better, so its sign is turned to compare it like a loss.
     """
     no_signal = no_signal_of_run(outcome.progress.reward_blocks)
     if no_signal is not None:

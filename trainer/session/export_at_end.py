@@ -39,7 +39,7 @@ def export_at_end(run: TrainedRun, model_facts: ModelFacts, record: RunRecord) -
     """Export the checkpoint of `model_facts.step` into `export/` when a run has ended; returns that directory.
 
     None if the configuration does not ask for an export, or if gates (limits on metrics), a changed base or an unreadable
-    checkpoint forbid it. Closes the engine. All ranks must call; each writes its share of the model's files.
+    checkpoint forbid it. Else the engine is closed. All ranks must call; each writes its share of the model's files.
 
     `model_facts`: what the model card says of the model.
     `record`: becomes `run.json`; it gets the result of the gates, and the reason if nothing is exported.
