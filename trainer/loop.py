@@ -42,8 +42,8 @@ class Trainer(SavingLoop):
     def fit(self) -> TrainingOutcome:
         """Train from the step of `progress` to the end of the budget, and return what was measured and found.
 
-        All ranks must call. `progress` is at step 0 for a new run. Raises Preempted after a save if any rank was asked to stop;
-        Diverged, ReplicasDiffer, LimitExceeded or StorageError if the run cannot go on.
+        All ranks must call. `progress` is at step 0 for a new run. Raises Preempted, after a save, if any rank was asked to stop;
+        an error such as Diverged, ReplicasDiffer, LimitExceeded or StorageError if the run cannot go on.
         """
         # What a resumed run had measured before it was interrupted. Only rank 0 has read it.
         earlier = broadcast_object(self.metrics.earlier, self.meter.runtime)
@@ -212,7 +212,7 @@ class Trainer(SavingLoop):
         self.progress.supervised_tokens += batch.supervised_tokens
 
     def _restore_guards_and_order(self) -> None:
-        """Set the anomaly guards and the sample order to where `self.progress` stands, after a resume or a rollback.
+        """Set the anomaly guards and the sample order to where `self.progress` stands, at a start or after a rollback.
 
         The guards compare the next steps with the last ones, whose losses and gradient norms the progress has. The order leaves
         out the samples that rollbacks skip.
