@@ -238,13 +238,11 @@ class _Proof:
     def _is_causal(self, hf_model: Any) -> bool:
         """Whether no token of the small copy sees what follows it, so that predicting the next token can teach something.
 
-        Tested by changing the last token: the logits before it must stay the same.
-
-        `hf_model`: transformers' own model in evaluation mode. Raises NotShrinkable if the logits are not finite.
+        Tested by changing the last token: the logits before it must stay the same. `hf_model`: transformers' own model in
+        evaluation mode. Raises NotShrinkable if the logits are not finite.
         """
         ids = self._longest_document_ids()
-        # Change the last token alone, to the next id: in a causal model the logits before it stay as they were. Ids below
-        # FIRST_ORDINARY_ID are special, so the last id is followed by that one.
+        # Change the last token to the next id. Ids below FIRST_ORDINARY_ID are special, so the last id is followed by that one.
         changed_ids = ids.clone()
         next_offset = (changed_ids[0, -1] - FIRST_ORDINARY_ID + 1) % (self.vocabulary - FIRST_ORDINARY_ID)
         changed_ids[0, -1] = next_offset + FIRST_ORDINARY_ID
@@ -274,9 +272,7 @@ class _Proof:
     def _loss_and_gradients(self, hf_model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the tested paths must give: (the summed loss of the documents, its gradients by parameter).
 
-        Each document has a pass of its own.
-
-        `hf_model`: transformers' own model.
+        Each document has a pass of its own. `hf_model`: transformers' own model.
         """
         loss = torch.zeros((), dtype=torch.float64)
         for document in self.documents:

@@ -98,8 +98,8 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> ExportOutcom
         context.console.print_line(f"not exported: {problem}")
         return ExportOutcome(problem=problem)
 
-    # The export. Engine and state buffer are closed first, since it needs their memory.
-    # To verify the export, its outputs on some tokens are compared with those of the engine.
+    # The export. To verify it, its outputs on some tokens are compared with those of the engine, which are computed first. Then
+    # engine and state buffer are closed, since the export needs their memory.
     reference = None
     if config.export.verify:
         reference = compute_probe_reference(run.engine, run.built, inputs.tokenizer, context.runtime)
