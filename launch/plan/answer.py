@@ -121,7 +121,7 @@ def refused_variants_by_reason(answer: PlanAnswer) -> dict[str, str]:
 
 
 def memory_savings_text(variant: RunVariant) -> str:
-    """How a variant saves memory, as a cell of a table: `rows/2+offload+nf4`; empty if everything is whole and on the card.
+    """How a variant of a run saves memory, for the column `stored` of a plan: `rows/2+offload+nf4`; empty if it saves none.
 
     `experts/N`: the experts of a layer over N ranks. `rows/N`: each row over N ranks (sequence parallelism). `tiles`: MLPs
     by tiles of tokens. `inputs`: inputs of recomputed blocks in host memory. `offload`: states in host memory. Last, how a
@@ -146,7 +146,7 @@ def memory_savings_text(variant: RunVariant) -> str:
 
 
 def _peer_memory_table(answer: PlanAnswer) -> list[str]:
-    """A table of the memory that another trainer (the peer) would need for each choice; empty without `plan.theirs`.
+    """Show what the same step would take in another trainer, the peer ("theirs"), for each option; empty without `plan.theirs`.
 
     Its columns: GiB of tensors of this trainer (`ours`) and of the peer (`theirs`), whether the peer would fit on the card
     with all that its process holds, and the peer's peak with its parts. It only informs: no choice or verdict depends on it.

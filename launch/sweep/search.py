@@ -370,7 +370,7 @@ def _start_new_trial(study: Study, search: PlannedSearch, search_dir: Path) -> _
 def _acquire_trial_lease(search: PlannedSearch, search_dir: Path, number: int) -> Lease | None:
     """Claim trial `number` for this command, so that no other one runs it; None if another command holds it.
 
-    The claim is a lease, a file that its holder renews: if the holder is killed, it expires after `run.lease_s` seconds.
+    The claim is a lease with heartbeats: if its holder is killed, others may take it after `run.lease_s` seconds.
     """
     lease_dir = search_dir / "commands" / str(number)
     try:

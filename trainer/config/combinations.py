@@ -181,7 +181,7 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
     a quantised base, are reported where those settings are checked.
     """
     method_name = method_name_of(tuning)
-    if method_name not in methods_by_name():  # an unknown type of peft, which is reported by itself
+    if method_name not in methods_by_name():  # a method of peft of which no table is kept
         return
     method = methods_by_name()[method_name]
     tuning_text = f"tuning.type={method_name}" if method_name in PEFT_METHODS else f"tuning={method_name}"

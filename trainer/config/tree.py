@@ -128,8 +128,8 @@ def nearest_metadata(key: str, read_attribute: Callable[[SettingMetadata], Attri
 def change_kind_of_setting(key: str) -> str | None:
     """What a run that is resumed with another value of this setting changes, such as `data`; None if it may change freely.
 
-    The kinds are those of `resuming.KINDS_OF_CHANGE`; the user must accept them (`run.accept`). Raises KeyError for an
-    unknown setting.
+    The kinds are those of `resuming.KINDS_OF_CHANGE`; the user must accept them (`run.accept`). Raises KeyError for a setting
+    that stands in no group of the tree.
     """
     kind = nearest_metadata(key, lambda metadata: metadata.resume)
     return None if kind == FREE else kind

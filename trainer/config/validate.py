@@ -318,8 +318,8 @@ def _missing_file_problems(key: str, pattern: object) -> Iterator[str]:
 def _resume_problems(config: RunConfig) -> Iterator[str]:
     """Check that the checkpoint that `run.resume` names can be used; yields an error message if not.
 
-    Nothing is checked with `run.resume=auto` (the newest checkpoint of the run's directory, if there is one) or `never`, and if
-    the run's own directory has newer checkpoints than the one that is named.
+    Nothing is checked with `run.resume=auto` (the newest checkpoint of the run's directory, if there is one) or `never`, or if
+    the run began from the named checkpoint before and goes on from newer ones of its own.
     """
     resume = config.run.resume
     run_dir = config.run.dir
@@ -376,7 +376,7 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
 def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
     """Check the checkpoint settings: one setting alone says when they are due, and the fallback directory can be written.
 
-    Yields error messages. The fallback takes a checkpoint if the run's own disk is full.
+    Yields error messages. The fallback takes checkpoints that cannot be written to the run's own disk.
     """
     checkpoint = config.checkpoint
     if checkpoint.every_steps and checkpoint.every_minutes is not None:

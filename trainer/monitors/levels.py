@@ -138,7 +138,7 @@ class LevelShiftDetector:
     def _first_step_above(self, name: str, threshold: float) -> int:
         """When a number that is high now became so: the first step since which all remembered steps are above `threshold`.
 
-        `name`: `loss` or `grad_norm`. Called only if the newest step is above it.
+        `name`: `loss` or `grad_norm`. It is the newest step if that one is not above it.
         """
         first_step = int(self.rows[-1]["step"])
         for row in reversed(self.rows):

@@ -124,7 +124,7 @@ def _metadata_yaml(facts: ModelFacts, *, base_name: str, adapter: bool, method: 
         model_name=model_name,
         eval_results=eval_results or None,
         base_model=base_name,
-        # The hub knows no library `shardtune`, which loads bottleneck adapters into a model of transformers.
+        # A bottleneck adapter is loaded into a model of transformers, not by peft.
         library_name="peft" if adapter and method != BOTTLENECK_METHOD else "transformers",
         pipeline_tag=task,
         license=licence,
