@@ -167,8 +167,10 @@ def _with_enough_cards(
 
     `fixed_keys`: settings on the command line. A node keeps its number of cards if one of them sets it.
     """
-    from trainer.planner.more_cards import find_enough_cards
+    from trainer.planner.more_cards import SHARDING_STRATEGIES, find_enough_cards
 
+    if not any(choice.variant.name in SHARDING_STRATEGIES for choice in answer.best_choices):
+        return answer
     job = answer.planned_run
     sets_cards_of_node = fixed_keys & {"launcher.gpus_per_node", "launcher.processes"}
     max_ranks_per_node = job.ranks_per_node if sets_cards_of_node else job.card.gpus_per_node

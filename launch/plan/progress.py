@@ -31,7 +31,7 @@ class PlanProgress:
         now = time.monotonic()
         if num_done == num_options:
             self.clear()
-            print(f"simulated {num_options} options", file=sys.stderr, flush=True)
+            print(f"simulated {num_options} option{'' if num_options == 1 else 's'}", file=sys.stderr, flush=True)
             return
         line = f"simulated {num_done} of {num_options} options in {now - self._started_at:.0f} s; now {running}"
         if self._is_terminal:
