@@ -261,6 +261,24 @@ def _axis_end_in_card_memories(answer: PlanAnswer) -> float:
     return min(MAX_BAR_IN_CARD_MEMORIES, max(1.1, 1.04 * largest / answer.planned_run.card.memory_gib))
 
 
+def _bar_segments(gib_by_part: dict[str, float], axis_gib: float) -> list[BarSegment]:
+    """Lay the parts of an option's memory side by side on an axis of `axis_gib`; what is beyond its end is cut off.
+
+    `gib_by_part`: under the keys of `LABEL_BY_MEMORY_PART`, which also gives the order and the colours.
+    """
+    segments = []
+    position_gib = 0.0
+    for colour_number, (part, label) in enumerate(LABEL_BY_MEMORY_PART.items()):
+        size_gib = gib_by_part.get(str(part), 0.0)
+        if size_gib < MIN_SHOWN_GIB:
+            continue
+        end_gib = min(position_gib + size_gib, axis_gib)
+        width_percent = 100 * (end_gib - position_gib) / axis_gib
+        segments.append(BarSegment(colour_number, label, size_gib, width_percent))
+        position_gib = end_gib
+    return segments
+
+
 def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
     """The picture of what fits: for each of the first options a bar of the parts of its memory, on an axis with the GPU's memory.
 
@@ -270,22 +288,11 @@ def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
     axis_gib = _axis_end_in_card_memories(answer) * answer.planned_run.card.memory_gib
     bars = []
     for choice in answer.best_choices[:MAX_DRAWN_BARS]:
-        gib_by_part = gib_by_memory_part(choice)
-        segments = []
-        position_gib = 0.0
-        for colour_number, (part, label) in enumerate(LABEL_BY_MEMORY_PART.items()):
-            size_gib = gib_by_part.get(str(part), 0.0)
-            if size_gib < MIN_SHOWN_GIB:
-                continue
-            end_gib = min(position_gib + size_gib, axis_gib)
-            width_percent = 100 * (end_gib - position_gib) / axis_gib
-            segments.append(BarSegment(colour_number, label, size_gib, width_percent))
-            position_gib = end_gib
         total_gib = choice.memory_fit.needed_bytes / GIB
         bars.append(
             MemoryBar(
                 name=choice_name(choice),
-                segments=segments,
+                segments=_bar_segments(gib_by_memory_part(choice), axis_gib),
                 total_gib=total_gib,
                 is_cut=total_gib > axis_gib,
                 fits=choice.fits,

@@ -243,21 +243,28 @@ class Guards:
         else:
             deviations_by_step = self._judge_steps_by_rows(rows)
         for row, taken_step, deviations in zip(rows, taken_steps, deviations_by_step, strict=True):
-            first_sample = taken_step.first_sample
-            spike_scores: dict[str, float] = {}
-            for name, deviation in zip(WATCHED_METRICS, deviations, strict=True):
-                if deviation > self.config.threshold:
-                    spike_scores[name] = deviation
-                    row[OUTLIER_KEYS[name]] = deviation
-            if spike_scores:
-                outlier = self._outlier_of_spike(row, spike_scores, first_sample)
-                if outlier.action is Action.rollback:
-                    outlier = self._count_rollback_and_extend_to_cause(outlier)
-                self._report_or_roll_back(outlier)
-            for rise in self.level_shifts.add_step(row, first_sample, reported_names=list(spike_scores)):
-                row[OUTLIER_KEYS[rise.metric]] = rise.deviation
-                self._report_or_roll_back(self._outlier_of_sustained_rise(rise, row["step"], first_sample))
-            self._count_skipped(row, first_sample)
+            self._mark_outliers_of_step(row, taken_step.first_sample, deviations)
+            self._count_skipped(row, taken_step.first_sample)
+
+    def _mark_outliers_of_step(self, row: dict[str, Any], first_sample: int, deviations: list[float]) -> None:
+        """Find out whether a step is a spike, or shows that a number has risen and stayed; mark `row`, and report each.
+
+        `deviations`: robust standard deviations of its loss and gradient norm above the median. Raises RollBack.
+        """
+        spike_scores: dict[str, float] = {}
+        for name, deviation in zip(WATCHED_METRICS, deviations, strict=True):
+            if deviation > self.config.threshold:
+                spike_scores[name] = deviation
+                row[OUTLIER_KEYS[name]] = deviation
+        if spike_scores:
+            outlier = self._outlier_of_spike(row, spike_scores, first_sample)
+            if outlier.action is Action.rollback:
+                outlier = self._count_rollback_and_extend_to_cause(outlier)
+            self._report_or_roll_back(outlier)
+        # A number that is a spike in this step is not reported once more as a rise.
+        for rise in self.level_shifts.add_step(row, first_sample, reported_names=list(spike_scores)):
+            row[OUTLIER_KEYS[rise.metric]] = rise.deviation
+            self._report_or_roll_back(self._outlier_of_sustained_rise(rise, row["step"], first_sample))
 
     def _count_skipped(self, row: dict[str, Any], first_sample: int) -> None:
         """Count the updates in a row that were left out, up to the step of this row; `raise_if_diverged` reads them."""
