@@ -109,7 +109,7 @@ def trials_group_name(search: PlannedSearch) -> str:
 
 
 def trials_workspace_script(search: PlannedSearch) -> str:
-    """The script that shows the trials in W&B: a view and a report.
+    """Write `workspace.py`, the script by which a user makes a view and a report of a search's trials in W&B.
 
     Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's
     agents.
@@ -151,7 +151,7 @@ def trials_workspace_script(search: PlannedSearch) -> str:
 
 
 def _searched_settings_markdown_lines(search: PlannedSearch) -> list[str]:
-    """The searched settings as lines of a Markdown table: `| optim.lr | interval(1e-5,1e-3) |`."""
+    """List the searched settings for W&B's report, as lines of a Markdown table: `| optim.lr | interval(1e-5,1e-3) |`."""
     lines = ["| setting | searched |", "|---|---|"]
     for setting in search.searched_settings:
         lines.append(f"| {setting.key} | {markdown_cell(setting.values_text)} |")

@@ -160,7 +160,7 @@ class ChallengeDetectors:
             self._add_losses(progress, metrics_of_steps)
 
     def _add_losses(self, progress: Progress, metrics_of_steps: Iterable[dict[str, Any]]) -> None:
-        """Add the losses of steps to `progress`. A run without any evaluation is judged by them alone: it may have diverged.
+        """Add the losses of steps to `progress`; a run without any evaluation is judged by them: it may have diverged.
 
         The loss of a step is `judged_loss_term`, the part that is measured as the held-out loss is; else the whole loss.
         """

@@ -50,6 +50,6 @@ def findings_in(challenges: Mapping[str, Any] | None) -> list[RecordedFinding]:
 
 
 def findings_summary(challenges: Mapping[str, Any] | None) -> str | None:
-    """The findings in a few words, for `shardtune status`; None if there are none."""
+    """What detectors found wrong with a run, in a few words for `status.json`: "diverged, since step 40"; None if nothing."""
     notes = [f"{finding.name}, since step {finding.step}" for finding in findings_in(challenges)]
     return "; ".join(notes) or None

@@ -114,5 +114,5 @@ class _TimedEngine:
 
 
 def timed_engine(engine: Engine, parts: StepPartTimes) -> Engine:
-    """The engine with its passes timed in `parts`; it communicates as before."""
+    """Wrap an engine so that its forward passes, backward passes and updates are timed in `parts`; nothing else changes."""
     return cast(Engine, _TimedEngine(engine, parts))

@@ -104,7 +104,7 @@ def _own_durations_us(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, 
 
 
 def _merge_spans(spans: Spans) -> Spans:
-    """The spans in order of time, those that overlap or touch merged into one."""
+    """Merge spans of time that overlap or touch, so that no moment counts twice; returns them in order of time."""
     merged: Spans = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:

@@ -187,11 +187,11 @@ class OpenedTrackers:
     from_environment: dict[str, str] = field(default_factory=dict)
     """Values that variables gave to settings, by setting."""
     passed_over: str | None = None
-    """One line on environment variables that lose to a setting; None if none does."""
+    """One line on environment variables that lose to a setting (they are passed over); None if none does."""
 
 
 def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
-    """Open `metrics.jsonl` and the trackers that are on. Rank 0 only. Errors: StorageError.
+    """Open what a run records into: `metrics.jsonl`, and the trackers that are on. On rank 0 only. Raises StorageError.
 
     `tracked_run.run_id` may be empty: then the trackers get a new one. A tracker that cannot begin is left out, with its
     reason: what it would show is in `metrics.jsonl`.
@@ -202,16 +202,17 @@ def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = 
 
 
 def open_trackers_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
-    """Open the trackers that are on (W&B, TensorBoard, MLflow, ...), without `metrics.jsonl`, as an export after training needs.
+    """Open the trackers that are on (W&B, TensorBoard, MLflow, ...), without `metrics.jsonl`, as an export after training does.
 
-    `environment`: environment variables; None for those of this process.
-    A tracker that cannot be opened is left out, and `substitutions` has the reason by its setting, such as `logging.mlflow`.
+    `environment`: environment variables; None for those of this process. A tracker that cannot be opened is left out, and
+    `substitutions` has the reason by its setting, such as `logging.mlflow`.
     """
     # Environment variables such as WANDB_PROJECT complete the settings, and may give the run's id.
     if environment is None:
         environment = dict(os.environ)
     completed = apply_environment(tracked_run.config, environment)
     tracker_kinds = enabled_trackers(completed.config)
+    # One id for all trackers: that of an earlier start, or a new one.
     run_id = tracked_run.run_id
     if not run_id and tracker_kinds:
         run_id = environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
