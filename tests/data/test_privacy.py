@@ -474,7 +474,8 @@ def test_presidio_adds_names_without_a_network(caplog, monkeypatch):
         found = pairs(text, engine="presidio", types=["PERSON", "LOCATION", "ORGANISATION", "EMAIL"])
     assert ("PERSON", "Harriet Baxter") in found and ("LOCATION", "Lisbon") in found
     assert ("EMAIL", "h.baxter@example.com") in found
-    assert not caplog.records
+    # torchao, which spaCy's libraries import if it is installed, warns at its first import.
+    assert not [record for record in caplog.records if not record.name.startswith("torchao")]
     assert (
         PersonalDataFinder(config(engine="presidio")).presidio.analyzer
         is PersonalDataFinder(config(engine="presidio")).presidio.analyzer
