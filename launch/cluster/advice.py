@@ -36,8 +36,11 @@ class Partition:
 
     name: str
     is_default: bool
+    """Whether jobs that name no partition run there."""
     limit_s: float
+    """The longest time limit of a job."""
     nodes: int
+    """How many nodes the group has; the next three are of each of them."""
     cpus: int
     memory_mb: int
     gpus: int

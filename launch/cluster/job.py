@@ -72,9 +72,14 @@ class FrozenRun:
             ) from error
 
     @property
+    def launcher(self) -> dict[str, Any]:
+        """The settings `launcher.*`."""
+        return self.settings["launcher"]
+
+    @property
     def processes(self) -> int:
         """Ranks of each node."""
-        return ranks_per_node(self.settings["launcher"])
+        return ranks_per_node(self.launcher)
 
     @property
     def threads(self) -> int:
@@ -127,8 +132,7 @@ def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
     if started_by_train_sbatch:  # `shardtune submit` has copied the code, and its scripts start from the copy
         shell_variables["code"] = code_copy_of_job(run, job) or ""
     snapshot.refuse_changed_code()
-    launcher = run.settings["launcher"]
-    containers.refuse_unavailable_container(launcher)
+    containers.refuse_unavailable_container(run.launcher)
     refuse_lost_starts(run, job, logs)
     raise_if_run_dir_is_in_use(run.directory, run.settings["run"]["lease_s"])
     # After the checks of the run directory: a start that they refuse must not replace the record of the run's own job.
@@ -136,15 +140,15 @@ def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
         write_submitted_job_ids([run.directory], job.name)
     record_job_start(run.directory, job.name, job.num_earlier_starts, os.environ.get("SLURM_JOB_NODELIST", ""))
     print_idle_gpus(run.processes, os.environ)
-    for cause, max_retries in launcher["retry"].items():
+    for cause, max_retries in run.launcher["retry"].items():
         shell_variables[f"retry_{cause}"] = max_retries
     shell_variables |= {
         "processes": run.processes,
         "threads": run.threads,
         "silent": os.environ.get(SILENT_OWNER_VARIABLE, ""),
     }
-    rendezvous = choose_rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
-    if len(job.nodes) > 1 and launcher.get("preflight", "none") != "none":
+    rendezvous = choose_rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or run.launcher["rdzv"])
+    if len(job.nodes) > 1 and run.launcher.get("preflight", "none") != "none":
         refuse_job_with_unfit_nodes(run, job, rendezvous)
     return {**shell_variables, "rendezvous": rendezvous}
 
@@ -163,7 +167,7 @@ def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
     was_lost = status.get("state") == RunState.running and status.get("job") == job.id
     if not was_lost:
         return
-    max_lost_starts = run.settings["launcher"]["retry"].get("node_fail", 0)
+    max_lost_starts = run.launcher["retry"].get("node_fail", 0)
     num_lost_starts = record_lost_start(logs, job)
     if num_lost_starts > max_lost_starts:
         raise ShardtuneError(
@@ -203,7 +207,7 @@ def code_copy_of_job(run: FrozenRun, job: JobStart) -> Path | None:
 
     Raises StorageError if the code cannot be copied.
     """
-    if run.settings["launcher"].get("code") != "snapshot":
+    if run.launcher.get("code") != "snapshot":
         return None
     copy = snapshot.newest_code_copy(run.directory) if job.num_earlier_starts else None
     if copy is None:
@@ -225,8 +229,8 @@ def refuse_job_with_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) 
     request = preflight_request(run.settings, len(job.nodes), rendezvous)
     container = containers.container_command(run.settings, [CODE_DIRECTORY, run.directory])
     python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable  # the job script sets the variable
-    if containers.container_runtime(run.settings["launcher"]):  # the host's interpreter is not in the container
-        python = run.settings["launcher"].get("python") or "python3"
+    if containers.container_runtime(run.launcher):  # the host's interpreter is not in the container
+        python = run.launcher.get("python") or "python3"
     command = srun_check_command(len(job.nodes), python, container.srun_options, container_prefix=container.prefix)
     reports, verdict = run_preflight(request, [command], job.nodes)
     print(report_text(request, reports, verdict), flush=True)

@@ -76,7 +76,8 @@ def _run_node(module: str) -> int:
     # Messages keep coming through a copy of stdin; stdin itself becomes empty, since ranks read nothing.
     message_fd = os.dup(STDIN_FD)
     os.dup2(os.open(os.devnull, os.O_RDONLY), STDIN_FD)
-    sys.stdout.write(HOST_FACTS_PREFIX + json.dumps(describe_host(job)) + "\n")
+    host_facts = describe_host(Path(job["config"]), job["sha256"])
+    sys.stdout.write(HOST_FACTS_PREFIX + json.dumps(host_facts) + "\n")
     sys.stdout.flush()
     rendezvous = json.loads(_read_line(message_fd, MESSAGE_TIMEOUT_S))
     threading.Thread(target=_relay_signals, args=(message_fd,), daemon=True).start()
@@ -100,7 +101,7 @@ def _restart_in_environment(job: dict[str, Any], module: str) -> NoReturn:
     os.execve(sys.executable, [sys.executable, "-P", "-m", module], env)
 
 
-def describe_host(job: dict[str, Any]) -> dict[str, Any]:
+def describe_host(config_file: Path, expected_sha256: str) -> dict[str, Any]:
     """Describe this host, so that the host that starts the run can decide whether this one can take part.
 
     {"host": "n1", "python": "3.12.1", "torch": "2.8.0", ...}. The keys that are not plain: `ssh`, the address at which ssh
@@ -108,18 +109,11 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
     `code`, a digest of shardtune's files; `config`, the SHA-256 of the run's configuration as it is visible here, None if it is
     not; `gpus`, their number.
 
-    `job`: has the path `config` and its `sha256` on the host that starts the run.
+    `config_file`: the run's configuration, and `expected_sha256`: its digest on the host that starts the run.
     """
     from launch.cluster.hosts import interface_by_address
     from launch.cluster.snapshot import code_digest, read_code
 
-    config_file = Path(job["config"])
-    # A network file system may show a file late that another host has just written.
-    deadline = time.monotonic() + FILE_VISIBLE_S
-    config_sha256 = _sha256(config_file)
-    while config_sha256 != job["sha256"] and time.monotonic() < deadline:
-        time.sleep(0.5)
-        config_sha256 = _sha256(config_file)
     # SSH_CONNECTION holds the client's address and port, then the address of this host and its port.
     ssh_connection = (os.environ.get("SSH_CONNECTION") or "").split()
     own_ssh_addresses = ssh_connection[2:3]  # empty without ssh
@@ -131,7 +125,7 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": metadata.version("torch"),
         "code": code_digest(read_code()),
-        "config": config_sha256,
+        "config": _sha256_once_visible(config_file, expected_sha256),
         "gpus": count_nvidia_gpus(),
     }
 
@@ -191,6 +185,19 @@ def _read_line(descriptor: int, timeout_s: float | None = None) -> bytes:
             raise EOFError("closed")
         line += byte
     return bytes(line)
+
+
+def _sha256_once_visible(file: Path, expected_sha256: str) -> str | None:
+    """The digest of a file as this host sees it, waited for until it is the expected one or `FILE_VISIBLE_S` seconds are over.
+
+    A network file system may show a file late that another host has just written. None if the file cannot be read.
+    """
+    deadline = time.monotonic() + FILE_VISIBLE_S
+    sha256 = _sha256(file)
+    while sha256 != expected_sha256 and time.monotonic() < deadline:
+        time.sleep(0.5)
+        sha256 = _sha256(file)
+    return sha256
 
 
 def _sha256(path: Path) -> str | None:

@@ -75,14 +75,16 @@ class PreflightRequest:
     """Names this preflight's directory in the run directory; random, so that two preflights of a run do not meet there."""
     run_dir: str | None = None
     model: str | None = None
-    """Directory or hub id; `models` of the run that must be there on every node, offline."""
+    """Directory or hub id of the run's model, which must be there on every node, offline; None if the run downloads it."""
     tokenizer: str | None = None
+    """The same of its tokenizer, if that is another."""
     revision: str | None = None
     data_paths: list[str] = field(default_factory=list)
     """Files, directories or patterns that every node must see."""
     wants_communication_test: bool = True
     """Whether the ranks meet, and their communication is measured."""
     device: str = "auto"
+    """Of the ranks that test the communication: cpu, cuda or auto."""
     rendezvous: str | None = None
     """host:port at which they meet; None is found out from SLURM's variables."""
     timeout_s: float = 60.0
