@@ -114,7 +114,7 @@ def _prompt_of_command_or_pipe(arguments: ChatArguments) -> str | None:
 def _load_conversations(
     exported: ExportedModel, other_export: ExportedModel | None, against: str, arguments: ChatArguments
 ) -> list[Conversation]:
-    """Load the models that answer, with a conversation each: the tuned one last, and before it the one to compare with.
+    """Load the models that the user talks to, with a conversation each: the tuned one last, before it the one to compare with.
 
     `against`: what `exported` is compared with:
     - `base`: its base model. If that is not on this machine: ConfigError if `against=base` was set by the user, else a message,

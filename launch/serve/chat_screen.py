@@ -10,9 +10,10 @@ if TYPE_CHECKING:
 
 
 def stream_in_columns(conversations: list[Conversation], prompt: str, console: Any = None) -> None:
-    """Stream the answers of all models to one prompt into a terminal, side by side. Ctrl-C ends the answers, not the program.
+    """Show the answers of all models to one prompt side by side in a terminal while they are generated.
 
-    `console`: rich's console; None for stdout. An error of one model is raised when the others are done.
+    Ctrl-C ends the answers, not the program. `console`: rich's console; None for stdout. An error of one model is raised when
+    the others are done.
     """
     from rich.console import Console
     from rich.live import Live
@@ -43,6 +44,7 @@ class _Answers:
     """
 
     def __init__(self, conversations: list[Conversation], prompt: str) -> None:
+        """Start the threads that generate the answers to `prompt`, one for each conversation (model)."""
         self.errors: list[BaseException] = []
         self._conversations = conversations
         self._texts = ["" for _ in conversations]

@@ -36,7 +36,10 @@ class SingleModelManager(ModelManager):
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, context_length: int) -> None:
-        """`context_length`: most tokens of a prompt and its answer together, which clients are told."""
+        """`name`: by which clients ask for the model. `context_length`: most tokens of a prompt and its answer together.
+
+        Clients are told the latter in the list of models, as `max_model_len`, which is vLLM's name for it.
+        """
         super().__init__()
         self.force_model = name
         self._model_and_tokenizer = model, tokenizer

@@ -45,7 +45,7 @@ class RefusedRequest(Exception):
         self.code = code
 
     def body(self) -> dict[str, Any]:
-        """The body of the HTTP answer: the error in OpenAI's format."""
+        """The body of the HTTP answer: the error in OpenAI's format, from which OpenAI's clients raise errors of their own."""
         type_by_status = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         default_type = "invalid_request_error" if self.status < 500 else "server_error"
         return {
@@ -147,10 +147,10 @@ def _require_field(
 
 
 def _move_messages_and_count_tokens(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
-    """Check the messages and tools of a chat and move them from `body` to `engine_body`; returns the chat's number of tokens.
+    """Check what a chat consists of (messages, tools, template variables), and move it from `body` to `engine_body`.
 
-    `body`: the fields of the request that were not handled yet. With tool_choice "none", the tools are checked and left out.
-    Raises RefusedRequest.
+    Returns the chat's number of tokens, by which the answer's length is limited. `body`: the fields of the request that were
+    not handled yet. With tool_choice "none", the tools are checked and left out. Raises RefusedRequest.
     """
     messages = _require_field(
         body.pop("messages", None), list, "messages", "a list with at least one message", is_valid=bool

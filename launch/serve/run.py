@@ -71,8 +71,9 @@ def load_server(exported: ExportedModel, config: ServeConfig, listener: socket.s
 
 
 def serve(exported: ExportedModel, config: ServeConfig) -> None:
-    """Serve an exported model until a signal ends the process.
+    """Serve an exported model by transformers' server, in this process, until a signal ends it.
 
+    The address is taken first, then the model is loaded, and its URL is printed once clients can connect.
     Raises ConfigError if the address is taken or the model cannot be loaded.
     """
     key_text = f"the key in {config.key_env}" if config.key_env else "no key"

@@ -69,8 +69,9 @@ class StopCuttingStream:
         self._is_over = False
 
     async def __call__(self, message: Message) -> None:
-        """Pass on a message of the application, with the events in it rewritten.
+        """Take the place of `send` for an application that streams an answer: pass each message on without stop sequences.
 
+        A message holds events, each with a piece of the answer.
         Once a stop sequence was found, the end of the stream is sent and everything after it is dropped. That tells the
         application that nobody reads any more, and so ends the computation.
         """
@@ -118,7 +119,7 @@ class StopCuttingStream:
         return DATA_PREFIX + json.dumps(chunk).encode() + EVENT_END_BYTES
 
     def _replace_by_sendable_text(self, choice: dict[str, Any]) -> bool:
-        """Replace the text of a chunk's `choice` by what may be sent now; returns whether the event is to be sent at all.
+        """Cut one piece of a streamed answer: replace the text of `choice` by what may be sent now; returns whether to send it.
 
         Sets `finish_reason` to "stop" if a stop sequence was found. At the end of the answer, what was held back is sent too.
         Not sent are events all of whose text is held back. Events that had no text are sent: they tell the role or a tool call.

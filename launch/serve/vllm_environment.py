@@ -54,9 +54,9 @@ def find_vllm_python(python: str) -> str:
 
 
 def create_gateway_directory() -> Path:
-    """Create a directory from which another Python can import the gateway, and none of the libraries beside shardtune.
+    """Make the gateway importable for the Python of vLLM's environment, without the libraries of this one; returns a directory.
 
-    The gateway: our middleware in front of vLLM (`launch/serve/middleware.py`). Returns the path of the directory. If shardtune
+    The gateway: our middleware in front of vLLM (`launch/serve/middleware.py`). If shardtune
     is installed, its packages stand among all others of this environment. So the directory, in the cache, has links to the two
     packages alone.
     """

@@ -118,7 +118,7 @@ def _run_points_one_by_one(
 
 
 def _write_wandb_workspace_script(run_dirs: list[Path]) -> None:
-    """Write the script that shows the points in W&B into their common directory, and print a line about it.
+    """Give the user a script that shows all points of a sweep in W&B: writes it into their common directory, and prints a line.
 
     Nothing is written or printed if the points do not log to W&B.
     """

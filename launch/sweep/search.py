@@ -48,6 +48,7 @@ class SearchProgress(RunsProgress):
     """Shows how far a trial is, reports its evaluations to Optuna as they come, and ends a trial that is to be pruned."""
 
     def __init__(self, total_trials: int, trial: Trial, run_dir: Path, metric: str, *, prune: bool) -> None:
+        """`metric`: of evaluations, by which trials are judged. `prune`: whether a bad trial is ended early."""
         super().__init__(total_trials, 0)
         self.run_number = trial.number
         self.is_pruned = False

@@ -159,7 +159,9 @@ def _searched_settings_markdown_lines(search: PlannedSearch) -> list[str]:
 
 
 def wandb_sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
-    """A searched setting as a parameter of W&B's sweep configuration. The first case that applies:
+    """Translate a searched setting into a parameter of W&B's sweep configuration: {"min": 1e-5, "max": 1e-3, ...}.
+
+    The first case that applies:
 
     - Choices: their values.
     - A range, unless of whole numbers with step 1: all of its values, because W&B's steps are multiples of the step, and ours
@@ -196,7 +198,10 @@ def wandb_sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
 
 
 def _number_or_text(value_text: str) -> Any:
-    """A value as a number if W&B will write the number in the same way; else as text, such as `1e-5`, which would be 1e-05."""
+    """Keep a value as it was typed through W&B: as a number if W&B writes it back in the same way, else as text.
+
+    `1e-5` stays text, since W&B would make it 1e-05.
+    """
     for number_type in (int, float):
         try:
             number = number_type(value_text)

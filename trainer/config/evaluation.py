@@ -160,8 +160,9 @@ def tasks_to_run(config: RunConfig) -> dict[str, TaskConfig]:
 
 
 def _runs_chat_tasks(config: RunConfig) -> bool:
-    """Whether forgetting is measured by the chat questions that come with shardtune (`challenges.forgetting.chat`).
+    """Decide whether evaluations ask the chat questions that come with shardtune, to measure forgetting.
 
+    By `challenges.forgetting.chat`:
     - Forgetting is off, or `chat` is false: no.
     - `chat` is null, the default: if forgetting is measured by something else too, the model learns to chat, and no task of
       the user has the name of one of these.

@@ -115,7 +115,10 @@ class Guards:
         runtime: Runtime,
         on_outlier: Callable[[Outlier], None] = lambda outlier: None,
     ) -> None:
-        """`max_skipped_in_a_row` updates that are left out end the run. `on_outlier` is called on rank 0."""
+        """`config`: what is done about a loss or gradient norm that stands out. `on_outlier`: called with it, on rank 0.
+
+        `max_skipped_in_a_row`: so many updates in a row that are left out end the run.
+        """
         self.config = config
         self.runtime = runtime
         self.max_skipped_in_a_row = max_skipped_in_a_row

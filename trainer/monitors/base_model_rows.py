@@ -34,7 +34,10 @@ class BaseModelResults:
     def __init__(
         self, evaluator: TaskEvaluator, names: list[str], run_dir: Path, print_line: Callable[[str], None]
     ) -> None:
-        """`names`: of the evaluation tasks that measure forgetting. `run_dir`: where the results are kept in a file."""
+        """`evaluator`: runs tasks with the model of its engine. `names`: of the tasks that measure forgetting.
+
+        `run_dir`: where the results are kept in a file.
+        """
         self.evaluator = evaluator
         self.names = names
         """Tasks that the base was or is asked; fewer after an earlier start that asked fewer."""

@@ -42,7 +42,7 @@ def is_empty(text: str) -> bool:
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether a written answer goes in circles: at least half of its n-grams of four words occur earlier in it.
+    """Whether a generated answer goes in circles: at least half of its runs of four words (n-grams) occur earlier in it.
 
     A text with hardly any spaces, as in Chinese, is taken apart into runs of eight letters instead. A text of fewer than
     `MIN_NGRAMS` n-grams is too short to tell.

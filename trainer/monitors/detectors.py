@@ -258,7 +258,7 @@ class ChallengeDetectors:
             self.chat_rows = finished_task.rows
 
     def chat_answer_pairs(self) -> list[dict[str, str]]:
-        """Two questions with the answers of base and tuned model (`question`, `base`, `tuned`); empty if they were not asked."""
+        """What the run's end shows of how the model changed: two questions, each with the base's and the tuned answer; or []."""
         base_task_by_name = None if self.base_results is None else self.base_results.tasks
         if base_task_by_name is None or CHAT_ANSWERS_TASK not in base_task_by_name:
             return []
@@ -325,7 +325,7 @@ class ChallengeDetectors:
         return evidence
 
     def _run_detectors_of_evaluation(self, evidence: Evidence) -> dict[str, float]:
-        """Run each detector of `DETECTORS` that is on, record what it found or measured, and return the metrics of all."""
+        """Let each detector that is on judge an evaluation; record what it found or measured, and return the metrics of all."""
         detector_metrics: dict[str, float] = {}
         for name, detector in DETECTORS.items():
             config = getattr(self.config, name)  # the settings are named as the detectors

@@ -66,9 +66,9 @@ class RollingWindow:
 
 
 def _median_of_columns(values: Tensor) -> Tensor:
-    """The median of each column of float64 [n, width], without NaN: [width]. NaN for a column that has nothing else.
+    """The median of each column of float64 [n, width], without NaN, computed on the device: [width]. NaN for an empty column.
 
-    `torch.nanmedian` takes the lower of the two middle values, not their mean.
+    `torch.nanmedian` would take the lower of the two middle values, not their mean.
     """
     ordered = values.sort(0).values  # NaN is sorted last
     counts = (~values.isnan()).sum(0)

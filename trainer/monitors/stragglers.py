@@ -59,7 +59,7 @@ class Stragglers:
         """By rank: its factors in the last intervals in a row that speak for a change, from normal to slow or back."""
 
     def add_times_and_find_slow_ranks(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
-        """Look for slow ranks in a logging interval, and add the ranks' compute times to its first row.
+        """Judge after each logging interval which ranks hold the others up, and add the ranks' compute times to its first row.
 
         `rows`: metrics of the interval's steps. `times`: by rank, how long its forward pass took in the model's blocks
         (layers). The row gets their median, the largest, and which rank has it. Nothing is done for a single rank, or if any

@@ -10,7 +10,7 @@ BYTES_OF_UNIT = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """A number for people: 27,051 for 27051.2, 2.336, 3.4e-05, 1.0e+236; a dash for None.
+    """Write a number for people, on pages and in tables: 27,051 for 27051.2, 2.336, 3.4e-05, 1.0e+236; a dash for None.
 
     From a thousand million on, and below a thousandth, it has two digits and an exponent. Else integers, and floats from ten
     thousand on, have no decimals. `digits`: significant digits of the others.
@@ -49,7 +49,7 @@ def format_percent(share: float | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """A time in its two largest units: 85 ms, 0.35 s, 4.2 s, 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    """Write a time for people, in its two largest units: 85 ms, 0.35 s, 42 s, 3 min 20 s, 2 h 5 min; a dash for None."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     if 0 < seconds < 1:

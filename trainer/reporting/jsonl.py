@@ -24,7 +24,10 @@ class JsonlTracker:
     """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `non_finite_metrics`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        """Open the file for appending. `resume_step`: rows after it are removed; 0 at a start. Errors: StorageError."""
+        """Open the file for the rows of this start. A resumed run keeps the rows up to its checkpoint.
+
+        `resume_step`: the step of that checkpoint; 0 for a new run, which keeps no row. Raises StorageError.
+        """
         self.path = path
         self.earlier = EarlierResults()
         self._has_warned = False

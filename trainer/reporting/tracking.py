@@ -55,9 +55,9 @@ class Trackers:
         self._training_s = rows_file.earlier.training_s
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
-        """Record numbers of one step in `metrics.jsonl` and all trackers, with the tables that waited for that step.
+        """Record the metrics of a step or an evaluation in `metrics.jsonl` and all trackers, with tables that waited for it.
 
-        A failing tracker is dropped with a message. Errors: StorageError.
+        A failing tracker is dropped with a message. Raises StorageError if `metrics.jsonl` cannot be written.
         """
         if self._rows_file is not None:
             try:

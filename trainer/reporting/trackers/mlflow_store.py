@@ -25,6 +25,7 @@ class MlflowRun:
     """A run in an experiment named as the project."""
 
     def __init__(self, tracked_run: TrackedRun) -> None:
+        """Begin or continue the run in MLflow. Raises ConnectionError if its server does not answer."""
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
@@ -77,7 +78,7 @@ class MlflowRun:
         return run_id
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
-        """Send the numbers of a row in one batch; MLflow takes no texts as metrics."""
+        """Record a row in MLflow, in one request: its numbers, since MLflow takes no texts as metrics."""
         from mlflow.entities import Metric
 
         self._step = step

@@ -15,6 +15,7 @@ class TrackioRun:
     """A run in trackio. It has no summary and no state of a run: both are a last row."""
 
     def __init__(self, tracked_run: TrackedRun) -> None:
+        """Begin the run in trackio, a local store of runs, or continue it after a resume."""
         import trackio
 
         self._tracked_run = tracked_run
