@@ -166,7 +166,7 @@ def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
     # Ranks that share their rows (`parallel.sequence`) count as one data-parallel rank.
     dp_size = max(1, dp_size_of(config, world_size or 1))
-    dp_ranks_text = "the ranks" if world_size is None else format_dp_ranks(dp_size, config.parallel.sequence)
+    dp_ranks_text = "ranks" if world_size is None else format_dp_ranks(dp_size, config.parallel.sequence)
     if micro_batch == AUTO:  # a legal one is chosen later, if there can be any
         if global_batch % dp_size:
             legal = _nearest_multiples_text(global_batch, dp_size)
