@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.compare import repeats
@@ -11,7 +12,15 @@ from launch.compare.comparison import TEST_DOCUMENTS_TITLE, ComparedPoint, Compa
 from launch.compare.conclusion import Conclusion
 from launch.compare.curves import format_difference
 from launch.compare.events import notable_step_lines, resolved_setting_lines
-from launch.output import TableColumn, TableRow, format_table, wrap_sentences
+from launch.output import (
+    TableColumn,
+    TableRow,
+    break_word,
+    displayable,
+    format_table,
+    terminal_width,
+    wrap_sentences,
+)
 from trainer.reporting.numbers import format_setting, format_times
 
 if TYPE_CHECKING:
@@ -175,8 +184,10 @@ def comparison_text(comparison: Comparison) -> str:
         columns += [TableColumn(column.heading, is_number=True) for column in text_table.columns]
         rows = []
         for point in text_table.points:
-            # Why a point is not done stands below its row of the main table only.
-            notes = wrap_sentences([point.reason]) if text_table.is_main_table and point.reason else []
+            # Where a point is, and why it is not done, stand below its row of the main table only.
+            notes = []
+            if text_table.is_main_table:
+                notes = [*_run_directory_lines(point), *wrap_sentences([point.reason] if point.reason else [])]
             rows.append(TableRow(text_table.row(point), notes))
         if lines:
             lines.append("")
@@ -185,6 +196,24 @@ def comparison_text(comparison: Comparison) -> str:
         if sentences:
             lines += ["", f"{title}:", *wrap_sentences(sentences)]
     return "\n".join(lines)
+
+
+def _run_directory_lines(point: ComparedPoint) -> list[str]:
+    """Say below a point's name in which directory its first run is: `runs/first`; no lines if the name says it.
+
+    Runs that somebody started one by one are named by the settings in which they differ, such as `clean-lr1e-3`.
+    """
+    if not point.run_dirs:
+        return []
+    directory = Path(point.run_dirs[0])
+    directory_name = directory.resolve().name
+    # `train -m` calls its runs 0, 1, ...: such a number may be part of a learning rate in the name.
+    is_part_of_name = f"-{directory_name}-" in f"-{point.name}-" and not directory_name.isdecimal()
+    if point.name == directory_name or is_part_of_name:
+        return []
+    indent = "  "
+    folded = break_word(displayable(str(directory)), terminal_width() - len(indent))
+    return [f"{indent}{line}" for line in folded.split("\n")]
 
 
 def titled_sections(comparison: Comparison) -> list[tuple[str, list[str]]]:

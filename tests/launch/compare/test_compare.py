@@ -102,6 +102,25 @@ def test_compare_keeps_a_failed_run_as_a_row(runs, tmp_path, capsys):
     assert broken["not_comparable"] == ["run.seed: 42 and 1"] and broken["loss_difference"] is None
 
 
+def test_a_name_made_of_settings_has_the_directory_that_was_typed_below_it(runs, tmp_path, monkeypatch, capsys):
+    """Also a long one, within 80 columns. A name that ends with the directory's, as of equal runs, needs no such line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    long = Path("a-directory-with-a-name-of-many-words") / "in-which-runs-of-last-week-are-kept" / "a-second-try"
+    for name, run in (("first", "0"), ("second", "0"), (long, "1")):
+        shutil.copytree(runs / "runs" / run, name)
+    code, out, _ = compare(capsys, "first", long)
+    table = out[: out.index("\n\n")].splitlines()
+    assert code == 0 and [line.split()[0] for line in table[1:3]] == ["ddp", "first"]
+    assert table[3].startswith("fsdp2 ") and "".join(map(str.strip, table[4:])) == str(long)
+    assert len(table) == 6 and max(map(len, out.splitlines())) <= 80
+    assert [run["name"] for run in compared(capsys, "first", long)] == ["ddp", "fsdp2"]
+    _, out, _ = compare(capsys, "first", "second", runs / "runs/1")
+    table = out[: out.index("\n\n")]
+    assert "ddp-first" in table and "ddp-second" in table and "  first" not in table and "  second" not in table
+    assert str(runs / "runs/1") in table.replace("\n  ", "")
+
+
 def test_compare_tells_another_loss_from_drift_by_the_step_where_curves_part(runs, tmp_path, capsys):
     """A thousandth at step 3 is another loss; at step 6 it is drift alone."""
 
