@@ -42,7 +42,7 @@ def greater_is_better_by_name(metric: str) -> bool | None:
     `eval/loss`, `eval/loss_by_position/512` and `forgetting/loss` are False, `eval/qa/accuracy` is True.
     """
     parts = metric.split("/")
-    if "loss" in parts[1:2] or parts[0] == "forgetting":
+    if parts[0] == "forgetting" or (len(parts) > 1 and parts[1] in ("loss", "loss_by_position")):
         return False
     if parts[-1] in SMALLER_IS_BETTER:
         return False
@@ -53,7 +53,7 @@ def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: s
     """Find out whether two runs measured a held-out metric alike: returns the keys of the settings because of which they did not.
 
     Empty if the metric can be compared. It is named `eval/<metric>`, or `eval/<task>/<metric>` for an evaluation task.
-    Compared are, of both runs,
+    These settings of the two runs must be equal:
 
     - for a task with documents of its own (`evaluation.tasks.<task>.path`): the settings of this task, and nothing else;
     - for any other metric: the settings of the objective if it is a loss, those of scoring if it is a reward, and then
@@ -84,7 +84,7 @@ def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: s
 def _task_key_prefix(metric: str) -> str | None:
     """The prefix of the settings of the task that has a metric: `eval/qa/accuracy` -> `evaluation.tasks.qa.`.
 
-    None if no task has it.
+    None if the name does not have the form `eval/<task>/<metric>`.
     """
     parts = metric.split("/")
     return f"evaluation.tasks.{parts[1]}." if len(parts) == 3 else None

@@ -140,11 +140,13 @@ def _metric_verdict(
 
 
 def _unfinished_verdict(run: RecordedRun) -> RunVerdict:
-    """The verdict on a run that is running, stopped, failed or not started: at which step it is, why it ended, how it
-    continues.
-    """
+    """The verdict on a run that is running, stopped, failed or not started: its step, why it ended, and how it continues."""
     logs_command = f"shardtune logs {shlex.quote(str(run.directory))}"
-    step = run.status.get("step") or max(run.steps, default=0)
+    last_step = max(run.steps, default=0)
+    step = run.status.get("step") or last_step
+    if run.state == RunState.running:
+        # The status of a resumed run may still have the step of its checkpoint.
+        step = max(step, last_step)
     total_steps = run.record.total_steps
     progress = f"step {step} of {total_steps}" if total_steps else f"step {step}"
     # On one line, since a message may have several.
@@ -319,9 +321,7 @@ def _leak_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _straggler_callouts(run: RecordedRun) -> list[Callout]:
-    """Warn of ranks that computed more slowly than the others, which had to wait for them, and name each; no call-out
-    without any.
-    """
+    """Warn of ranks that computed more slowly than the others, which had to wait for them; no call-out without any."""
     outcome = run.record.outcome
     if outcome is None or not outcome.slow_ranks:
         return []
@@ -390,9 +390,9 @@ def _resumed_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _outlier_callouts(run: RecordedRun) -> list[Callout]:
-    """Tell the reader that steps stood out, such as by a very large gradient, and how to skip such updates if nothing was
-    done.
+    """Tell the reader that steps stood out, for example by a very large gradient.
 
+    If they were only noted, a command shows how to skip such updates.
     Guards check the numbers of each step. `events.jsonl` also has findings of detectors, which have call-outs of their own.
     """
     outlier_events = [event for event in run.events if event.get("event") != DETECTOR_EVENT]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from launch.compare.comparison import compare_points
+from launch.compare.metric_meaning import greater_is_better_by_name
 from launch.compare.run_page import contents, figure_pieces, figures, loss_figure, page
 from launch.compare.run_page.answers import answer_pairs
 from launch.compare.run_page.held_out import MetricChange, best_step, metric_changes
@@ -83,7 +84,7 @@ def test_verdicts_differ_by_how_a_run_ended(tmp_path):
         "unevaluated": ("note", "Trained, not evaluated"),
         "stopped": ("warning", "Stopped at step 7 of 20"),
         "failed": ("bad", "Failed at step 7 of 20"),
-        "running": ("note", "Running: step 7 of 20"),
+        "running": ("note", "Running: step 20 of 20"),  # a resumed run's status has the step of its checkpoint
     }
     assert verdicts["good"].text == "Held-out loss went from 3.000 to 2.000 (-33.3%). Trained 20 steps, 2,000 tokens."
     directory = runs["diverged"]
@@ -165,6 +166,12 @@ def test_cards_before_and_after(tmp_path):
 )
 def test_better_and_worse_go_by_the_direction_of_the_metric(name, before, after, larger, tone):
     assert MetricChange(name, after, before, larger).tone == tone
+
+
+def test_the_name_of_a_metric_tells_its_direction():
+    smaller = ("eval/loss", "eval/loss/a", "eval/loss_by_position/1024", "forgetting/loss", "eval/perplexity")
+    assert [greater_is_better_by_name(name) for name in smaller] == [False] * 5
+    assert greater_is_better_by_name("eval/qa/accuracy") is True and greater_is_better_by_name("eval/x") is None
 
 
 def test_best_step_is_held_against_the_model_before_training(tmp_path):
