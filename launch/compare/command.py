@@ -396,7 +396,7 @@ def point_sources_from_arguments(arguments: list[str]) -> tuple[list[PointSource
 
 
 def _point_sources_of_argument(argument: str) -> list[PointSource]:
-    """Find the points that one argument of the command names, as (at least) one source each. The first case that applies:
+    """Find the runs that one argument of the command names: a source for each point, at least one. The first case that applies:
 
     - a run on W&B's server, a run directory, or W&B's own directory of a run: one point
     - a directory with a `comparison.json`: the points of that comparison

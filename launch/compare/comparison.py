@@ -104,7 +104,7 @@ def compare_points(
         default_baseline_name=default_name,
         differences=tuple(differences),
         notes=tuple(_comparison_notes(measured_points, names)),
-        # Settings in which the points differ. The points of one command have the same keys, in the order of the command line.
+        # All points of one command have the same `command_keys`.
         axes=tuple(compared_axes(names, differences, sources[0].command_keys)),
         conclusion=conclude_comparison(points_with_verdict, differences),
     )

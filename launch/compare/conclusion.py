@@ -179,7 +179,7 @@ def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Seque
 
 
 def _seeds_sentence(job: ComparedJob) -> str:
-    """Say how far the held-out metric of a job differs between its seeds: `One job with 3 seeds: eval/loss is 2.31 to 2.35.`
+    """Say how far the held-out metric of a job differs between its seeds: `One job with 3 seeds: eval/loss is 2.3100 to 2.3500.`
 
     A job is all points that train the same: they differ in strategy and seed alone. Empty for a single seed, or without a
     held-out metric.

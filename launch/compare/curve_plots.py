@@ -58,8 +58,8 @@ def thinned_step_rows(point: ComparedPoint, num_points: int) -> list[dict[str, A
     """Choose which steps of a point's first repeat a plot draws, and return their rows of `metrics.jsonl`.
 
     Drawn are every n-th row and the last one: the more points share the plot (`num_points`), the fewer rows of each, so
-    that the page stays small. A plot of at most `MAX_POINTS_WITH_NOTABLE` points also has the steps that stood out, at
-    which a guard or detector found something.
+    that the page stays small. A plot of at most `MAX_POINTS_WITH_NOTABLE` points also has the steps that stood out:
+    those with an event or without an update.
 
     Each row also gets `seconds`, the time of all steps up to it.
     """
@@ -216,7 +216,7 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _notable_step_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
-    """Data rows for marking the steps at which a guard or detector found something: point, step, tokens, seconds, finding."""
+    """Data rows for marking the steps that stood out: point, step, tokens, seconds, and what stood out."""
     rows = []
     for point in points:
         notables = notable_steps(point.first_repeat)
@@ -239,7 +239,7 @@ def _notable_step_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
 
 
 def _notable_steps_layer(rows: list[dict[str, Any]]) -> Spec:
-    """The Vega-Lite layer that marks steps that stood out by dotted vertical lines; the pointer shows `what` was found.
+    """The Vega-Lite layer that marks steps that stood out by dotted vertical lines; the pointer shows `what` stood out.
 
     `rows`: {"point": "ddp", "step": 40, "tokens": 20480, "seconds": 31.5, "what": "grad_norm 9.5 (...); ..."}.
     """

@@ -61,9 +61,8 @@ class SettingDifference:
 def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
     """Find the settings in which the runs differ, to name them and to show why their results differ.
 
-    A setting that only one choice of its group has, as `tuning.rank` of `tuning=lora`, is compared only between runs with
-    this choice: between others the difference follows from the choice. Values are compared as text in which 1.0 and 1 are
-    equal.
+    A setting such as `tuning.rank` is compared only between runs with the same choice in its group, such as `tuning=lora`:
+    between others a difference may follow from the choice. Values are compared as text in which 1.0 and 1 are equal.
 
     Behind the settings stand facts of `run.json` in which the runs differ, such as `run.json world_size`.
     """
@@ -88,8 +87,8 @@ def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
 def _has_several_values(key: str, runs: list[RecordedRun]) -> bool:
     """Whether the runs differ in a setting by more than what follows from their choice in its group.
 
-    `tuning.rank` may differ between two runs with `tuning=lora`. Between `tuning=lora` and `tuning=full` it always does, so
-    that does not count. The choice itself, `tuning.name`, is compared between all runs.
+    `tuning.rank` may differ between two runs with `tuning=lora`. `tuning=full` has no rank, so a difference from that does
+    not count. The choice itself, `tuning.name`, is compared between all runs.
     """
     choice_key = f"{key.split('.')[0]}.name"
     values_by_choice: dict[Any, set[str]] = {}

@@ -105,7 +105,7 @@ def _single_point_job(point: ComparedPoint) -> ComparedJob:
 
 
 def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: VerdictContext) -> str:
-    """A clause on whether a point is better than its baseline by a held-out metric: `eval/loss 2.31, better than ddp (2.4; ...)`.
+    """A clause on whether a held-out metric is better than the baseline's: `eval/loss 2.3100, better than ddp (2.4000; ...)`.
 
     The two are of different jobs, seeds or data. The first case that applies:
 

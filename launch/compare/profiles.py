@@ -101,7 +101,7 @@ def read_profile(run_dir: Path) -> ProfiledSteps | None:
 
 
 def exposed_communication_s(run_dir: Path) -> float | None:
-    """How long a GPU waits for communication in a step, in seconds: it communicates and computes nothing.
+    """How long a GPU waits for communication in a profiled step, in seconds: it communicates and computes nothing.
 
     The mean over the ranks. None if the run was not profiled on GPUs.
     """

@@ -105,7 +105,7 @@ class RunsProgress:
         """Begin to show a run that starts in `run_dir`; called before each run.
 
         `total_steps` is None if the budget of the run is not one of steps. Prints a line unless stderr is a terminal, where
-        the progress line follows at once.
+        the progress line soon follows.
         """
         self.run_number += 1
         now = time.monotonic()
@@ -123,8 +123,9 @@ class RunsProgress:
         self.run_number += 1
 
     def update(self) -> None:
-        """Show how far the current run is, and rewrite the page, if it is time to; called many times a second while the run
-        trains.
+        """Show how far the current run is, and rewrite the page, if it is time to.
+
+        Called many times a second while the run trains.
         """
         now = time.monotonic()
         if now - self._updated_at < UPDATE_INTERVAL_S:
@@ -173,9 +174,9 @@ class RunsProgress:
         return line
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """Estimate the seconds to the end of all runs; None before an estimate is possible. `step`: last step of the
-        current run.
+        """Estimate the seconds to the end of all runs; None before an estimate is possible.
 
+        `step`: the last one of the current run.
         Each run is expected to take as long as the finished ones did in the mean; before one has finished, as its own speed
         says.
         """

@@ -1,6 +1,6 @@
 """Ranks the jobs of a comparison by their quality on held-out data.
 
-Whether the difference of two jobs counts, `quality_evidence.py` says.
+`quality_evidence.py` says whether the difference of two jobs counts.
 """
 
 from __future__ import annotations

@@ -45,11 +45,11 @@ class QualityDifference:
     num_seeds: int
     """How many seeds the job with more seeds has."""
     seed_interval: Interval | None = None
-    """Its confidence interval over seeds; None for one seed each, or if the seeds differ by rounding alone."""
+    """Confidence interval of the relative difference over seeds; None for one seed each, or if seeds differ by rounding alone."""
     document_interval: Interval | None = None
-    """Its confidence interval over held-out documents; None if it is not known."""
+    """Confidence interval of the relative difference over held-out documents; None if it is not known."""
     report_intervals_disjoint: bool | None = None
-    """Whether the intervals that `shardtune evaluate` reported for both jobs do not overlap; None if it reported none."""
+    """Whether the intervals that `shardtune evaluate` reported do not overlap; None unless it reported on both jobs."""
 
     @property
     def is_significant(self) -> bool:

@@ -106,8 +106,8 @@ def recommend_best_quality(
     """Recommend a point of the job with the best held-out metric.
 
     The list is empty if none of its points is among the candidates. A job is all points that train the same: they differ in
-    strategy and seed alone. So if the job has several points, one of `cheapest_names` is taken, those recommended for speed
-    or memory.
+    strategy and seed alone. If the job has several points, one that is recommended for speed or memory (`cheapest_names`)
+    is preferred.
 
     `arguments_by_name`: by name of a point, the settings to paste behind `shardtune train`.
     """

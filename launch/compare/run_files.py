@@ -66,7 +66,7 @@ class RecordedRun:
         """State and last step of a run that is not done, such as `failed at step 3`, or `not started`; None if it is done."""
         if self.state == RunState.done:
             return None
-        # While a run trains, its status has the step of the start or of a resume, and the rows have the last one.
+        # While a run trains, its status may still have the step of the start or of a resume. The rows have the last one.
         last_step = max(self.status.get("step") or self.failure.get("step") or 0, max(self.steps, default=0))
         return f"{self.state} at step {last_step}" if last_step else self.state
 

@@ -267,7 +267,7 @@ class _LoggedSteps:
             if isinstance(value, int | float) and not is_size_of_table:
                 held_out_metrics[name] = value
         if held_out_metrics:
-            # Several evaluators may have logged at the same step.
+            # Several rows may be of the same step.
             self.evaluations[step] = self.evaluations.get(step, {}) | held_out_metrics
 
 

@@ -130,7 +130,7 @@ def _finite_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, f
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Leave points of a long curve out, about `MAX_POINTS` stay: the lowest and highest of each stretch, so spikes stay."""
+    """Thin a long curve to about `MAX_POINTS` points: the lowest and the highest of each stretch, so that spikes stay."""
     if len(points) <= MAX_POINTS:
         return points
     stretch_length = math.ceil(2 * len(points) / MAX_POINTS)  # two points are kept of each

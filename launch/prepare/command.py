@@ -126,11 +126,10 @@ def _compose_config_to_prepare(settings: list[str]) -> RunConfig:
 
 
 def _prepare_data_or_shard(settings: list[str], *, shard: tuple[int, int] | None) -> PreparedData | None:
-    """Prepare the data of a run with these settings, or take it from the cache; with `shard`, write only one part of it to
-    the cache.
+    """Prepare the data of a run with these settings, or take it from the cache; with `shard`, only one part of it.
 
     `shard`: (index, number of shards), such as (0, 8). A later call without it merges the parts. None is returned for a
-    part.
+    part, which is written to the cache.
 
     Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """

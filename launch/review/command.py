@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 def make_review(argv: list[str]) -> int:
     """Run `review make`: let the models answer prompts, and write a page and a table for reviewers, and the key.
 
-    Returns the exit code: 0, or 75 if it was stopped while the models answered.
+    Returns the exit code: 0, or 75 if a model could not finish its answers, because it was stopped or failed.
     """
     from launch.review.arguments import read_make_arguments
     from launch.review.prompts import draw_prompts

@@ -33,7 +33,7 @@ class ReviewPrompt:
 
 
 def draw_prompts(path: str, num_prompts: int, seed: int) -> list[ReviewPrompt]:
-    """Draw the prompts of a review: `num_prompts` different ones at random from files of training data; all if there are fewer.
+    """Draw the prompts of a review: `num_prompts` different ones at random from the files at `path`; all if there are fewer.
 
     `path`: one file or several, in any format that training data may have. Raises ConfigError for a path that is no local
     file, DataError with file and line for a row without a prompt.

@@ -89,10 +89,11 @@ def _raise_if_files_in_the_way(run_dir: Path) -> None:
 
 
 def raise_if_queued(run_dir: Path) -> None:
-    """Refuse to freeze a configuration for a run that a job in SLURM's queue is for: raise RunDirInUse.
+    """Raise RunDirInUse if a job in SLURM's queue is for this run, so that its configuration must not be frozen now.
 
     That job would train with the `config.yaml` that the caller is about to write, instead of the one it was submitted with.
-    If squeue fails, nobody knows whether there is such a job: RunDirInUse is also raised if the run was submitted before.
+    If squeue fails, nobody knows whether there is such a job: RunDirInUse is then raised for any run that was submitted and
+    may still be queued.
     """
     job = _job_in_queue(run_dir)
     if job is None:

@@ -76,7 +76,8 @@ def finite_number(row: dict[str, Any], key: str) -> float | None:
 def last_step(run_dir: Path) -> int:
     """The optimizer step that a run has reached, whether it runs, has ended or was killed; 0 before the first.
 
-    `status.json` has the step of the start, of a resume, or of the end, and the rows of `metrics.jsonl` those in between.
+    `status.json` has the step at which it was last written, mostly that of the start, of a resume, or of the end. The rows
+    of `metrics.jsonl` have those in between.
     """
     steps = [int(read_status(run_dir).get("step") or 0)]
     for row in read_last_rows(run_dir / "metrics.jsonl"):

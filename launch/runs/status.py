@@ -331,7 +331,7 @@ def _correct_state_by_pipeline(parts: list[PipelinePart], state: str, reason: st
 
 
 def _lost_reason(lease_holder: LeaseHolder) -> str:
-    """Say why a run is lost: its status says running, and nothing shows that it runs. The first case that applies:
+    """Say why a run is lost: it has not ended by its own account, and does not seem to run. The first case that applies:
 
     - No process holds the lease: it ended without a message.
     - The process is on this host and has ended: it was killed.

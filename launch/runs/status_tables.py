@@ -380,7 +380,7 @@ def _checkpoint_lines(checkpoint_list: CheckpointList, damage_by_checkpoint: Map
 def _checkpoint_row(
     checkpoint: StoredCheckpoint, monitored_metric: str | None, damage_by_checkpoint: Mapping[Path, str] | None
 ) -> TableRow:
-    """Make a checkpoint's row of the table: name, age, size and remarks, such as `best: eval/loss 2.31`.
+    """Make a checkpoint's row of the table: name, age, size and remarks, such as `best: eval/loss 2.3100`.
 
     `monitored_metric`: by which the best checkpoint is chosen; None if it is not known. `damage_by_checkpoint`: what is
     wrong with each damaged checkpoint; None if none was verified.

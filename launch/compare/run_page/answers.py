@@ -32,7 +32,7 @@ class AnswerPair:
 
     @property
     def summary(self) -> str:
-        """One line on the pair, the task, what changed, and the end of the prompt: `qa: right now: … What is 2 + 2?`."""
+        """The pair on one line: task, change, and the end of the prompt, such as `qa: right now: … What is 2 + 2?`."""
         prompt_on_one_line = " ".join(self.prompt.split())
         prompt_end = (
             prompt_on_one_line

@@ -69,7 +69,7 @@ def drawn_steps(run: RecordedRun) -> list[int]:
     """Choose the steps of a run that its plots draw: evenly spread ones, the last, and those that stood out; of a short run, all.
 
     About `MAX_DRAWN_STEPS` are evenly spread, and at most `MAX_DRAWN_STEPS` stood out, so that the page stays small. A step
-    stands out if a guard or detector found something at it.
+    stands out if it has an event, or no update.
     """
     steps = list(run.steps)
     stride = max(1, math.ceil(len(steps) / MAX_DRAWN_STEPS))

@@ -103,7 +103,7 @@ def _best_step_part(run: RecordedRun, x_values_by_step: dict[int, Row]) -> _Figu
 
 
 def _notable_steps_part(run: RecordedRun, x_values_by_step: dict[int, Row]) -> _FigurePart:
-    """The part of the plot that marks the latest steps at which a guard or detector found something; empty if there are none.
+    """The part of the plot that marks the latest steps that stood out; empty if there are none.
 
     `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}.
     """
@@ -248,7 +248,7 @@ def _best_step_layers(run: RecordedRun, best: BestStep, x_values_by_step: dict[i
 
 
 def _notable_steps_layer(rows: list[Row]) -> Spec:
-    """The Vega-Lite layer that marks steps that stood out by dotted vertical lines; the pointer shows `what` was found."""
+    """The Vega-Lite layer that marks steps that stood out by dotted vertical lines; the pointer shows `what` stood out."""
     tooltip = [{"field": "step", "type": "quantitative"}, {"field": "what", "type": "nominal"}]
     return {
         "data": {"values": rows},
