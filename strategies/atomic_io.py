@@ -139,7 +139,7 @@ class NewFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Sync the file and close it. After an error in the `with` block it is not synced, and removed if it is exclusive.
+        """Sync the file, unless the `with` block raised an error, and close it. Remove an exclusive file that is not synced.
 
         `kind`: the class of that error; None without one.
         """
@@ -254,8 +254,8 @@ def call_until_visible(
     """Wait for a file that another host has written, and that a network file system may show late: call until `call` succeeds.
 
     `call`: opens the file; its result is returned. `retried_errnos`: error codes by which a file is hidden; after another error
-    it is not called again. `was_deleted`: whether the file will never come. Raises the last OSError, at the latest after
-    `VISIBILITY_TIMEOUT_S`.
+    it is not called again. `was_deleted`: whether the file will never come. Raises the last OSError; if the file stays hidden,
+    after about `VISIBILITY_TIMEOUT_S`.
     """
     waited_s = 0.0
     pause_s = 0.05
@@ -398,9 +398,10 @@ def read_exactly(descriptor: int, into: memoryview, offset: int) -> None:
 
 
 def read_bytes(path: Path, *, max_bytes: int, wait_until_visible: bool = False) -> bytes:
-    """Read a small file that somebody else may have written; raises OSError if it has more than `max_bytes` bytes, or is a link.
+    """Read a small file that somebody else may have written.
 
-    `wait_until_visible`: another host may have just written it, so it is waited for. Raises OSError if it cannot be read.
+    `wait_until_visible`: another host may have just written it, so it is waited for. Raises OSError if it cannot be read, has
+    more than `max_bytes` bytes, or is no regular file (a link, say).
     """
     if wait_until_visible:
         return RetryingReader().read_with_retries(path, lambda: read_bytes(path, max_bytes=max_bytes))

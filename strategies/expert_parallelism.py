@@ -85,8 +85,8 @@ def shard_experts(module: nn.Module, world_size: int, *, mesh: DeviceMesh, **ful
     """Let FSDP2 shard a rank's experts of one layer (`module`) over the ranks that hold the same ones, those of `mesh`.
 
     `world_size`: all ranks of the run, by which summed gradients are divided. The tokens of an expert come from all of them,
-    though only the ranks of the mesh hold it. `fully_shard_settings`: further arguments of torch's
-    `fully_shard`. All ranks of the mesh must call.
+    though only the ranks of the mesh hold it. `fully_shard_settings`: further arguments of torch's `fully_shard`. All ranks of
+    the mesh must call.
     """
     sharded: Any = fully_shard(module, mesh=mesh, **fully_shard_settings)
     sharded.set_gradient_divide_factor(float(world_size))

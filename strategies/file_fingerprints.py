@@ -11,10 +11,10 @@ MAX_BLOCKS = 64
 
 
 def sampled_digest(path: Path) -> str:
-    """Fingerprint a large file without reading all of it: `<bytes>:<SHA-256 of 64 blocks of 64 KiB>`, spread over the file.
+    """Fingerprint a large file without reading all of it: its size, and a hash of 64 blocks of 64 KiB spread over it.
 
-    A file of up to 4 MiB is covered as a whole. In a larger file a change between the blocks is not noticed. Raises OSError if it
-    cannot be read.
+    `<bytes>:<the first 32 hex digits of the SHA-256>`. A file of up to 4 MiB is hashed whole. In a larger file a change between
+    the blocks is not noticed. Raises OSError if it cannot be read.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:

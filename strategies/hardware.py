@@ -48,7 +48,7 @@ class Gpu:
         return self.has_bf16
 
     def unsupported_flash_head_sizes(self, dropout: float = 0.0) -> tuple[int, int] | None:
-        """The sizes of an attention head that flash attention cannot train on this GPU: (smallest, largest); None if it can all.
+        """The sizes of an attention head that flash attention cannot train on this GPU: (smallest, largest); None without any.
 
         It lacks their backward pass. By torch's own rule, NVIDIA's GPUs with little shared memory (capabilities 8.6 to 8.9, 12.0
         and 12.1) cannot do the sizes 193 to 224, and with dropout in attention all sizes above 192.

@@ -189,8 +189,8 @@ class HeartbeatMonitor:
     def ranks_without_heartbeat(self, wait_s: float) -> list[Heartbeat]:
         """Find the other ranks that were stopped or have ended: those that send no heartbeat for `wait_s` seconds.
 
-        Waits that long, and returns their last heartbeats. A heartbeat is a count in the ranks' store that each rank's thread
-        raises about once a second. Raises RuntimeError if the store has ended.
+        Waits that long, and returns their last heartbeats. A heartbeat has a count, which each rank's thread raises in the ranks'
+        store every `interval_s` seconds. Raises RuntimeError if the store has ended.
         """
         heartbeats_before = self._last_heartbeats()
         time.sleep(wait_s)

@@ -73,7 +73,7 @@ class HostInputs:
             return checkpoint(function, *inputs)
 
     def _copy_to_host(self, tensor: Tensor) -> Tensor:
-        """Copy a block's input to the host, pinned and without waiting. The copy is counted as long as it lives.
+        """Copy a block's input to the host; from a GPU, to pinned memory without waiting. It is counted as long as it lives.
 
         The counts are for reports: how much host memory a simulated or a real step takes for inputs.
         """

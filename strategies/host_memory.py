@@ -163,8 +163,8 @@ class HostMemory:
     def _wait_for_peer(self, peer: int) -> None:
         """Wait until the rank `peer` of the group has reached as many barriers as this one, which its counter tells.
 
-        Looks without sleeping for a few milliseconds, as most peers come so soon, then every 0.1 ms. Raises RuntimeError if the
-        peer has ended, or does not come within the run's timeout.
+        Looks without sleeping for a few milliseconds, then every 0.1 ms. Raises RuntimeError if the peer has ended, or does not
+        come within the run's timeout.
         """
         counter = self._barrier_counters[peer]
         began_at = time.monotonic()
@@ -218,7 +218,7 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
 
     `group`: None for all ranks. Returns None if the process group is to be used instead:
 
-    - for a single rank, and on a GPU;
+    - for a single rank, on a GPU, and in a simulation;
     - if `run.shared_memory` forbids it;
     - if some rank cannot map the regions of all others: ranks on several hosts, or in several containers.
 

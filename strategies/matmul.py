@@ -178,8 +178,8 @@ def _set_float32_library(*, onednn: bool) -> None:
 def _choose_by_request_and_processor(requested: Matmul) -> MatmulChoice:
     """Decide which library should multiply float32 matrices in this process, and why; switches nothing.
 
-    BLAS if it is requested, or if oneDNN is missing or would round to bfloat16. Else oneDNN if it is requested, and for `auto`
-    the faster one by a table of processors.
+    BLAS if it is requested, or if oneDNN is missing or would round to bfloat16. Else oneDNN if it is requested; for `auto`, only
+    on a processor where it was measured to be much faster.
     """
     if requested is Matmul.blas:
         return MatmulChoice(Matmul.blas, "as asked")

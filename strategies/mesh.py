@@ -36,9 +36,9 @@ def resolve_replica_count(requested: int, world_size: int, num_hosts: int) -> in
 
 
 def replica_count(config: StrategyConfig, world_size: int, num_hosts: int) -> int:
-    """The number of replicas of the model among the ranks, each sharded over the ranks of the replica: 1 unless FSDP2 has more.
+    """The number of replicas of the model among the ranks: 1, unless `strategy=hsdp` or `strategy.replicate` asks for more.
 
-    It has with `strategy=hsdp`, or `strategy.replicate`. Raises ConfigError if that does not divide `world_size`.
+    Each is sharded over its own ranks. Raises ConfigError if the number does not divide `world_size`.
     """
     if not isinstance(config, Fsdp2Config):
         return 1
@@ -55,8 +55,8 @@ def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> Dev
     The ranks of a row of the mesh hold one replica of the model together; those of a column hold the same shard. 8 ranks in two
     replicas: rows 0 to 3 and 4 to 7. All ranks must call.
     """
-    # We make the groups of a mesh ourselves: they get the run's timeout instead of torch's half an hour, and a rank makes only
-    # its own two, where torch would make all groups on every rank.
+    # We make the groups of a mesh ourselves: they get the run's timeout instead of torch's own, and a rank makes only its own
+    # two, where torch would make all groups on every rank.
     # Values of the mesh's tensor are read, and a simulation, in which tensors have no values, may be active.
     with real_tensors():
         if num_replicas == 1:
@@ -79,8 +79,7 @@ def expert_mesh(
     a rank within its group determines which experts are its own. Ranks with the same index in other groups hold the
     same experts; those of one replica shard them.
 
-    Returns (this rank's expert group, the mesh of ranks with the same experts: its dimension `shard` is those of one replica,
-    and with several replicas it has `replicate` as well).
+    Returns (this rank's expert group, the mesh of the ranks with the same experts, whose dimensions are those of `shard_mesh`).
     """
     with real_tensors():  # as in `shard_mesh`
         # Axes: replica, expert group within the replica, index within the group.

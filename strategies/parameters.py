@@ -201,7 +201,8 @@ def load_parameter_cooperatively(parameter: torch.Tensor, name: str, source: Par
     """Fill `parameter` with its full value, which is read from disk once: each rank reads a part, and all-gathers the rest.
 
     Every rank reads all of a small parameter, since a collective would take longer, and of a packed (quantised) one, which its
-    host caches. `name`: the plain name under which `source` knows it. All ranks must call, for the same parameters in order.
+    host caches. `name`: the plain name under which `source` knows it. All ranks must call, for the
+    same parameters in the same order.
     """
     num_elements = parameter.numel()
     flat = parameter.view(-1)

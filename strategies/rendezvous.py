@@ -90,8 +90,8 @@ class Rendezvous:
     def poll_stop_decision(self, asked_to_stop: bool) -> bool:
         """Whether the job stops, by the first decision of any rank. Call it often while data is prepared.
 
-        `asked_to_stop`: whether this rank got a signal to stop. If so, this call makes the decision, unless there is one: if all
-        ranks have decided to go on, that holds. Otherwise it reads the store about once a second. It does not wait for ranks.
+        `asked_to_stop`: whether this rank got a signal to stop. If so, this call makes the decision, unless there is one
+        already, which may be to go on. Otherwise it reads the store about once a second. It does not wait for other ranks.
         """
         # A decision to stop stands; a job of one rank decides alone.
         if self.store is None or self._stopped:

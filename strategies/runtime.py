@@ -114,10 +114,10 @@ def join_job(
     products, the same on every rank. All ranks must call, once.
 
     `device`: `cpu`, `cuda`, or `auto` for a GPU if there is one. `timeout_s`: seconds after which a collective fails. `threads`:
-    0 takes this job's cores divided by the ranks on the host. `shared_memory`: whether CPU ranks on one host may exchange through
-    it. `store`: torch's store of the job, if the ranks have connected before.
+    0 takes what the user asks for by OMP_NUM_THREADS, else this job's cores divided by the ranks on the host. `shared_memory`:
+    whether CPU ranks on one host may exchange through it. `store`: torch's store of the job, if the ranks have connected before.
 
-    Raises ConfigError if `device` is `cuda` and there is no GPU.
+    Raises ConfigError if `device` is `cuda` and there is no GPU, or if the environment names an unknown network interface.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -256,7 +256,7 @@ _HOST_COUNTERS_FILE = Path("/proc/vmstat")
 def num_usable_cores() -> int:
     """Cores that this process may use, to choose a number of threads: at least 1, which may be fewer than the host has.
 
-    They are limited by the process's affinity, and by the CPU quota of its cgroups (containers and SLURM set both). Of a quota of
+    They are limited by the process's affinity, and by the CPU quota of its cgroups, which containers and SLURM set. Of a quota of
     2.5 cores, 2 count.
     """
     if hasattr(os, "sched_getaffinity"):
@@ -348,7 +348,7 @@ def _texts_in_own_cgroups(name: str) -> Iterator[str]:
 def set_group_timeouts(runtime: Runtime, extra_s: float = 0) -> None:
     """Set after how many seconds a collective fails: the run's timeout plus `extra_s`, in all process groups of this rank.
 
-    Groups that libraries have formed have torch's own, half an hour. No collective.
+    Groups that libraries have formed have torch's own timeout otherwise. No collective.
     """
     timeout = timedelta(seconds=runtime.timeout_s + extra_s)
     for group in living_groups():

@@ -46,7 +46,7 @@ def _local_and_full_numel(parameter: Any) -> tuple[int, int]:
 
 
 def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
-    """Write down for `run.json` what is really sharded, counted from the live tensors and not from the settings.
+    """Count from the live tensors, and not from the settings, what is really sharded: what `run.json` records of it.
 
     `{"parameters": 1200, "trainable_parameters": 40, "exchange": "nccl", "held_per_rank": [600, 600]}`: numbers of elements, and
     under `exchange` the backend of collectives: nccl, gloo, or shared memory. All ranks must call.

@@ -63,7 +63,7 @@ def claim_shared_file(path: Path, content: bytes, writer_id: str) -> bool:
 def _write_temporary_file(path: Path, content: bytes, writer_id: str) -> Path:
     """Write `content` into a new file beside `path`, whose name has the `writer_id`; returns its path."""
     temporary = path.with_name(f".{path.name}.{writer_id}")
-    # A process that was killed here may have left one: in a container process ids, and so tokens, come again.
+    # A process that was killed here may have left one: in a container process ids, and so writer ids, come again.
     with suppress(FileNotFoundError):
         temporary.unlink()
     _create(temporary, content)

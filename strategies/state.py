@@ -106,7 +106,7 @@ def _check_dataclass_fields(
     `key_by_field`: the JSON key of each field that has another name in JSON, such as `{"recent_steps": "recent"}`. `required`:
     keys that it must have; others may be missing. `except_field`: a key whose value is checked elsewhere.
 
-    Raises MalformedFile, such as `has a step that is none`, which means no step.
+    Raises MalformedFile, such as `has a step that is none` for a step that is no number.
     """
     if not isinstance(json_value, dict):
         raise MalformedFile("is no table")

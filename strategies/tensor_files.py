@@ -192,7 +192,7 @@ def read_tensors(directory: Path, index: TensorIndex, local_elements: Iterable[L
 
     `local_elements`: the ranges, of which only name, start and length are used. `index`: which files of `directory` hold which
     elements; a range may lie across several files. Opens one file after the other and reads each in the order of its bytes.
-    Raises OSError or MalformedFile if that fails.
+    Raises OSError if a file cannot be read or is too short, MalformedFile if the index does not cover a range.
     """
     buffers: list[Tensor] = []
     targets_by_file: dict[str, list[_ReadTarget]] = {}

@@ -69,10 +69,9 @@ def recorded_collectives() -> list[dict[str, Any]]:
 def collectives_reported(name_by_operation: Mapping[str, str], report: Callable[[str, int], None]) -> Iterator[None]:
     """Report the bytes of each collective of this process inside the context, whatever code calls it.
 
-    `report(name, num_bytes)` is called when a collective begins.
-    `name_by_operation`: by operation of `torch.ops.c10d`, the name under which it is reported; operations that this torch does
-    not have are ignored. `num_bytes`: the size of the largest argument (of a list, the sum of its tensors), which is the full
-    tensor that is gathered or reduced.
+    `report(name, num_bytes)` is called when a collective begins. `name_by_operation`: by operation of `torch.ops.c10d`, the name
+    under which it is reported; operations that this torch does not have are ignored. `num_bytes`: the size of the largest
+    argument (of a list, the sum of its tensors), which is the full tensor that is gathered or reduced.
 
     The public `torch.library` puts a kernel before those of the backends, for these operations only. A dispatch mode could count
     them too, but it sees every operation of a step, and autograd takes more memory inside a mode: it adds up gradients out of

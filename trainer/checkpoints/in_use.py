@@ -23,7 +23,7 @@ MAX_MARK_AGE_S = 900.0
 
 @contextmanager
 def marked_as_in_use(checkpoint: Path) -> Iterator[None]:
-    """Keep a training run from deleting `checkpoint` inside the context, in which this process reads it, to export it say.
+    """Keep a training run from deleting `checkpoint` inside the context, in which this process reads it, say to export it.
 
     An empty file beside the checkpoint, the mark, tells the run; a thread touches it every minute to say that this process still
     lives. If the directory cannot be written there is no mark, and the run may delete the checkpoint.

@@ -115,7 +115,7 @@ class Checkpoints:
         return call_on_main(lambda: step in dict(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
     def roll_back(self, last_good_step: int) -> Path:
-        """Go back to the newest complete checkpoint up to `last_good_step`, after an anomaly in the loss; returns its path.
+        """Go back to the newest complete checkpoint up to `last_good_step`, after an anomaly; returns its path.
 
         Newer ones are moved aside; loading is left to the caller. If there is none that old, it is the oldest one, and a line
         says so. All ranks must call. Raises StorageError on every rank if there is no checkpoint at all.
@@ -209,7 +209,8 @@ class Checkpoints:
           more than `checkpoint.max_failures` failures in a row. Else prints a warning and returns False.
 
         `must_succeed`: the run cannot go on without it; usually its last one. `replaces_older`: False for a checkpoint that is
-        deleted after the export, so that no older one is deleted for it. `attachments`: files beside the state, by name.
+        deleted after the export, so that no older one is deleted for it. `attachments`: files beside the state by name, which
+        rank 0 writes.
         """
         began_at = time.monotonic()
         # The size is known only after these collectives, which wait for rank 0: it may still be writing metrics to the disk.

@@ -51,7 +51,7 @@ def resolve_resume_setting(checkpoint_dirs: list[Path], resume: str) -> str:
     So a requeued job, whose command names the same checkpoint again, does not go back to it. Returns `auto` if the run began from
     that checkpoint before and has newer ones now, which a record in the run directory tells; else `resume` itself: `auto`,
     `never` or a path. `checkpoint_dirs`: the run's own directory for checkpoints, then a fallback. Raises StorageError if the
-    record cannot be read.
+    record cannot be read, or a directory cannot be listed.
     """
     if resume in ("auto", "never"):
         return resume

@@ -33,8 +33,8 @@ class CheckpointBranch:
     def begin_at(self, resumed: Path | None) -> None:
         """Begin the branch at the checkpoint `resumed`: newer ones are moved into `given-up-<n>`, so that none is taken for it.
 
-        None moves all. Another checkpoint of the same step, in the fallback directory, counts as newer. Also removes unfinished
-        files of killed runs. Raises OSError or StorageError if that fails.
+        None, or a checkpoint of another run, moves all. Another checkpoint of the same step, in the other directory, counts as
+        newer. Also removes unfinished files of killed runs. Raises OSError or StorageError if that fails.
         """
         restore_replaced(self.checkpoint_dirs)  # a power cut may have left a checkpoint under a temporary name
         checkpoints = checkpoints_in(self.checkpoint_dirs)
@@ -95,10 +95,7 @@ class CheckpointBranch:
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:
-        """Delete a checkpoint, which nobody can mistake for a complete one at any moment.
-
-        A failure is a warning, once for each checkpoint.
-        """
+        """Delete a checkpoint. A failure is a warning, once for each checkpoint."""
         temporary_path = path.with_name(f".{path.name}.deleting")
         try:
             atomic_io.disk.rename(path, temporary_path)  # so that nobody finds half of it under its name

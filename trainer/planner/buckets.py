@@ -28,7 +28,7 @@ def track_bucket_reductions(engine: Any, recorder: LiveBytes, full_trained_eleme
     `full_trained_elements`: trained elements of the deep model in whose place the engine's model of few blocks is simulated; None
     if the engine's model is simulated for itself, so that each reduction counts as it happens.
     """
-    # Of `engine`, the engine of shardtune, and of `engine.engine`, DeepSpeed's own.
+    # `engine` is one of ours; DeepSpeed's own is its attribute `engine`.
     optimizer: Any = getattr(getattr(engine, "engine", None), "optimizer", None)
     if optimizer is None or not hasattr(optimizer, "reduce_ipg_grads"):
         yield

@@ -65,7 +65,7 @@ def _parameter_bytes_by_collective(
     """Bytes that a step exchanges for parameters and gradients, by collective; they do not depend on its tokens.
 
     Weights are gathered in half precision unless the run is in fp32. Gradients are reduced in fp32, except under ZeRO in fp16.
-    `num_micro_batches`: of a rank in a step. {} for strategies without ranks to exchange with.
+    `num_micro_batches`: of a rank in a step. {} for the strategy `single`.
     """
     trained_elements = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     gathered_itemsize = _compute_itemsize(precision)
@@ -91,7 +91,8 @@ def _fsdp2_bytes_by_collective(
     """Bytes that a rank exchanges in a step for parameters and gradients under FSDP2 and HSDP, by collective.
 
     HSDP has several replicas, each of which is sharded. `gathered_itemsize`: bytes of a weight in the type in which it is
-    gathered. `num_micro_batches`: of a rank in a step. Parameters are told by their `id()`, since modules may share one.
+    gathered. `num_micro_batches`: of a rank in a step. Parameters are told apart by their `id()`, since modules
+    may share one.
     """
     module = built.step_module
     num_replicas = replica_count(strategy, runtime.world_size, runtime.num_hosts)

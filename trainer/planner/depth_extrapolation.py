@@ -90,14 +90,14 @@ def shallow_depths(
     """Choose how many blocks the two shallow models have that are simulated in place of a model of `num_blocks` blocks.
 
     The two differ by one period, the number of blocks after which their kinds repeat: the difference between their costs is what
-    each further period of the whole model costs. 32 blocks of one kind -> (4, 5). None if the two together have about as many
-    blocks as the whole model, which is then simulated itself.
+    each further period of the whole model costs. 32 blocks of one kind -> (4, 5). None if the two together have more blocks
+    than the whole model, which is then simulated itself.
 
     `num_end_blocks`: blocks at either end of a model that may take other memory than those between; both models have them all.
     `ends_may_overlap`: a block may belong to both ends, because all blocks are of one kind and nothing reaches from one end to
     the other.
     """
-    # The first `num_end_blocks` and the last; one block less where a block may be in both.
+    # `num_end_blocks` periods at either end; if all blocks are of one kind and the ends may overlap, one block less.
     if ends_may_overlap and period == 1:
         fewest_blocks = 2 * num_end_blocks - 1
     else:
@@ -299,9 +299,9 @@ def phases_of_deeper_model(
 ) -> dict[StepPhase, PhasePeak]:
     """Predict, before the deeper of two models is simulated, the peaks of its phases: those of the matching shallow blocks.
 
-    The simulation counts memory by kind after the operations that are known so. `shallow_phases`: the peaks of the shallow model.
-    `depths`: blocks of the shallow and of the deeper model. `num_end_blocks`: blocks at either end of a model that may take other
-    memory than those between.
+    At these peaks the simulation counts memory by kind. `shallow_phases`: the peaks of the shallow model. `depths`: blocks of the
+    shallow and of the deeper model. `num_end_blocks`: blocks at either end of a model that may take other memory than those
+    between.
 
     With depths 3 and 6 and one end block, blocks 0 to 5 of the deeper model get the peaks of blocks 0, 1, 2, none, none, 2 in
     forward passes, and of 0, none, none, 0, 1, 2 in backward passes. Phases of blocks that match none are left out.

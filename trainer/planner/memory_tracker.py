@@ -202,8 +202,8 @@ class LiveBytes(TorchDispatchMode):
         """Begin a step whose live bytes are also counted by kind (parameters, activations, ...), about once a phase.
 
         After each operation, that would take too long. `operations_to_tally`: by phase, the number of the operation after
-        which it is done, which an earlier step found to be the highest. `owned_tensors`: yields (kind, tensor) for each tensor
-        of the engine.
+        which it is done, since the phase is expected to peak there. `owned_tensors`: yields (kind, tensor) for each tensor of
+        the engine.
         """
         self.begin_step()
         self._operations_to_tally = operations_to_tally
@@ -267,8 +267,8 @@ class LiveBytes(TorchDispatchMode):
     def note_live_bytes(self) -> None:
         """Note how many bytes are live after an operation: append them to the list of the current phase, and update its peak.
 
-        In a step that began by `begin_tallied_step`, bytes are also counted by kind at the operation that was the phase's peak in
-        an earlier step.
+        In a step that began by `begin_tallied_step`, bytes are also counted by kind at the operation at which the phase is
+        expected to peak, and at each later one that is higher.
         """
         if not self._is_counting or self.ignores_operations:
             return

@@ -150,7 +150,7 @@ def _trial_description(micro_batch: int) -> ProbeDescription:
 
 
 def _with_micro_batch(config: RunConfig, micro_batch: Any, note: ResolvedSetting | str | None) -> RunConfig:
-    """Set `batch.micro` of a run that had `auto`, and record why (`note`); None removes an earlier reason.
+    """Set `batch.micro` of a run, and record why it is not what the user gave (`note`); None removes an earlier reason.
 
     `note`: a `ResolvedSetting` is a choice that a later start takes again; a text is a placeholder for one that is made
     elsewhere.

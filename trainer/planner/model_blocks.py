@@ -85,7 +85,7 @@ def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
 
 
 def repeated_blocks(step_module: TrainStep) -> list[nn.Module]:
-    """The blocks of the tuned model through which text goes, in forward order: of these a shallow model has only some.
+    """The blocks of the tuned model through which text goes, in forward order: a shallow model has only the first of them.
 
     A step shards more blocks than these: those of a teacher, and those that read images or sound, which no text reaches.
     Call it before an engine shards the module, since sharding may give the blocks other classes.

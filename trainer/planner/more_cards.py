@@ -25,11 +25,11 @@ MAX_SIMULATIONS = 2
 def find_enough_cards(
     answer: PlanAnswer, settings: PlanConfig, on_progress: ProgressCallback, *, max_ranks_per_node: int
 ) -> EnoughCards | None:
-    """How many cards would do for the run of `answer`, in which nothing fits; None if no number is found.
+    """Find how many cards would do for the run of `answer`, in which nothing fits; None if no number is found.
 
-    Doubles the cards: first those of a node, up to `max_ranks_per_node`, then the nodes. A number of cards is simulated
-    only if it could do: if the card lacks no more than what would go to the further cards. The choice is the one that lacks least
-    memory among those that shard the whole model (FSDP2, ZeRO-3); none may have been planned.
+    Tried is the choice that lacks least memory among those that shard the whole model (FSDP2, ZeRO-3). Doubles the cards: first
+    those of a node, up to `max_ranks_per_node`, then the nodes. A number of cards is simulated only if it could do: if the card
+    lacks no more than what would go to the further cards. None also if no such choice was planned, or if the host lacks memory.
     """
     smallest = next((choice for choice in answer.best_choices if choice.variant.name in SHARDING_STRATEGIES), None)
     if smallest is None or not smallest.fits_host:

@@ -88,7 +88,7 @@ def estimate_peer_memory(
     """
     # Of a peer without a loss of its own among `settings`, 0: our loss never holds all logits.
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * num_logits)
-    # What our own step holds there, without logits: the peer holds the same.
+    # What our own step holds there, without logits: the peer is taken to hold the same.
     at_the_loss = _own_memory_at_the_loss(cost_model, num_rows_or_tokens)
     if PeerSetting.pure_bf16 in settings:
         update_parts = _bf16_bytes_of_update(cost_model.num_parameters, shard_counts)
@@ -136,8 +136,8 @@ class _MemoryAtTheLoss(NamedTuple):
 def _own_memory_at_the_loss(cost_model: CostModel, num_rows_or_tokens: float) -> _MemoryAtTheLoss:
     """What our own step holds when it has reached the loss, without logits, in a micro-batch of so many rows or tokens.
 
-    Another trainer with another loss holds the same there. It is read at the peak of the phase in which the output head, or what
-    follows it, computes.
+    Another trainer with another loss is taken to hold the same there. It is read at the peak of the phase in which the output
+    head, or what follows it, computes.
     """
     larger_size = 1  # the larger of the two simulated sizes, for which alone bytes are known by kind
     phases = cost_model.phase_peaks_at_sizes[larger_size]

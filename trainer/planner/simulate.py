@@ -117,7 +117,7 @@ def simulate(parts: StepParts, runtime: Runtime, *, num_repeats: int = 1) -> Sim
     """Take training steps of one rank on fake tensors (which have shapes but no memory), to learn what a step of it needs.
 
     The first step creates the optimizer's state, the second finds after which operation the memory of each phase is highest, and
-    the third counts it there by kind (parameters, activations, ...). `num_repeats`: steps after the second; with 0 nothing is
+    the third counts it there by kind (parameters, activations, ...). `num_repeats`: steps after the second; with 0 no peak is
     known by kind.
 
     The model of `parts` is on meta, and cannot be used afterwards. Raises what the engine raises, and ConfigError for what it
@@ -175,7 +175,7 @@ def _model_part_by_block(step_module: TrainStep) -> dict[nn.Module, int | str]:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """A context without Python's garbage collection, since memory counts as live until it is collected, at any time."""
+    """A context without garbage collection: garbage counts as live until it is collected, at a time that nobody controls."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -220,7 +220,7 @@ class RecordedEngine:
     """An engine with the calls of the training loop, which reports each phase of a step to a recorder."""
 
     def __init__(self, engine: Any, recorder: StepRecorder, part_by_block: dict[nn.Module, int | str]) -> None:
-        """Wrap the engine of a simulated run, so that the training loop can take steps with it that `recorder` records."""
+        """Wrap an engine, simulated or real, so that the training loop can take steps with it that `recorder` records."""
         self.engine = engine
         self.recorder = recorder
         self.part_by_block = part_by_block
@@ -238,7 +238,7 @@ class RecordedEngine:
         """Take one step through the training loop, and return the peak memory of each of its phases and what else it did.
 
         `batches`: this rank's micro-batches. `operations_to_tally`: by phase, the number of the operation after which memory is
-        counted by kind, as an earlier step found it to be the highest; None: after none.
+        counted by kind, since it is expected to be the highest there; None: after none.
         """
         if operations_to_tally is None:
             self.recorder.begin_step()

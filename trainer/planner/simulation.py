@@ -81,7 +81,7 @@ class _RankOfJob:
 
     @contextmanager
     def simulated(self, config: RunConfig) -> Iterator[Runtime]:
-        """Let this process be that rank inside the context, as if the job existed; yields its runtime, also for shared rows."""
+        """Let this process be that rank inside the context; yields its runtime, with the group of a row if ranks share rows."""
         with simulated_rank(
             self.rank,
             self.world_size,
@@ -188,7 +188,7 @@ def simulate_cost_model_of_run(
 ) -> CostModel:
     """Simulate the run so that a plan can try micro-batches: gives one rank's memory and work at any size of micro-batch.
 
-    Two sizes are simulated, each in two models of few blocks: four steps, of which every other size and depth is extrapolated.
+    Two sizes are simulated, each in two models of few blocks: four steps, from which every other size and depth is extrapolated.
     The rank is the one that needs most memory.
 
     `length`: tokens of each sequence. `accumulation`: micro-batches of a simulated step. `exact`: simulate the whole model.

@@ -209,7 +209,7 @@ def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: ResolvedSetting | str | None) -> RunConfig:
-    """Set the strategy of a run that had `strategy=auto`, and record why (`note`); None removes an earlier reason.
+    """Set the strategy of a run, and record why it is not what the user gave (`note`); None removes an earlier reason.
 
     `note`: a `ResolvedSetting` is a choice that a later start takes again; a text is a placeholder for one that is made
     elsewhere.

@@ -74,8 +74,8 @@ def plan_variants(
     """Plan a run: simulate each of its possible variants, try every micro-batch, and order the choices by memory and speed.
 
     A variant is a strategy with its recomputation and offloading; with a micro-batch it is a choice. `job`: ranks, GPU and batch
-    of the run. `requested_micro_batch`: that on the command line; None plans for all. `on_progress`: called each second.
-    Raises ConfigError if no variant could be simulated.
+    of the run. `requested_micro_batch`: that on the command line; None plans for all. `on_progress`: called at least each
+    second. Raises ConfigError if no variant could be simulated.
     """
     refused = list(variants.refused)
     planned: list[_PlannedVariant] = []
@@ -197,7 +197,7 @@ def simulate_variants(
     """Simulate each variant of a run in a worker process: returns its cost model, or why it cannot be simulated, in their order.
 
     `job`: ranks, GPU and batch. `accumulations`: how many micro-batches of a step to simulate, for each variant. `settings`: how
-    many workers, and whether the whole model is simulated. `on_progress`: called each second.
+    many workers, and whether the whole model is simulated. `on_progress`: called at least each second.
     """
     # Import and build once here, before the workers are forked: otherwise each of them would do it.
     import trainer.planner.simulation  # noqa: F401
@@ -234,8 +234,8 @@ def _collect_cost_models(
     """Wait for the worker processes to simulate all variants; returns the results in the order of `variants`.
 
     `index_by_future`: for each task of the pool, in the order in which workers take them, the index of the variant that it
-    simulates. `on_progress`: called each second.
-    The variants of a worker that was killed get a reason instead of a cost model.
+    simulates. `on_progress`: called each second, and when a simulation is done. If a worker was killed, which stops all others,
+    the variants that were not done get that as a reason instead of a cost model.
     """
     results: dict[int, CostModel | NotSimulated] = {}
     pending = set(index_by_future)
