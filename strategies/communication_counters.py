@@ -61,11 +61,9 @@ def count_bytes(collective: str, size: int) -> None:
 def counted_collective(collective: str, full_argument_index: int) -> Callable[[Any], Any]:
     """Make a decorator for methods that are collectives through shared memory, which counts their bytes and seconds.
 
-    torch's own collectives are counted elsewhere; these are outside of it. Counts only while a context of `count_communication`
-    is entered. `collective`: the name under which bytes are counted, such as `all_gather`. `full_argument_index`: which of the
-    method's tensor arguments is the full tensor, gathered or to be reduced.
-
-    The method must return only when the collective is complete.
+    Only while a context of `count_communication` is entered, which by itself sees torch's own alone. `collective`: the
+    name under which bytes are counted, such as `all_gather`. `full_argument_index`: which of the method's tensor arguments is the
+    full tensor, gathered or to be reduced. The method must return only when the collective is complete.
     """
 
     def with_counters(method: Any) -> Any:

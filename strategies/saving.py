@@ -113,7 +113,7 @@ class RankState:
     def copy_values_to(self, buffer: torch.Tensor) -> None:
         """Copy the values of all tensors into `buffer`, and write the copies from now on, since training goes on.
 
-        `buffer`: a 1-d float32 tensor on the host with at least `num_elements` elements. Of other types, values are converted.
+        `buffer`: a 1-d float32 tensor on the host with at least `num_elements` elements. Values of other types are converted.
         """
         offset = 0
         for index, elements in enumerate(self.local_elements):
