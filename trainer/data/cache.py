@@ -75,10 +75,7 @@ class FileState(NamedTuple):
 
 
 def file_state(path: Path) -> FileState:
-    """Look at what tells whether a file is unchanged since it was hashed. Raises DataError if it cannot be read.
-
-    A file with the same path, size, inode and times has the same bytes, and need not be hashed once more.
-    """
+    """Look at what tells whether a file is unchanged since it was hashed. Raises DataError if it cannot be read."""
     try:
         status = path.stat()
     except OSError as error:

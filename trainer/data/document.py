@@ -37,7 +37,7 @@ THINK_BLOCK_REGEX = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 @dataclass(slots=True)
 class Document:
-    """One row in the first pass of preparation, in the same form for every format. Which fields are set depends on the format.
+    """One row of the data, in the same form for every format. Which fields are set depends on the format.
 
     Conversations: `messages`, and perhaps `tools`. Prompt and completion: both, with `separator` between them if there is no chat
     template. Text: `text`, and `label` if it is labelled. Preference pairs: `messages` is the shared prompt, `chosen` and
@@ -186,7 +186,7 @@ class InputId(NamedTuple):
 
     split: str
     source: str
-    """A key of `data.sources`, "data", or the name of a held-out set."""
+    """A key of `data.sources`, "data", or the name of a held-out set; the path of a file to decontaminate against."""
 
 
 @dataclass(slots=True)

@@ -134,9 +134,9 @@ def _advice_for_no_format(
 ) -> str:
     """Write the part of an error message that says how to rename columns so that a format fits, and what each format needs.
 
-    For example "try data.columns='{prompt:q,completion:a}', or rename them to one of ...". `renamed_columns`: what the user
-    renamed already; nothing is suggested then, and the example has placeholders. `preferred`: the formats that the objective
-    learns from.
+    For example "try data.columns='{prompt:query,completion:answer}', or rename them to one of ...". `renamed_columns`: what the
+    user renamed already; nothing is suggested then, and the example has placeholders. `preferred`: the formats that the
+    objective learns from.
     """
     suggested_columns = {} if renamed_columns else suggest_columns(fields)
     likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
@@ -311,7 +311,7 @@ _PASSAGE_COLUMNS = ("context", "passage")
 
 
 def suggest_columns(fields: dict[str, Any]) -> dict[str, str]:
-    """Guess which renaming of columns (`data.columns`) is meant, for an error message: {"prompt": "question_text", ...}.
+    """Guess which renaming of columns (`data.columns`) is meant, for an error message: {"prompt": "query", "completion": ...}.
 
     The row's column by the expected name; empty if nothing seems to fit.
     - an answer that is chosen and one that is rejected: a pair, with its prompt if there is one;

@@ -220,9 +220,9 @@ def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
 def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored_keys: Collection[str]) -> float | None:
     """Read how much a turn counts in the loss, from 0 (not learned) to 1; None if the turn does not say.
 
-    Files say it in four ways: {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked": true} -> 0; {"train": true, "weight":
-    0.5} -> 0.5. `ignored_keys`: keys that are left out. Raises RowError if a key has a wrong value, or if two keys contradict
-    each other.
+    Files say it by `weight` or `loss_weight`, `train` and `masked`: {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked":
+    true} -> 0; {"train": true, "weight": 0.5} -> 0.5. `ignored_keys`: keys that are left out. Raises RowError if a key has a
+    wrong value, or if two keys contradict each other.
     """
     # All keys that the turn has are named in the error of a contradiction, ignored ones too.
     keys = [key for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None]
@@ -261,8 +261,7 @@ def _parse_weight(value: Any, shown_name: str) -> float:
 def require_learnable(turns: list[Message]) -> list[Message]:
     """Return the turns of a conversation, after a check that it begins as it must and has a turn to learn.
 
-    Raises RowError, whose reason counts the row among the rejected ones: "assistant_first", "no_assistant_turn",
-    "no_learned_turn".
+    Raises RowError: assistant_first, tool_first, no_assistant_turn, no_learned_turn.
     """
     roles = [turn["role"] for turn in turns]
     if roles[0] in ("assistant", "tool"):

@@ -326,7 +326,7 @@ class Preparation:
                 from trainer.data.transforms.privacy.stage import raise_if_personal_data
 
                 raise_if_personal_data(dataset_writer.totals.tally.findings, self.config.privacy)
-            # Labels have numbers in the order of appearance so far; the objective decides their final ids.
+            # Labels were numbered as the blocks came; the objective decides their final ids.
             label_names, label_ids = self.data_spec.number_labels(columns, table)
             selection = choose_splits(self.config, columns, table, seed=self.seed, log_drop=dataset_writer.log_drop)
             dataset_writer.finish_store(label_ids)
@@ -406,7 +406,7 @@ class Preparation:
         make_block = BlockMaker(
             self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.template_date
         )
-        # Prepares the first rows of each input, to see how much will be written.
+        # Unless there is plenty of room, this prepares the first rows of each input, to see how much will be written.
         require_disk_space(
             self.directory.parent,
             self.inputs,

@@ -76,8 +76,8 @@ class TurnTokens:
 def refuse_rendered_rows(inputs: list[SourceInput], readers: dict[InputId, RowReader], encoder: Encoder) -> None:
     """Raise DataError if most of an input's first texts or prompts look as if a chat template had rendered them.
 
-    A model would learn to spell such tokens letter by letter, and never to end a turn. `readers`: by (split, source), what makes
-    documents of an input's rows. Conversations do not count, nor labelled texts, of which only the label is learned.
+    These tokens would become ordinary characters. `readers`: by (split, source), what makes documents of an input's rows.
+    Conversations do not count, nor labelled texts, of which only the label is learned.
     """
     turn_tokens = TurnTokens.from_chat_template(encoder)
     for source_input in inputs:

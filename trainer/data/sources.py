@@ -78,8 +78,7 @@ COMMIT_REGEX = re.compile(r"[0-9a-f]{40}")
 def data_problems(config: DataConfig) -> Iterator[str]:
     """Find settings of `data` that contradict each other or cannot be used: each with key, value, constraint and remedy.
 
-    Called while a configuration is checked, before any file is opened. Ranges of single numbers are checked at their fields, and
-    files are checked where they are opened.
+    Opens no file: files are checked where they are read. Ranges of single numbers are checked at their fields.
     """
     yield from _path_problems(config)
     yield from _held_out_problems(config)
@@ -150,8 +149,8 @@ def _weight_problems(config: DataConfig) -> Iterator[str]:
 def _streaming_problems(config: DataConfig) -> Iterator[str]:
     """Find problems of `data.streaming`: a hub data set that is not pinned to a commit, or no hub data set at all.
 
-    A branch or tag may move while rows are read from the hub, and then the prepared data would no longer be that of its
-    fingerprint. Only sources can have a commit.
+    A branch or tag may move: its name, in the fingerprint of the prepared data, would then stand for other rows. Only sources can
+    have a commit.
     """
     is_any_hub_path_named = False
     for name, source in config.sources.items():
@@ -188,7 +187,7 @@ def _paths_in(path_setting: Any) -> list[str]:
 def find_inputs(config: DataConfig) -> list[SourceInput]:
     """Find the inputs that `data` names, in the order in which they are read: training sources, then held-out sets.
 
-    Called once when data is prepared. Raises ConfigError for settings that cannot be used, DataError for files that do not exist.
+    Raises ConfigError for settings that cannot be used, DataError for files that do not exist.
     """
     if config_problems := [*data_problems(config)]:
         raise ConfigError(config_problems)

@@ -104,7 +104,7 @@ class Collator:
     def filler_samples(self, dataset: TokenDataset, num_samples: int) -> list[Sample]:
         """The first `num_samples` sequences, without targets, for a rank that has run out of samples but must take part.
 
-        Forward passes are collective: without it the other ranks would wait for ever.
+        Forward passes are collective: if this rank made none, the others would wait for ever.
         """
         return [self.without_targets(dataset.sample(number)) for number in range(num_samples)]
 

@@ -222,7 +222,7 @@ def _check_buffers(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def _column_names(schema: pa.Schema, file_name: str) -> list[str]:
-    """The names of a table's columns. Raises DataError for one that is there twice, of which a row (a dict) would lose one."""
+    """The names of a table's columns. Raises DataError for an empty name, and for one that is there twice: a row is a dict."""
     doubled_names = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if doubled_names or "" in schema.names:
         fault = f"the column {doubled_names[0]!r} twice" if doubled_names else "a column without a name"

@@ -42,9 +42,9 @@ class InputSize(NamedTuple):
     """About how much there is to read."""
 
     text_bytes: float
-    """Of text files, decompressed."""
+    """Of text files, decompressed; of remote files, tables too, as they are stored."""
     table_rows: int
-    """Of tables and hub data sets, since the bytes of their compressed files tell little."""
+    """Of local tables and hub data sets, since the bytes of their compressed files tell little."""
 
 
 @dataclass(slots=True)
@@ -127,13 +127,13 @@ class Origin:
         return "hub", _join_with_colons(name, self.subset, split, self.revision, version, content, dataset.num_rows)
 
     def size_bytes(self) -> int:
-        """About how many bytes the files have, on disk; a hub data set counts as 1 GiB, since its size is not known here."""
+        """About how many bytes the files have, as they are stored; a hub data set counts as 1 GiB, whatever its size."""
         return sum(HUB_SIZE_BYTES if is_hub_path(path) else _file_size_bytes(path) for path in self.paths)
 
     def estimate_size(self) -> InputSize:
         """Estimate how much there is to read, to show progress and to check the room on the disk.
 
-        Reads the beginnings of compressed text files, and what tables say of their rows.
+        Reads the beginnings of compressed text files, and what tables say of their rows. Loads hub data sets.
         """
         text_bytes = 0.0
         num_table_rows = 0

@@ -115,7 +115,10 @@ def _read_records(path: InputPath, lines: _RecordLines, delimiter: str) -> Itera
 
 
 def _wrong_cell_count_message(cells: list[str], header: list[str], delimiter: str) -> str:
-    """Write the message for a record with more or fewer cells than the header: "2 cells where the header has 3 (a, b, c)"."""
+    """Write the message for a record with more or fewer cells than the header: "2 cells where the header has 3 (a, b, c)".
+
+    Behind that it says what to do.
+    """
     num_cells = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
     columns = ", ".join(header[:8])
     if len(header) > 8:

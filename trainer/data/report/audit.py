@@ -253,7 +253,7 @@ class Audit(_StrictRecord):
     def read(cls, directory: Path) -> Audit:
         """Read the audit of a prepared data set from `audit.json`. Raises DataError if the file is not exactly of this form.
 
-        Its key and fault are named: an earlier version may have written it.
+        The error names the first key that is wrong: an earlier version may have written the file.
         """
         from pydantic import ValidationError
 

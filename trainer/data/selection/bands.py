@@ -39,7 +39,7 @@ class BandIndex:
 
         `digests`: the MinHash values of each document in order; None for one without words, which shares no band.
         `bands`: into how many bands the values of a document are divided.
-        `directory`: where the files are; they have no name there, and go with the process.
+        `directory`: where the files are; they have no name there, and go with the index.
         """
         # A hash key of each band of each document.
         self._bands = bands
@@ -102,7 +102,7 @@ class BandIndex:
 def _zeros_in_unnamed_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np.ndarray:
     """Make an array of zeros that lies in a file without a name, so that the system may write it out and drop it from memory.
 
-    The file goes with the process. `directory`: on which disk it is; None: that of temporary files. Raises OSError if the disk
+    The file goes with the array. `directory`: on which disk it is; None: that of temporary files. Raises OSError if the disk
     has no room for all of it.
     """
     if 0 in shape:

@@ -132,8 +132,7 @@ def _find_near_partners(
     threshold: float,
     directory: Path | None,
 ) -> tuple[np.ndarray, int]:
-    """Find for each training document the most similar held-out one: (their numbers, int64 [train]; searches that were cut
-    short).
+    """Find for each training document the most similar held-out one: (its number, int64 [train]; how many searches ended early).
 
     The number is -1 if no held-out document has a Jaccard similarity of `threshold` or more. `label_hashes` (uint64, by document
     number): only documents with equal labels are compared. `text_of` gives the text of a document.
@@ -142,7 +141,7 @@ def _find_near_partners(
     documents = np.concatenate([held_out, train])
     index = NearIndex(documents, text_of, label_hashes[documents], threshold, directory)
     partners = np.full(len(train), -1, np.int64)
-    # Most documents share too little with any other one, and need not be compared at all.
+    # Only documents that share a band of their sketches with another one are compared.
     for position in np.flatnonzero(index.may_be_near).tolist():
         if position < len(held_out):
             index.add(position)

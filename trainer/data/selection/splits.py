@@ -162,7 +162,7 @@ def _first_documents_with_equal_digest(digests: np.ndarray, is_compared: np.ndar
 class _SplitChooser:
     """Chooses the documents of each split step by step: `choose_splits` calls `drop_copies`, `hold_out` and so on in turn.
 
-    It works on columns of numbers about all documents (`columns`), and reads a text again only to compare two documents.
+    It works on columns of numbers about all documents (`columns`). Texts are read again only to find near copies and near leaks.
     """
 
     def __init__(
@@ -360,7 +360,6 @@ class _SplitChooser:
             self._apply_leakage_policy_to_groups(train, is_shared, set_name)
         report: dict[str, Any] = {}
         for set_name, documents in {**held_out_sets, "train": splits["train"]}.items():
-            # A document may be in a split several times.
             groups = self.group_hashes[np.unique(documents)]
             report[set_name] = {
                 "documents": len(groups),

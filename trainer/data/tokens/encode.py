@@ -379,7 +379,7 @@ class Encoder:
         """Turn rendered documents into samples: token ids, the mask of supervised tokens, and the number of a label.
 
         The special tokens that belong around a text, such as BOS and EOS, are added, unless the template or the text has them.
-        Raises RefusedDocument for two BOS at the beginning, which no model was trained on.
+        Raises RefusedDocument for two BOS at the beginning.
         """
         samples = []
         for document, encoded in zip(documents, self.tokenize(rendered), strict=True):

@@ -337,7 +337,7 @@ class SpanFinder:
         that a span may end with already. For each span:
         - it ends with one of `already_closed`: it stays as it is;
         - an end-of-turn token follows (after the last turn: any added token of the tokenizer): the span is widened by that;
-        - nothing closes the last turn: EOS is appended to the text, and joins the span with what is before it.
+        - nothing closes the last turn: the rest of the text joins the span, with EOS in place of whitespace at its end.
 
         Returns the text, which has changed in the last case alone, and the widened spans.
         """

@@ -204,7 +204,7 @@ class ChatTemplate:
         return RenderedText(closed.text, closed.spans)
 
     def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
-        """Write a conversation as the template does, up to its last supervised turn, which is not closed.
+        """Write a conversation as the template does, up to its last supervised turn, to which no EOS is added.
 
         `tools`: what the conversation may call, as JSON schemas; None for none. Raises RefusedDocument if the template cannot
         write it.
@@ -273,7 +273,7 @@ class ChatTemplate:
             turns = [_without_thought(message, location) for message in turns]
         if not tools and self._is_plain(turns):
             return PreparedConversation(turns, supervised_indices, location, tool_conversation=None)
-        # Finds out first, by trial, how this template wants tool calls.
+        # With the first calls or results, finds out by trial how this template wants them.
         tool_conversation: TemplateConversation = self._call_template(
             self._turn_span_finder.convert_conversation, turns, tools, location, location=location
         )
@@ -319,8 +319,7 @@ class ChatTemplate:
 
         try:
             return render(*args)
-        # It says what to do already.
-        except DataError:
+        except DataError:  # it says what to do already
             raise
         except TemplateLimitExceeded as error:
             raise self._limit_error(error, location, num_conversations=1) from error

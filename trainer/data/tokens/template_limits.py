@@ -40,7 +40,7 @@ def template_resource_limits() -> Iterator[None]:
         max_bytes = min(max_bytes, soft_limit)
     if is_main_thread:
         handler = signal.signal(signal.SIGVTALRM, _on_time_limit)
-        # It counts the processor time of this process, and then sends SIGVTALRM.
+        # It counts the processor time of this process in user mode, and then sends SIGVTALRM.
         signal.setitimer(signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, hard_limit))

@@ -218,7 +218,8 @@ class TurnSpanFinder:
         leaves its content out, or leaves out the thought of the last turn.
         """
         marks = self._find_marks_by_trial(turn)
-        # If there are no marks of a thought, it is within the content, or the template dropped it, as it may in earlier turns.
+        # Without marks of a thought, the turn has none, or it is within the content, or the template dropped it, as it may in
+        # earlier turns.
         if is_final and not marks.thought_edges:
             self.check_thought_not_lost(turn.conversation, turn.index, turn.text)
         next_turn_begin = marks.next_turn_begin()

@@ -235,7 +235,7 @@ class Cleaner:
             self.steps.append(("unicode", partial(unicodedata.normalize, unicode_form)))
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """Clean every text of a document in place; None, counted in `tally`, if a text is left empty by that.
+        """Clean every text of a document in place; None, counted in `tally`, if a text is blank afterwards.
 
         `tally` also counts, for the data report, the switches of `data.cleaning` that changed a text of the document.
         """

@@ -70,8 +70,7 @@ class Contamination(NamedTuple):
 def texts_to_decontaminate_from(document: Document) -> Iterator[EvaluationText]:
     """Find what of an evaluation document training data must not contain: its questions, and answers of some length.
 
-    System turns are left out, and so are answers of fewer than
-    `WORDS_PER_RUN` words, which many questions share.
+    System turns are left out, and so are answers of fewer than `WORDS_PER_RUN` words, which many questions share.
     """
     turns = [*document.conversation(), *(document.rejected or [])]
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
@@ -88,7 +87,7 @@ class Decontaminator:
     name = "decontamination"
 
     def __init__(self, texts: Iterable[EvaluationText], config: DecontaminationConfig) -> None:
-        """Index the evaluation texts, each as (`file:line`, text), by their runs of 13 words; equal ones count once.
+        """Index the evaluation texts by their runs of 13 words, or as a whole if they are shorter; equal ones count once.
 
         Raises DataError if none of the texts can be looked for.
         """

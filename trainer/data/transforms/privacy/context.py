@@ -235,7 +235,7 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
     for match in PHONE_CANDIDATE_REGEX.finditer(text):
         candidate = match[1]
         num_digits = sum(character.isdecimal() for character in candidate)
-        # No telephone number is shorter or longer, and dates look like one.
+        # A telephone number has 7 to 17 digits here, and dates look like one.
         if not 7 <= num_digits <= 17 or DATE_REGEX.match(candidate):
             continue
         numbers = _valid_numbers(candidate, tuple(regions))
@@ -314,7 +314,7 @@ def _international_numbers(candidate: str) -> tuple[PhoneNumberSpan, ...]:
 def _best_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumberSpan, ...]:
     """Find the valid telephone numbers in a run of digits, read as in the country of `regions` where one is most certain.
 
-    The same digits may be a number in several countries. Empty if they are in none. Needs the library phonenumbers.
+    The same digits may be a number in several countries. Empty if they are in none.
     """
     import phonenumbers
 
@@ -357,9 +357,9 @@ def _national_score(match: PhoneNumberMatch) -> float:
 
 
 def canonical_phone_number(text: str, regions: Sequence[str]) -> str:
-    """E.164 of a telephone number (`+14155552671`) however it is written; its digits if no country has such a number.
+    """E.164 of a telephone number (`+14155552671`) however it is written; its digits if it is valid in none of the countries.
 
-    `regions`: the countries whose national numbers are read, such as "GB".
+    `regions`: the countries whose national numbers are read, such as "GB". Written internationally, a number needs none of them.
     """
     import phonenumbers
 

@@ -184,7 +184,7 @@ class Presidio:
         self.entities = sorted(entity for entity in supported if TYPE_OF_ENTITY.get(entity) in types)
 
     def find(self, text: str) -> list[PrivacyFinding]:
-        """Find names of people and places in a text, those that Presidio finds at `min_score` or above, under our type names."""
+        """Find names of people, places and organisations that Presidio finds at `min_score` or above, under our type names."""
         if not self.entities or not any(character.isalnum() for character in text):
             return []
         matches = self.analyzer.analyze(text, language="en", entities=self.entities, score_threshold=self.min_score)

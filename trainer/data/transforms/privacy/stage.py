@@ -187,7 +187,7 @@ class PrivacyStage:
     name = "privacy"
 
     def __init__(self, config: PrivacyConfig, *, documents_before: int = 0) -> None:
-        """Set up the stage in a worker process, for one range of rows of a source.
+        """Set up the stage for one range of rows of a source.
 
         `documents_before`: documents of the source that came before these. They count towards `scan_documents`.
         """
@@ -390,7 +390,7 @@ def privacy_problems(config: PrivacyConfig) -> Iterator[str]:
             yield f"data.privacy.types: {pii_type} {reason}; {remedy}"
     if not config.types and config.preset == PrivacyPreset.none:
         yield "data.privacy.preset=none with an empty data.privacy.types looks for nothing; name types, or set mode=none"
-    # The library takes long to import, and the usual regions are known to be right.
+    # Imported only where it is needed: the regions that we know ourselves are right.
     if not set(config.regions) <= set(REGIONS):
         import phonenumbers
 
