@@ -43,7 +43,7 @@ class ExpertShare:
 
 
 def expert_share_of_parameter(step_module: nn.Module, name: str) -> ExpertShare | None:
-    """Look up which part of a layer's experts this rank holds of the parameter `name`; None if it holds the whole parameter.
+    """Look up which experts' part of the parameter `name` is this rank's; None if it is no parameter of distributed experts.
 
     Under expert parallelism, the module that has the parameter has the share as `expert_share`. `name`: as in checkpoints, such
     as `layers.0.mlp.experts.gate_up_proj`; of a frozen model as in the step module, `teacher.layers.0.mlp.experts.gate_up_proj`.

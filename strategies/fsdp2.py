@@ -59,7 +59,7 @@ def index_of_first_local_element(tensor: DTensor) -> int:
 
 
 def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> tuple[torch.Size, int]:
-    """Find where a sharded parameter's elements on this rank lie in files: (shape of the full parameter, index of the first one).
+    """Find where this rank's elements lie in the full parameter, as files have it: (its shape, index of the first element).
 
     The index counts in the flattened full parameter. Under expert parallelism, `tensor` is the part of one rank of the expert
     group; the full parameter has all experts.

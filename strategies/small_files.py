@@ -114,7 +114,7 @@ def texts_in_parsed(parsed: Any) -> Iterator[str]:
 def check_files_read_by_libraries(directory: Path) -> None:
     """Raise ConfigError if a library could not read one of the small files in a model's or an adapter's directory.
 
-    Checked before a library reads them, whose traceback would not name the file. A missing file is no error.
+    Called before a library reads them. A missing file is no error.
     """
     for name in JSON_OBJECT_FILES:
         path = directory / name

@@ -152,8 +152,8 @@ def _slice_from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = N
 def _is_cacheable(func: Any) -> bool:
     """Whether the result of a torch operation may be reused for other operands of equal metadata (shape, strides, type).
 
-    Not if the result depends on values, or the operation has side effects. It may for indexing (`aten.index`), unless
-    an index is a mask, which the caller checks.
+    Not if the result depends on values, or the operation changes its operand's metadata. It may for indexing (`aten.index`),
+    unless an index is a mask, which the caller checks.
     """
     if func.namespace not in _CACHED_NAMESPACES or any(tag in func.tags for tag in _UNCACHED_TAGS):
         return False
