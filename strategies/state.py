@@ -126,7 +126,7 @@ def _check_list_entries(progress: dict[str, Any]) -> None:
     """Check the entries of the lists in `progress.json`, such as the last evaluations, before code reads them by key.
 
     `progress`: the part "progress" of the file. Each entry must have the keys of `KEYS_OF_LIST_ENTRIES`, and a range of skipped
-    samples (`passed`) only counts. Raises MalformedFile for another one; a list may be missing.
+    samples (`passed`) only counts. A list may be missing. Raises MalformedFile if one is not so.
     """
     for list_key, entry_keys in KEYS_OF_LIST_ENTRIES.items():
         if any(set(entry) != entry_keys for entry in progress.get(list_key, ())):
