@@ -197,9 +197,8 @@ def read_compare_settings(arguments: list[str]) -> tuple[CompareConfig, list[str
 def _arguments_of_every_point(axes: Axes, settings: CompareConfig) -> list[str]:
     """The `key=value` arguments that every point gets besides its own, such as `["budget.steps=50", "export.at_end=false"]`.
 
-    `compare.steps` becomes the budget; nothing is exported, since a comparison needs no files; the parts of a step are
-    timed. A setting that the user typed keeps its value. Raises ConfigError if `run.dir` was typed, or a budget beside
-    `compare.steps`.
+    `compare.steps` becomes the budget; nothing is exported; the parts of a step are timed. A setting that the user typed
+    keeps its value. Raises ConfigError if `run.dir` was typed, or a budget beside `compare.steps`.
     """
     # Each entry has the alternatives of one typed setting: ("strategy=ddp", "strategy=fsdp2") for `strategy=ddp,fsdp2`.
     cli_keys = {arguments_of_setting[0].partition("=")[0] for arguments_of_setting in axes.alternative_arguments}

@@ -120,8 +120,8 @@ def exposed_communication_s(run_dir: Path) -> float | None:
 def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
     """Rows of the table of operators that took longest, all ranks together, with the cells of `OPERATOR_TABLE_HEADINGS`.
 
-    An operator is a function of torch such as a matrix product, as the profiler records it. Its time is without the
-    operators that it calls. At most `TOP_OPERATORS` rows.
+    An operator is a kernel of a GPU or, without a GPU, a function of torch such as a matrix product. Its time is without
+    the operators that it calls. At most `TOP_OPERATORS` rows.
     """
     self_s_by_operator: defaultdict[str, float] = defaultdict(float)
     calls_by_operator = Counter[str]()

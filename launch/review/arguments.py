@@ -172,9 +172,9 @@ def read_make_arguments(argv: list[str]) -> ReviewRequest:
 
 
 def read_score_arguments(argv: list[str]) -> ScoreArguments:
-    """Read the arguments of `review score`, with `review` set to its default `<run>/review`.
+    """Read the arguments of `review score`, with the default `<run>/review` for `review`.
 
-    Raises ConfigError with every problem.
+    Raises ConfigError for wrong ones, and if the run, a file of answers, or the review is not there.
     """
     from launch.review.sheet import KEY_FILE
 

@@ -72,8 +72,9 @@ def record_start_usage(
 ) -> str:
     """Measure what a start of a SLURM job used of its allocation, keep it in the run's files, and return a line for the log.
 
-    Called at the end of each start; a job that is requeued has several. `start_number`: 0 for the first one, then one more
-    for each requeue.
+    Called at the end of each start that has started the ranks; a job that is requeued has several.
+
+    `start_number`: 0 for the first one, then one more for each requeue.
 
     Writes `jobs.jsonl` and `run.json`. Never raises: a missing figure must not end the job script.
     """

@@ -78,7 +78,7 @@ def record_job_start(run_dir: Path, job_id: str, start_number: int, nodes: str) 
 
 
 def record_job_end(run_dir: Path, job_id: str, start_number: int, exit_code: int, **more_fields: object) -> None:
-    """Note in `job.json` how a start of a job ended; called after the ranks have ended. Raises StorageError.
+    """Note in `job.json` how a start of a job ended, also one that started no ranks. Raises StorageError.
 
     `more_fields`: further fields of `JobRecord`, such as `reason` and `will_restart`.
     """

@@ -58,12 +58,11 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
 
     - A job is requested, or the last one: its output files.
     - A rank is requested: its log.
-    - No rank has a log: the output of the newest job.
-    - A rank has failed (`failed_rank`): the output of the newest job, where libraries print their errors, then the rank's
-      log.
+    - The failed rank (`failed_rank`), or rank 0 if none failed, has no log: the output of the newest job.
+    - A rank has failed: the output of the newest job, where libraries print their errors, then the rank's log.
     - Otherwise: the log of rank 0.
 
-    Raises ConfigError for a requested rank or job that has no file.
+    Raises ConfigError for a requested rank or job that has no file, if others have one.
     """
     log_by_rank, job_files = _find_log_files(run_dir)
     newest_job_files = _output_files_of_newest_job(job_files)

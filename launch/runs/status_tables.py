@@ -323,7 +323,8 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     - Another job of its pipeline failed, so that it never began.
     - The user's settings or data are wrong.
     - Any other error that would come again: its traceback.
-    - Something that may not come again (a lost node, for example): run the same command.
+    - Something that may not come again, such as a lost node, or no recorded failure: run the same command or, if the run
+      made no step, look at its output and submit it again.
 
     `failure`: its `failure.json`, {"message": ..., "user_error": ..., "retry": ...}; empty if it has none.
     """
