@@ -9,30 +9,30 @@ from strategies.errors import ConfigError
 from trainer.evaluation.base import EvaluationConfig
 
 
-def raise_if_watched_metric_is_missing(settings: EvaluationConfig, values: dict[str, float]) -> None:
-    """Refuse to go on if `evaluation.watch` names a metric that the evaluation did not yield (`values`, by name).
+def raise_if_watched_metric_is_missing(settings: EvaluationConfig, metrics: dict[str, float]) -> None:
+    """Refuse to go on if `evaluation.watch` names a metric that the evaluation did not yield (`metrics`, by name).
 
     Raises ConfigError.
     """
-    if settings.watched not in values:
+    if settings.watched not in metrics:
         raise ConfigError(
-            f"evaluation.watch={settings.watched}: the evaluation yields {', '.join(values)}; watch one of them"
+            f"evaluation.watch={settings.watched}: the evaluation yields {', '.join(metrics)}; watch one of them"
         )
 
 
-def record_evaluation(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
+def record_evaluation(settings: EvaluationConfig, progress: Progress, metrics: dict[str, float]) -> bool:
     """Note in `progress`, which checkpoints store, how an evaluation went.
 
     Returns whether its weights should be saved as the best.
 
-    `values`: the metrics by name. Better means: the watched metric improves by more than `settings.min_delta`.
+    `metrics`: the metrics by name. Better means: the watched metric improves by more than `settings.min_delta`.
     - Better than every evaluation that was seen: sets `seen_metric` and `seen_step`, and `stale_evaluations` to 0.
     - Else: `stale_evaluations` is one more. Early stopping goes by these three.
     - Better than the best evaluation whose weights were saved: sets `best_metric` and `best_step`, and returns True.
 
     Both may differ: weights are not saved at every improvement, since saving takes time.
     """
-    value = values[settings.watched]
+    value = metrics[settings.watched]
     # Checkpoints of earlier versions have no `seen_metric`.
     best_seen = progress.best_metric if progress.seen_metric is None else progress.seen_metric
     if _improvement(settings, value, best_seen) > settings.min_delta:

@@ -49,27 +49,27 @@ class ClassifierLabels:
         is_multi_label_problem = config.get("problem_type") == "multi_label_classification"
         return cls(labels, is_multi_label=is_multi_label_problem or len(labels) == 1)
 
-    def toxic_label_index(self, label: Any, key: str) -> int:
+    def toxic_label_index(self, label: Any, setting_key: str) -> int:
         """Which output of the classifier says how toxic a text is, as an index:
 
         - `label`, the user's setting, is set: that label.
         - The classifier has one label: 0.
         - Else: the only label whose name is in `TOXIC_LABEL_NAMES`.
 
-        `key`: the setting that names the label, for the error. Raises ConfigError that lists the labels if there is no such
-        label, or several.
+        `setting_key`: the setting that names the label, for the error. Raises ConfigError that lists the labels if there is no
+        such label, or several.
         """
         known_labels = ", ".join(self.names)
         if label is not None:
             if str(label) not in self.names:
-                raise ConfigError(f"{key}={label}: the classifier has no such label; it has {known_labels}")
+                raise ConfigError(f"{setting_key}={label}: the classifier has no such label; it has {known_labels}")
             return self.names.index(str(label))
         if len(self.names) == 1:
             return 0
         toxic_indices = [index for index, name in enumerate(self.names) if name.lower() in TOXIC_LABEL_NAMES]
         if len(toxic_indices) != 1:
             raise ConfigError(
-                f"{key}: not set, and which label is the toxic one is not plain; name one of {known_labels}"
+                f"{setting_key}: not set, and which label is the toxic one is not plain; name one of {known_labels}"
             )
         return toxic_indices[0]
 
@@ -86,15 +86,15 @@ class ClassifiedText(NamedTuple):
 class Classifier:
     """The classifier of a directory, loaded on every rank."""
 
-    def __init__(self, directory: Path, key: str, runtime: Runtime, *, batch: int) -> None:
+    def __init__(self, directory: Path, setting_key: str, runtime: Runtime, *, batch: int) -> None:
         """Load model and tokenizer from a directory, in float32, onto the rank's device.
 
-        `key`: the setting that names the directory, for the error. `batch`: texts in a forward pass. Raises ConfigError if
-        they cannot be loaded.
+        `setting_key`: the setting that names the directory, for the error. `batch`: texts in a forward pass. Raises
+        ConfigError if they cannot be loaded.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.labels = ClassifierLabels.from_directory(directory, key)
+        self.labels = ClassifierLabels.from_directory(directory, setting_key)
         self.runtime = runtime
         self.batch = batch
         try:
@@ -103,7 +103,7 @@ class Classifier:
                 directory, local_files_only=True, use_safetensors=True
             )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{key}={directory}: cannot be loaded ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"{setting_key}={directory}: cannot be loaded ({str(error).splitlines()[0]})") from error
         self.model.float().eval().to(runtime.device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
         usable_positions = max(8, positions - 2)  # RoBERTa's begin at 2

@@ -84,10 +84,10 @@ class LossEvaluator:
             yield f"eval/{name}", value
         for row, reported in enumerate(self._reported_sources):
             totals_of_source = {term: total[row] for term, total in totals.items()}
-            values = self._metrics(totals_of_source, reported.loss_denominator)
+            metrics_of_source = self._metrics(totals_of_source, reported.loss_denominator)
             for metric, full_name in reported.metric_names.items():
-                if metric in values:
-                    yield full_name, values[metric]
+                if metric in metrics_of_source:
+                    yield full_name, metrics_of_source[metric]
 
     def _means_for_loss(self, engine: Engine) -> dict[str, torch.Tensor]:
         """A first pass over all documents, for the few objectives whose loss needs means over the whole set.

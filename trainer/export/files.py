@@ -221,7 +221,7 @@ def is_file_complete(staging_dir: Path, file: ExportFile) -> bool:
     return file_difference(staging_dir, recorded_file) is None
 
 
-def write_export_file(plan: ExportPlan, file: ExportFile, values: ModelValues, staging_dir: Path) -> None:
+def write_export_file(plan: ExportPlan, file: ExportFile, model_values: ModelValues, staging_dir: Path) -> None:
     """Write one weight file of an export durably, and then its record, by which a later start knows that it is complete.
 
     Holds one file and one group of tensors in memory. Raises OSError and SafetensorError for the file, StorageError and
@@ -229,7 +229,7 @@ def write_export_file(plan: ExportPlan, file: ExportFile, values: ModelValues, s
     """
     from safetensors.torch import save_file
 
-    tensor_by_name = dict(_convert_tensors_of_file(plan, file, values))
+    tensor_by_name = dict(_convert_tensors_of_file(plan, file, model_values))
     save_file(tensor_by_name, staging_dir / file.name, {"format": "pt"})
     atomic_io.sync_file(staging_dir / file.name)
     written = _size_and_sha256(staging_dir / file.name)
@@ -238,7 +238,9 @@ def write_export_file(plan: ExportPlan, file: ExportFile, values: ModelValues, s
     atomic_io.write_new_file(_record_path(staging_dir, file), record.encode())
 
 
-def _convert_tensors_of_file(plan: ExportPlan, file: ExportFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
+def _convert_tensors_of_file(
+    plan: ExportPlan, file: ExportFile, model_values: ModelValues
+) -> Iterator[tuple[str, Tensor]]:
     """Read and convert the tensors of one file: yields (name, tensor as it is stored).
 
     Parameters are converted in groups, such as all experts of a layer; the tensors of a group follow one another in the plan.
@@ -250,7 +252,7 @@ def _convert_tensors_of_file(plan: ExportPlan, file: ExportFile, values: ModelVa
         if planned.group_index != group_index:
             group_index = planned.group_index
             tensors_of_group = {}  # free the group before: two at once would take twice the memory
-            tensors_of_group = stored_tensors_of_group(plan, group_index, values)
+            tensors_of_group = stored_tensors_of_group(plan, group_index, model_values)
         tensor = tensors_of_group.pop(planned.name)
         if tensor.is_floating_point():
             tensor = tensor.to(plan.dtype)

@@ -85,21 +85,21 @@ class ExportPlan:
         return hashlib.sha256(json.dumps([str(self.dtype), rows]).encode()).hexdigest()
 
 
-def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> ExportPlan:
+def plan_files(model_values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> ExportPlan:
     """Plan which tensor of a whole model goes into which file, before any value is read. Every process makes the same plan.
 
     A file has at most `max_file_bytes`, or one larger tensor. First come the model's parameters, converted back to the names
     and shapes of the base's files; then stored weights that the architecture ignores. Floating-point tensors are stored as
     `dtype`. Reads only headers of the base's files. Raises ConfigError if a conversion fails.
     """
-    conversions = values.base.conversions
+    conversions = model_values.base.conversions
     # A group: parameters that are converted together, such as those of all experts of a layer, or mostly a single one.
-    groups = conversions.stored_groups(values.base_names())
+    groups = conversions.stored_groups(model_values.base_names())
     group_bytes: list[int] = []
     tensors: list[ExportTensor] = []
     for group_index, group in enumerate(groups):
         # On the meta device: shapes and types without values.
-        meta_members = {name: values.meta_tensor(name) for name in group.members}
+        meta_members = {name: model_values.meta_tensor(name) for name in group.members}
         stored_tensors = conversions.convert_back(group, meta_members)
         for name, tensor in stored_tensors.items():
             tensors.append(ExportTensor(name, _num_stored_bytes(tensor, dtype), group_index))
@@ -115,18 +115,18 @@ def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> 
     return ExportPlan(dtype=dtype, groups=groups, group_bytes=group_bytes, files=files)
 
 
-def stored_tensors_of_group(plan: ExportPlan, group_index: int, values: ModelValues) -> dict[str, Tensor]:
+def stored_tensors_of_group(plan: ExportPlan, group_index: int, model_values: ModelValues) -> dict[str, Tensor]:
     """Read one group of parameters, and convert it to the tensors that are stored, by name, not yet in the plan's type.
 
     A group is parameters that are converted together, such as those of all experts of a layer. One without members is a stored
     weight that the architecture ignores: it is read as it is. Raises StorageError if the checkpoint cannot be read,
     ConfigError if a conversion fails.
     """
-    conversions: Conversions = values.base.conversions
+    conversions: Conversions = model_values.base.conversions
     group = plan.groups[group_index]
     if not group.members:
         return {group.name: conversions.files.rows(group.name)}
-    members = {name: values.full_tensor(name) for name in group.members}
+    members = {name: model_values.full_tensor(name) for name in group.members}
     return conversions.convert_back(group, members)
 
 

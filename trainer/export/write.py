@@ -90,25 +90,25 @@ def write_export(
     that cannot be read, ExportInUse if another process writes there, DriftError if the export computes something else than the
     trained model.
     """
-    # Only a whole model has a plan and values below: for an adapter both stay None.
+    # Only a whole model has a plan and values: for an adapter both stay None.
     writes_adapter = model.built.tuning.adapter and not config.merge
     staging_dir = destination.with_name(f".{destination.name}.writing")
-    values: ModelValues | None = None
+    model_values: ModelValues | None = None
     plan: ExportPlan | None = None
     # Plan the files, if a whole model is written.
     with _raising_on_all_ranks(destination, runtime):
         if config.merge and model.built.tuning.adapter:
             _check_adapter_mergeable(model)
         if not writes_adapter:
-            values = ModelValues(model)
+            model_values = ModelValues(model)
             dtype = _stored_dtype(config, model.base_path)
-            plan = plan_files(values, dtype, max_file_bytes=int(config.max_shard_gib * 2**30))
+            plan = plan_files(model_values, dtype, max_file_bytes=int(config.max_shard_gib * 2**30))
 
     # Ranks wait for the slowest of them, and for rank 0, which loads what was written.
     wait_s = export_bytes(model, plan) / SLOWEST_DISK_BYTES_PER_S
     with longer_timeout(runtime, wait_s), _lock_destination(destination, runtime):
-        if plan is not None and values is not None:
-            _write_weights(plan, values, staging_dir, destination, runtime)
+        if plan is not None and model_values is not None:
+            _write_weights(plan, model_values, staging_dir, destination, runtime)
         with _raising_on_all_ranks(destination, runtime, staging_dir):
             if runtime.is_main and plan is None:
                 _write_adapter(model, staging_dir, facts)
@@ -152,25 +152,25 @@ class _Staging:
 
 
 def _write_weights(
-    plan: ExportPlan, values: ModelValues, staging_dir: Path, destination: Path, runtime: Runtime
+    plan: ExportPlan, model_values: ModelValues, staging_dir: Path, destination: Path, runtime: Runtime
 ) -> None:
-    """Write the weight files of a whole model, each writing rank its share, and close `values`. All ranks must call.
+    """Write the weight files of a whole model, each writing rank its share, and close `model_values`. All ranks must call.
 
     Files that an earlier start of the same export completed are kept. Raises, on every rank: StorageError if there is too
     little space or the disk fails, ConfigError if the base cannot be read. The staging directory is removed then.
     """
     writer_ranks = _writer_ranks(plan, runtime)
-    staging = _open_staging_on_main(plan, values.model, staging_dir, destination, runtime)
+    staging = _open_staging_on_main(plan, model_values.model, staging_dir, destination, runtime)
     if runtime.is_main:
         _print_writers(plan, writer_ranks, runtime)
-    with _raising_on_all_ranks(destination, runtime, staging_dir), closing(values):
+    with _raising_on_all_ranks(destination, runtime, staging_dir), closing(model_values):
         if runtime.rank not in writer_ranks:
             return
         for file in files_of_writer(plan.files, writer_ranks.index(runtime.rank), len(writer_ranks)):
             if staging.may_have_complete_files and is_file_complete(staging_dir, file):
                 print(f"export: {file.name} is kept from an earlier start", flush=True)
             else:
-                write_export_file(plan, file, values, staging_dir)
+                write_export_file(plan, file, model_values, staging_dir)
 
 
 def _open_staging_on_main(

@@ -152,13 +152,13 @@ def build_task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tu
 
 
 def _metric_records(
-    task: Task, rows: Sequence[TaskRow], values: dict[str, float], intervals: dict[str, tuple[float, float]]
+    task: Task, rows: Sequence[TaskRow], value_by_metric: dict[str, float], intervals: dict[str, tuple[float, float]]
 ) -> dict[str, MetricRecord]:
     """Build what `evaluation.json` says of each metric of a task: value, interval, and what decides the number.
 
-    `values`: the metrics by name; a name may end in `/SOURCE`, for one source of the rows. {"accuracy": 0.8} -> {"accuracy":
-    {"value": 0.8, "greater_is_better": true, "says": "share of ...", "low": 0.7, "high": 0.88}}, with `stderr` and `signature`
-    if there are any.
+    `value_by_metric`: the metrics by name; a name may end in `/SOURCE`, for one source of the rows. {"accuracy": 0.8} ->
+    {"accuracy": {"value": 0.8, "greater_is_better": true, "says": "share of ...", "low": 0.7, "high": 0.88}}, with `stderr`
+    and `signature` if there are any.
     """
     # By metric: prompt, library versions and the like, which must be equal in a comparison.
     signatures = task.signatures()
@@ -166,7 +166,7 @@ def _metric_records(
     # Reversed, so that of two metrics with the same name the first one is taken.
     metric_by_name = {metric.name: metric for metric in reversed(task.metrics_for(rows))}
     records = {}
-    for name, value in values.items():
+    for name, value in value_by_metric.items():
         metric = metric_by_name.get(name) or metric_by_name[name.partition("/")[0]]
         record: MetricRecord = {
             "value": value,

@@ -341,15 +341,17 @@ def _effects_row(case: TaskCase, value_by_group: dict[str, np.ndarray]) -> TaskR
     `value_by_group`: float64 [1] (a log-likelihood) or [labels] (probabilities). Only a log-likelihood has effects. -20
     (female) and -22 (male) -> {"gap": 2, "of_female": 1, "in_female": 1, "of_male": -1, "in_male": 1}.
     """
-    values = list(value_by_group.values())
-    is_one_number = len(values[0]) == 1
-    distances = [float(np.abs(first - second).sum()) for first, second in combinations_with_replacement(values, 2)]
+    group_values = list(value_by_group.values())
+    is_one_number = len(group_values[0]) == 1
+    distances = [
+        float(np.abs(first - second).sum()) for first, second in combinations_with_replacement(group_values, 2)
+    ]
     if not is_one_number:
         # Probabilities of labels sum to 1, so half the sum of their distances is the total variation distance.
         distances = [distance / 2 for distance in distances]
     scores = {"gap": max(distances)}
     if is_one_number:
-        mean = float(np.mean(values))
+        mean = float(np.mean(group_values))
         for group, value in value_by_group.items():
             scores |= {f"{EFFECT_PREFIX}{group}": float(value[0]) - mean, f"{MEMBER_PREFIX}{group}": 1.0}
     answer = ", ".join(f"{group}: {_three_decimals(value)}" for group, value in value_by_group.items())

@@ -143,13 +143,13 @@ class ModelInterface:
         pairs = [ContinuationPair(question.context, question.answer) for question in questions]
         return self.answer_generator.likelihoods(self.engine, pairs)
 
-    def require_judge(self, key: str) -> Judge:
-        """The judge model, for a task that cannot do without. `key`: the task's settings.
+    def require_judge(self, task_key: str) -> Judge:
+        """The judge model, for a task that cannot do without. `task_key`: the task's settings.
 
         Raises ConfigError if none is configured.
         """
         if self.judge is None:
-            raise ConfigError(f"{key}: needs a judge; give evaluation.judge.url=http://host:port/v1")
+            raise ConfigError(f"{task_key}: needs a judge; give evaluation.judge.url=http://host:port/v1")
         return self.judge
 
     def _raise_if_too_long(self, questions: Sequence[Question], answer_tokens: int, purpose: str) -> None:

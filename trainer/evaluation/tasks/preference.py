@@ -120,14 +120,14 @@ class PreferenceTask(JudgedTask):
                     "against=base, a run, a model or a report"
                 )
             return [None] * len(cases)  # the opponent answers first, and there is nobody to compare it with yet
-        keys = row_keys(case.location for case in cases)
-        for key in keys:
-            if key not in self.opponent_answers:
+        keys_of_rows = row_keys(case.location for case in cases)
+        for row_key in keys_of_rows:
+            if row_key not in self.opponent_answers:
                 raise ConfigError(
-                    f"{self.config_key}.options.opponent=other: the other model has not answered {key[0]}; "
+                    f"{self.config_key}.options.opponent=other: the other model has not answered {row_key[0]}; "
                     "ask it the same rows"
                 )
-        return [self.opponent_answers[key] for key in keys]
+        return [self.opponent_answers[row_key] for row_key in keys_of_rows]
 
     def _judge_question(self, request: str, answer: str, opponent_answer: str, *, swapped: bool) -> str:
         """What the judge is asked: which of two answers, A and B, is better.

@@ -136,11 +136,14 @@ def parse_prompt(fields: dict[str, Any]) -> str:
     return f"{context}\n\n---\n\n{text}" if context else text
 
 
-def model_directory(path_setting: Any, key: str) -> Path:
-    """The directory of a model that the setting `key` names, with `~` expanded. Raises ConfigError if it does not exist."""
+def model_directory(path_setting: Any, setting_key: str) -> Path:
+    """The directory of a model that a setting names, with `~` expanded. Raises ConfigError if it does not exist.
+
+    `setting_key`: the setting, for the error.
+    """
     path = Path(str(path_setting)).expanduser()
     if not path.is_dir():
         raise ConfigError(
-            f"{key}={path_setting}: is no directory here; nothing is fetched: download the model and give its path"
+            f"{setting_key}={path_setting}: is no directory here; nothing is fetched: download the model and give its path"
         )
     return path

@@ -92,20 +92,20 @@ def reads_rows_of_run(config: TaskConfig) -> bool:
 def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
     """Yield an error message for each invalid setting under `evaluation.tasks`, before anything starts; reads no rows."""
     for name, config in tasks.items():
-        key = f"evaluation.tasks.{name}"
+        task_key = f"evaluation.tasks.{name}"
         # Letters, digits, `-` and `_`, as in names of Python.
         if not name.replace("-", "_").isidentifier():
-            yield f"{key}: the name stands in metrics (eval/{name}/...); use letters, digits, - and _"
+            yield f"{task_key}: the name stands in metrics (eval/{name}/...); use letters, digits, - and _"
         if not config.kind:
-            yield f"{key}.kind: not set; say what is measured: one of {', '.join(TASK_KINDS)}"
+            yield f"{task_key}.kind: not set; say what is measured: one of {', '.join(TASK_KINDS)}"
             continue
         if config.kind not in TASK_KINDS:
-            yield f"{key}.kind={config.kind}: there is no such kind of task; {_kind_hint(config.kind)}"
+            yield f"{task_key}.kind={config.kind}: there is no such kind of task; {_kind_hint(config.kind)}"
             continue
         task = TASK_KINDS[config.kind](name, config)
         yield from task.problems()
         if task.required_package is not None and find_spec(task.required_package) is None:
-            yield f"{key}.kind={config.kind}: needs {task.required_package}; {install_command(task.pip_extra)}"
+            yield f"{task_key}.kind={config.kind}: needs {task.required_package}; {install_command(task.pip_extra)}"
 
 
 def _kind_hint(unknown_kind: str) -> str:

@@ -364,10 +364,11 @@ def _winobias_sentences(row: SourceRow) -> Iterator[SourceRow]:
             yield replace(row, line=number, fields={"text": text})
 
 
-def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[SourceRow]]) -> Iterator[SourceRow]:
+def _pair_winobias_files(task_key: str, sentences_by_file: dict[str, list[SourceRow]]) -> Iterator[SourceRow]:
     """Pair the sentences of two WinoBias files, such as `pro_stereotyped_1.txt` and `anti_stereotyped_1.txt`, line by line.
 
-    Two files belong together if their names differ in "pro" and "anti" only. `key`: prefix of the task's settings, for errors.
+    Two files belong together if their names differ in "pro" and "anti" only. `task_key`: prefix of the task's settings, for
+    errors.
     `sentences_by_file`: a row for each sentence of a file. Yields rows with a "stereotype" and an "anti_stereotype". Raises
     DataError if a file has no counterpart, or one with another number of sentences.
     """
@@ -386,13 +387,13 @@ def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[SourceRow]]
         elif len(sentences_by_file[pro_file]) != len(sentences_by_file[anti_file]):
             problem = f"and {anti_file} have unlike numbers of lines"
         if anti_file is None or problem is not None:  # `anti_file is None` is for the type checker alone
-            raise DataError(f"{pro_file}: {problem}; give both of WinoBias's files of one type in {key}.path")
+            raise DataError(f"{pro_file}: {problem}; give both of WinoBias's files of one type in {task_key}.path")
         for pro_row, anti_row in zip(sentences_by_file[pro_file], sentences_by_file[anti_file], strict=True):
             texts = {"stereotype": pro_row.fields["text"], "anti_stereotype": anti_row.fields["text"]}
             yield replace(pro_row, fields=texts)
     if anti_file_by_shared_name:
         lone_file = next(iter(anti_file_by_shared_name.values()))
-        raise DataError(f"{lone_file}: has no file beside it that begins with pro; give both in {key}.path")
+        raise DataError(f"{lone_file}: has no file beside it that begins with pro; give both in {task_key}.path")
 
 
 def _name_without_side(name: str) -> str:

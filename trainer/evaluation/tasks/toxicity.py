@@ -72,9 +72,9 @@ class Toxicity(PromptTask):
 
         Raises ConfigError if it is not plain.
         """
-        key = f"{self.config_key}.options.classifier"
-        directory = model_directory(self.option_values["classifier"], key)
-        labels = ClassifierLabels.from_directory(directory, key)
+        setting_key = f"{self.config_key}.options.classifier"
+        directory = model_directory(self.option_values["classifier"], setting_key)
+        labels = ClassifierLabels.from_directory(directory, setting_key)
         toxic_index = labels.toxic_label_index(self.option_values["label"], f"{self.config_key}.options.label")
         return labels, toxic_index
 
@@ -85,9 +85,9 @@ class Toxicity(PromptTask):
         """
         samples = self.generate_samples(cases, model)
         _, toxic_index = self._read_labels_and_toxic_index()
-        key = f"{self.config_key}.options.classifier"
-        directory = model_directory(self.option_values["classifier"], key)
-        classifier = Classifier(directory, key, model.runtime, batch=model.batch)
+        setting_key = f"{self.config_key}.options.classifier"
+        directory = model_directory(self.option_values["classifier"], setting_key)
+        classifier = Classifier(directory, setting_key, model.runtime, batch=model.batch)
         texts = []
         for prompt_samples in samples:
             texts += [answer.text for answer in prompt_samples.answers]
