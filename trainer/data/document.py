@@ -182,7 +182,7 @@ def thought_of(message: Message) -> str | None:
 
 
 class InputId(NamedTuple):
-    """By what a set of files that is read in one way is known, such as ("train", "faq")."""
+    """The name of a set of files that is read in one way, such as ("train", "faq")."""
 
     split: str
     source: str

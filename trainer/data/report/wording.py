@@ -51,7 +51,7 @@ def plural(amount: int, noun: str) -> str:
 
 
 def reason_text(code: str) -> str:
-    """Put a code into words, for which a document was dropped or noted: "too_long" -> "longer than data.max_length".
+    """Put into words why a document was dropped or noted, from the code: "too_long" -> "longer than data.max_length".
 
     A code that speaks for itself gets blanks in place of its underscores.
     """
@@ -184,7 +184,7 @@ def overall_verdict(all_tiles: list[Tile]) -> tuple[Severity, str]:
 
 
 def _severity_of_share(share: float, warning_above: float, critical_above: float) -> Severity:
-    """How serious a share is that is the worse the larger it is: good up to `warning_above`, critical beyond `critical_above`.
+    """How serious a share is, such as that of lost rows: good up to `warning_above`, critical beyond `critical_above`.
 
     In between it is a warning.
     """
