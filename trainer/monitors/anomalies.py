@@ -81,7 +81,7 @@ class Outlier:
     def sample_ranges(
         self, num_consumed: int, global_batch: int, position_ranges: Callable[[int, int], list[tuple[int, int]]]
     ) -> list[dict[str, int]]:
-        """The samples that may have caused the outlier, for `events.jsonl` and for a rollback, which leaves them out.
+        """The samples that may have caused the outlier, for a rollback, which leaves them out of the rest of the run.
 
         As ranges of positions in the run's shuffled order, such as [{"first": 640, "count": 32}]. `num_consumed`: samples
         that the run has consumed so far. `position_ranges`: `SampleOrder.position_ranges`, which maps them to positions.
