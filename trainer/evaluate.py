@@ -107,7 +107,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         engine_and_model = (engine, built)
         data_record = evaluation_data.record
         recorded_steps = None if data_record is None else data_record.total_steps
-        _set_total_steps_of_optimizer_hooks(config, data, built, engine, runtime, recorded_steps)
+        _set_total_steps_of_optimizer_hooks(config, data, built, runtime, recorded_steps)
         if job.split == TEST_REPORT:
             attempt.phase = "evaluating the test documents"
             stop_agreement = RankStopAgreement(request, runtime)
@@ -301,7 +301,6 @@ def _set_total_steps_of_optimizer_hooks(
     config: RunConfig,
     data: PreparedData,
     built: BuiltModel,
-    engine: Engine,
     runtime: processes.Runtime,
     recorded_steps: int | None,
 ) -> None:
@@ -322,7 +321,7 @@ def _set_total_steps_of_optimizer_hooks(
         steps = num_steps_of_run(config, order, data.train.lengths)
         built.set_total_steps(steps)
     else:
-        build_loader(config, data, built, engine, runtime)  # sets them, too
+        build_loader(config, data, built, runtime)  # sets them, too
 
 
 def _connect_server(

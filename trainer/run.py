@@ -367,7 +367,7 @@ def build_batch_loader(
     """
     learns_from_documents = objective_family(config.objective).rollout is None
     if learns_from_documents:
-        return build_loader(config, inputs.data, built, engine, context.runtime)
+        return build_loader(config, inputs.data, built, context.runtime)
     return open_rounds(config, inputs, built, engine, progress, resumed_from, context)
 
 

@@ -230,7 +230,7 @@ def built_trainer(
         built,
         RunContext(key, runtime, Console(enabled=False), stop_agreement, Attempt(run_dir=where)),
     )
-    loader, total = build_loader(config, data, built, engine, runtime)
+    loader, total = build_loader(config, data, built, runtime)
     meter = Meter(runtime, 1.0, None, built.step_module.objective.metrics)
     trainer = Trainer(
         loop_settings(config, total),

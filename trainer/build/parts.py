@@ -106,17 +106,16 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
 
 
 def build_loader(
-    config: RunConfig, data: PreparedData, built: BuiltModel, engine: Engine, runtime: processes.Runtime
+    config: RunConfig, data: PreparedData, built: BuiltModel, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
-    """Build the loader that gives this rank its batches, in the run's order.
+    """Build the loader that gives this rank its batches, in the run's order; returns it, and the steps of the run's budget.
 
-    Returns it, and the optimizer steps of the run's budget.
     `data`: the prepared documents. `built`: the model, with the collator that makes batches of samples. Also tells the hooks
     around optimizer steps, which only AdaLoRA has, how many steps the run has: its phases depend on it.
     """
     data_spec = built.data_spec
     global_batch = config.batch["global"]
-    # A unit is what a batch counts: a document, or a pack of several documents in one row.
+    # A unit is what a batch counts: a document, a pack of several documents in one row, or a pair of answers.
     units, order = build_order(
         config.data, data.train, sequences_per_document=data_spec.sequences_per_document, seed=config.run.seed
     )
@@ -143,7 +142,7 @@ def build_loader(
 
 
 def balances_by_squared_lengths(sequence_ranks: int, document_lengths: np.ndarray) -> bool:
-    """Whether the loader must also give all ranks alike sums of squared lengths, to which the cost of attention is proportional.
+    """Whether the loader balances ranks by the squared lengths of documents too, to which the cost of attention is proportional.
 
     So if `sequence_ranks` > 1 ranks share rows, or if a document is so long that attention is a large part of its cost.
     """
@@ -220,9 +219,9 @@ def build_model(
 ) -> tuple[BuiltModel, WeightSource]:
     """Build the tuned architecture on meta and the source of its values, and check them against each other.
 
-    Reads only headers of files.
     `half_on_gpu`: whether it computes in half precision on a GPU. `scores_answers`: whether the run's reward models are built
-    too. Raises ConfigError for a model that does not fit the run's data, weights or settings.
+    too. Raises ConfigError for a model that does not fit the run's data, weights or settings. Of the weight files it reads
+    headers, buffers, and matrices that the configuration ties, to compare them.
     """
     # The architecture.
     objective, objective_notes = objective_family(config.objective).settle(
@@ -299,7 +298,7 @@ def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) ->
 def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
     """Raise ConfigError if the model cannot take the run's data.
 
-    Called once the model is built on meta, before weights are read:
+    Called once the model is built on meta, before its weights are loaded:
 
     - ranks share rows, and the model's tokens meet outside attention.
     - the longest document, with the answer that is generated to it, has more tokens than the model has positions.

@@ -131,7 +131,7 @@ def _measured_step(
     The optimizer of `config` is SGD without momentum at the rate `GRADIENT_READING_LR`, so gradient = (weight before - weight
     after) / rate. This works for every engine, wherever it keeps its gradients.
     """
-    loader, _ = build_loader(config, data, built, engine, runtime)
+    loader, _ = build_loader(config, data, built, runtime)
     trainer = minimal_trainer(engine)
     trainer.settings = replace(trainer.settings, seed=config.run.seed, schedule=config.schedule)
     weights_before = _trained_weights(engine)
