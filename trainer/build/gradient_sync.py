@@ -73,7 +73,7 @@ def _peak_bytes_of_step(
 ) -> float:
     """Estimate the peak memory of a rank in a step with sharded gradients: model state and activations, in bytes.
 
-    Counts activations if that is not done, and keeps the count in `built.activation_bytes`.
+    Counts activations if that is not done, and keeps the count, if there can be one, in `built.activation_bytes`.
     """
     if built.activation_bytes is None:
         built.activation_bytes = activation_peak_bytes(

@@ -49,7 +49,7 @@ def build_quantised_for_evaluation(
     engine = NativeEngine(
         module,
         module,
-        # Every engine makes one; this one never takes a step.
+        # The engine makes an optimizer, but never takes a step here.
         make_optimizer=lambda named_parameters: torch.optim.SGD([parameter for _, parameter in named_parameters]),
         max_grad_norm=0.0,
         precision=Precision.fp32,  # to the engine this means no autocast: the layers compute in the type that they have

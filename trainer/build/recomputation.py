@@ -126,7 +126,7 @@ def activation_peak_bytes(
 def expected_activation_bytes(
     built: BuiltModel, largest_batch: LargestMicroBatch, strategy: StrategyConfig, precision: Precision
 ) -> float:
-    """Bytes of activations of the longest micro-batch: as counted while recomputation was planned, or else by a rule of thumb."""
+    """Bytes of activations of the longest micro-batch: as counted while the step was planned, or else by a rule of thumb."""
     if built.activation_bytes is not None:
         return built.activation_bytes
     tokens = num_tokens_of_longest_micro_batch(built, largest_batch)

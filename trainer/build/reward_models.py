@@ -176,7 +176,7 @@ def open_model_scorer(
 ) -> RewardModelScorer | None:
     """Open the scorer of answers by the reward models in `engine`; None if the run has none. Raises ConfigError.
 
-    `stop_now`: asked during long scoring, on all ranks alike; True if the run shall stop.
+    `stop_now`: asked on all ranks after each micro-batch; True if the run shall stop.
     """
     readers = {
         name: _open_reader(config, name, reward)

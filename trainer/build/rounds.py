@@ -218,12 +218,11 @@ def build_round_loader(
 
 
 def shares_prompts_in_rows(config: RunConfig, built: BuiltModel, cut: RowCut | None, runtime: Runtime) -> bool:
-    """Whether training puts all answers to a prompt into one row with the prompt, which saves computing it again: `[prompt |
-    answer | answer ...]`.
+    """Whether training puts all answers to a prompt into one row with the prompt, which saves computing it again.
 
-    `objective.rollout.share_prompts` decides; if it is not set, True on CPUs if it is possible, and False on GPUs, where its
-    speed has not been measured. `cut`: which slice of each row the rank takes; None: whole rows. Raises ConfigError if it is
-    set to true, and this model or other settings do not allow it.
+    Such a row is `[prompt | answer | answer ...]`. `objective.rollout.share_prompts` decides; if it is not set, True on CPUs if
+    it is possible, and False on GPUs, where its speed has not been measured. `cut`: which slice of each row the rank takes;
+    None: whole rows. Raises ConfigError if it is set to true, and this model or other settings do not allow it.
     """
     settings: Any = config.objective
     share_prompts: bool | None = settings.rollout.share_prompts
@@ -267,7 +266,8 @@ def max_concurrent_completions(built: BuiltModel, engine: Engine, runtime: Runti
     """
     itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
     allocated_bytes = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
-    # Generation needs whole weights, which a sharded engine gathers: 0 bytes if each rank has them whole already.
+    # Generation needs whole weights, which a sharded engine gathers. 0 bytes if each rank has them whole already, or if an
+    # engine cannot gather them (None).
     gathered_bytes = engine.full_parameters.gather_bytes() or 0
     own_free_bytes = USABLE_MEMORY_SHARE * device_memory_gib(runtime) * 2**30 - allocated_bytes - gathered_bytes
     least_free_bytes = min(gather_objects(own_free_bytes, runtime))

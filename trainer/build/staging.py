@@ -329,18 +329,20 @@ def _lock_for_use(path: Path, mode: int) -> int:
 
 
 def _remove_copy(path: Path) -> None:
-    """Delete a copy and its lock file. The caller must hold `_staging_lock`, so that no process begins to use the copy
-    meanwhile."""
+    """Delete a copy and its lock file.
+
+    The caller must hold `_staging_lock`, so that no process begins to use the copy meanwhile.
+    """
     shutil.rmtree(path, ignore_errors=True)
     Path(f"{path}{IN_USE_SUFFIX}").unlink(missing_ok=True)
 
 
 @contextmanager
 def _staging_lock(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """Wait for the lock on `root`, so that within the context this is the only process of the node that makes or deletes
-    copies.
+    """Wait for the lock on `root`: within the context this is the only process of the node that looks for copies or makes them.
 
-    Raises Preempted if `should_stop` says so while it waits.
+    A run that ends deletes its copies without this lock (`StagedCopies.release`). Raises Preempted if `should_stop` says so
+    while it waits.
     """
     with (root / ".lock").open("a", encoding="utf-8") as file:
         while True:

@@ -197,9 +197,9 @@ def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> No
 def _quantise_frozen_weights(built: BuiltModel, config: ModelConfig, head: Any) -> None:
     """Replace frozen layers and experts by quantised ones (QLoRA), if `model.quantisation` asks for it.
 
-    Sets `scheme` of `built`.
-    - Their shapes go into `built.quantised_shapes`, and into `built.substitutions` which large weights stay as they are.
-    - Not replaced: the output layer `head` of a language model, and the new heads of a classifier (`built.head_prefixes`).
+    Sets `built.scheme` and, for what was replaced, `built.quantised_shapes`. A note on large weights that stay as they are goes
+    into `built.substitutions`. Not replaced: the output layer `head` of a language model, and the new heads of a classifier
+    (`built.head_prefixes`).
 
     Called after tuning, since peft sizes its adapters by plain layers.
     """

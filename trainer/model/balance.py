@@ -152,7 +152,7 @@ def router_losses_of_run(
 
 
 def _first_setting(meta_model: nn.Module, text_config: Any, names: tuple[str, ...]) -> Any:
-    """The first of `names` that the model has as an attribute, else that `text_config` has; None if neither has one."""
+    """The value of the first of `names` that the model has as an attribute, else that `text_config` has; None if neither."""
     for owner in (meta_model, text_config):
         for name in names:
             setting = getattr(owner, name, None)

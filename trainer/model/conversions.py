@@ -363,8 +363,8 @@ class Conversions:
     def _stored_prefix(self, target_by_name: dict[str, _StoredTarget]) -> str:
         """What names in the files begin with if the model is a part of a larger one: "language_model." for Llama 4; else "".
 
-        transformers' rules remove this prefix on the way in, and do not put it back. It is found by tensors that are only
-        renamed: the stored `language_model.model.norm.weight` is `model.norm.weight` by the reversed rules. Also "" if these
+        transformers' loader removes this prefix, and the reversed rules do not put it back. It is found by tensors that are
+        only renamed: the stored `language_model.model.norm.weight` is `model.norm.weight` by the reversed rules. Also "" if these
         tensors disagree.
         """
         prefixes = set()

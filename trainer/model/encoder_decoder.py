@@ -28,8 +28,7 @@ class EncoderDecoder:
 def decoder_start_token_id(hf_config: Any, directory: Path | None) -> int:
     """The token that the decoder begins with, from the model's config or its generation_config.json.
 
-    Raises ConfigError if neither names it.
-    `directory`: of the model's files; None for a published shape.
+    `directory`: of the model's files; None for a published shape. Raises ConfigError if neither names a token.
     """
     start = getattr(hf_config, "decoder_start_token_id", None)
     if start is None and directory is not None:
@@ -50,10 +49,10 @@ def decoder_start_token_id(hf_config: Any, directory: Path | None) -> int:
 
 
 def prepare_encoder_decoder(model: Any, directory: Path | None) -> EncoderDecoder:
-    """Untie what the checkpoint holds apart in an encoder-decoder model, which is on meta, and note its first token.
+    """Untie what the checkpoint holds apart in `model`, which is on meta, and return what only encoder-decoder models have.
 
-    `directory`: of the checkpoint; None for a published shape. Without weights, as a plan does without them, what the
-    configuration ties stays tied; a run reads the weights later, and says that they are missing.
+    Reads the tensors of tied parameters. `directory`: of the checkpoint; None for a published shape. Without weights, as a plan
+    does without them, what the configuration ties stays tied; a run reads the weights later, and says that they are missing.
     """
     if directory is not None and any(directory.glob("*.safetensors")):
         untie_differing_weights(model, PretrainedWeights(directory, model))

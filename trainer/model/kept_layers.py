@@ -266,8 +266,8 @@ def _kind_of_layer(layer: nn.Module) -> frozenset[Any]:
 def _behaviour_attributes(module: nn.Module) -> tuple[tuple[str, bool | str], ...]:
     """Attributes that change what a module computes: flags, texts, and whether it has a window or chunks of attention.
 
-    Such as `(("is_causal", True), ("sliding_window", False))`. For a window or chunk the flag is whether it is None: its size
-    differs between a model and its small copy, whose layers are compared.
+    Such as `(("is_causal", True), ("sliding_window", False))`. An attribute None counts as True, and the size of a window or
+    chunk as False: sizes differ between a model and its small copy, whose layers are compared.
     """
     attributes: list[tuple[str, bool | str]] = []
     for name, value in sorted(vars(module).items()):

@@ -72,7 +72,7 @@ def cached_weights(
     quantise: Callable[[str], Tensor],
     host_rank: HostRank,
 ) -> QuantisedWeightsCache:
-    """The host's cache of a base's quantised matrices; nothing is read or quantised yet.
+    """The host's cache of a base's quantised matrices; nothing is quantised yet, but files are sampled for their fingerprint.
 
     `source_directories`: those of the base and of adapters that are merged into it. `shapes`: of its quantised weights, by base
     name. Stacks of experts (3-d) are not cached: the ranks that hold them quantise them. `quantise(name)` quantises a matrix

@@ -167,9 +167,8 @@ def _add_routers_below(
 
 
 def hook_router_logits(root: nn.Module, output_index_by_router: dict[str, int]) -> None:
-    """Let each router note its logits in the record of the pass, together with what adapters add to them.
+    """Let each router note its logits in the record of the pass, with what adapters add to them, by a forward hook.
 
-    Adds a forward hook to each.
     `output_index_by_router`: names of modules of `root`, with the index of the logits in their output.
     """
     for name, index in output_index_by_router.items():

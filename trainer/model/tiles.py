@@ -61,11 +61,10 @@ def tile_mlps(
 
 
 def _in_tiles(compute: Callable[[Tensor], Tensor], tile_tokens: int, hidden: Tensor) -> Tensor:
-    """An MLP's forward pass in tiles: `compute(hidden)` of `hidden [rows, length, width]`, at most `tile_tokens` tokens at a
-    time.
+    """An MLP's forward pass in tiles: `compute(hidden)` of `hidden [rows, length, width]`, about `tile_tokens` tokens at a time.
 
-    Each tile is recomputed in the backward pass, so that the widened states of one tile alone are there
-    at a time. No collective.
+    Rows are cut at the same positions, at least one position a tile. Each tile is recomputed in the backward pass, so that the
+    widened states of one tile alone are there at a time. No collective.
     """
     positions = max(1, tile_tokens // hidden.shape[0])  # of each row
     if not torch.is_grad_enabled():

@@ -91,10 +91,9 @@ def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, l
 
 
 def fill_buffers(model: nn.Module, checkpoint: PretrainedWeights, base_name: Callable[[str], str]) -> None:
-    """Load the buffers that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay zero.
+    """Load the buffers that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay as they are.
 
-    Called once, while the model is built. `base_name`: gives a buffer's name in the model
-    before tuning.
+    `base_name`: gives a buffer's name in the model before tuning.
     """
     for plain_name, buffer in persistent_buffers(model):
         name = base_name(plain_name)
@@ -238,7 +237,7 @@ class StartingWeights:
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU.
 
-        For a frozen model beside the trained one, which has no adapter: one that it begins with is merged in.
+        An adapter with which training begins is merged in: a frozen copy of the model, which reads here, has none.
         """
         checkpoint = self.source.checkpoint
         if self.merged_adapters is not None and name in self.adapted:

@@ -95,10 +95,10 @@ def _betas(config: AdamwConfig | LionConfig | MuonConfig) -> tuple[float, float]
 
 
 def _build_muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-    """Make Muon for the matrices of blocks, and AdamW for the rest, as one optimizer (Jordan et al.
+    """Make Muon for the matrices of blocks, and AdamW for the rest, as one optimizer.
 
-    2024, kellerjordan.github.io/posts/muon).
-    `groups`: of all trained parameters. Muon needs whole matrices: `ShardedMuon` gathers each sharded one.
+    After Jordan et al. 2024, kellerjordan.github.io/posts/muon. `groups`: of all trained parameters. Muon needs whole matrices:
+    `ShardedMuon` gathers each sharded one.
     """
     from trainer.optim.whole import CombinedOptimizer, ShardedMuon
 

@@ -47,11 +47,12 @@ def group_parameters(
     model_names: Sequence[str],
     lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> list[ParameterGroup]:
-    """Sort parameters into groups of one learning rate and weight decay, for torch's optimizers; first parameters first.
+    """Sort parameters into groups of one learning rate and weight decay, for torch's optimizers.
 
-    Goes by full names and shapes, so that groups are the same under every strategy. Matrices decay, vectors (norms, biases) do
-    not, and the user's rules in `config.groups` override that. `layer_decay` counts the blocks in `model_names` (all
-    parameters, also frozen ones). `lr_factor`: the tuning method's own factors.
+    Groups come in the order in which the first parameter of each comes. Goes by full names and shapes, so that groups are the
+    same under every strategy. Matrices decay, vectors (norms, biases) do not, and the user's rules in `config.groups` override
+    that. `layer_decay` counts the blocks in `model_names` (all parameters, also frozen ones). `lr_factor`: the tuning method's
+    own factors.
 
     Raises ConfigError for a rule that matches nothing, or for two rules that match one parameter.
     """

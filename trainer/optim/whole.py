@@ -31,7 +31,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
-    """An orthogonal matrix near to `matrix [n, m]`, for Muon: the Newton-Schulz iteration of its authors, in its own type.
+    """An orthogonal matrix near to `matrix [n, m]` and of its type, by the Newton-Schulz iteration of Muon's authors.
 
     torch's own rounds to bf16, whose 8 bits would magnify the rounding of gradient sums: strategies would agree to 1e-5 at
     best. `coefficients`: a, b, c of the polynomial a X + b (X X^T) X + c (X X^T)^2 X.

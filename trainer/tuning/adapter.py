@@ -286,9 +286,8 @@ class Adapter:
         return 1.0
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseWeightsReader, seed: int) -> Tensor:
-        """The full initial value of a parameter that peft added or changed, float32.
+        """The full initial value of a parameter that peft added or changed, float32: each rank takes its shard of it.
 
-        Each rank asks for it, and takes its shard.
         - the adapter in `tuning.from` stores the parameter: the stored value.
         - peft added the parameter: peft's own initial value, drawn from `seed` and the layer's name.
         - else it is a base weight from which PiSSA or OLoRA split a part off: the rest of the weight.
@@ -363,10 +362,10 @@ class Adapter:
 
 
 def check_targets_match_modules(model: nn.Module, targets: Any) -> None:
-    """Raise ConfigError if a target of `tuning.targets` matches no module of `model` (not wrapped yet).
+    """Raise ConfigError, with the linear layers, if a target of `tuning.targets` matches no module of `model` (not wrapped yet).
 
-    The message lists the linear layers.
     `targets` is one of:
+
     - `all-linear` or `auto`: nothing to check.
     - another text: a regular expression on whole module names, such as `.*\\.mlp\\..*`.
     - a list: each entry is a module's name or its last parts; `q_proj` matches `layers.0.self_attn.q_proj`.
@@ -403,8 +402,7 @@ def names_of_modules_with_parameters(model: nn.Module) -> list[str]:
 
 
 def _move_parameter_to_meta(layer: nn.Module, key: str) -> None:
-    """Drop the values of a parameter that peft left on the CPU: they are drawn again later, the same on
-    every rank.
+    """Drop the values of a parameter that peft left on the CPU: they are drawn again later, the same on every rank.
 
     `key`: the parameter's name in the adapted layer, such as `lora_A.default.weight`.
     """

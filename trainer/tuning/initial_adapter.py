@@ -111,9 +111,8 @@ def adapter_sha256(directory: str | Path) -> str:
 
 
 def adopt_adapter_settings(tuning: TuningConfig, cli_keys: set[str]) -> dict[str, str]:
-    """Take settings over from the adapter that `tuning.from` names, where the user left them at their defaults.
+    """Take settings over from the adapter that `tuning.from` names, in place, where the user left them at their defaults.
 
-    Changes `tuning`.
     `cli_keys`: keys that the user set, such as `tuning.rank`. Returns what changed, by key, for messages: `{"tuning.rank": "8
     -> 16 (of tuning.from)"}`. Nothing changes if `tuning.from` is not set, or if its directory cannot be read or holds an
     adapter of another method: `continuation_problems` reports these two.

@@ -42,12 +42,7 @@ class Prepend:
         prefix: PrefixShape | None,
         is_active: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Put the hooks on `decoder`.
-
-        `embeddings`: the decoder's own, of its input ids. `encoder`: makes the virtual tokens from their numbers.
-        `prefix`: how the encoder's output is cut into keys and values; None if it gives embeddings. `is_active()` is asked at
-        the beginning of each forward pass: if it is false, the pass is left as it is.
-        """
+        """Put the hooks on `decoder`. `embeddings`: the decoder's own, of its input ids."""
         self.encoder = encoder
         self.embeddings = embeddings
         self.num_virtual_tokens = num_virtual_tokens

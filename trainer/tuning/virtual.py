@@ -126,7 +126,7 @@ class Virtual(AddedParameters):
         self._encoder_class = PEFT_TYPE_TO_TUNER_MAPPING[self._peft_config.peft_type]
         for module in encoder.modules():
             if isinstance(module, nn.LSTM):
-                # Its forward pass also works in types that an LSTM cannot compute in on the device.
+                # It also computes in half precision on CPUs whose LSTM has no such type.
                 module.__class__ = EncoderLstm
 
     def _refuse_unusable_prefix(self, model: Any, decoder: nn.Module) -> None:
@@ -279,8 +279,8 @@ class _LoadedTokens(nn.Embedding):
 def load(model: Any, directory: str | Path) -> Any:
     """Put the exported virtual tokens of `directory` before the inputs of a base model that transformers loaded.
 
-    For users of an export: peft 0.21 loses the tokens when it generates. Hooks on the decoder put them before each input from
-    now on. The model itself is returned; it computes, and generates, what was trained.
+    For users of an export: peft 0.21 loses the tokens when it generates with a cache. Hooks on the decoder put them before each
+    input from now on. The model itself is returned; it computes, and generates, what was trained.
 
     Raises ConfigError if the directory holds an adapter of another method, or one that was trained for another kind of model.
     """

@@ -75,7 +75,8 @@ def _random_document_sequences(
     """Draw the sequences of one random document: a prompt with one answer, or with two of which the second is the rejected one.
 
     Answers are supervised. Unless `must_learn`, one document in five has no target at all, and in one in five the prompt is
-    supervised as well: both occur in training data. `index`: number of the document, which decides that and most of its marks.
+    supervised as well: both occur in training data. `index`: number of the document, which decides that, and whether it is
+    desirable or a replay.
     """
     prompt = generator.integers(FIRST_TOKEN, vocabulary_size, generator.integers(1, LONGEST_PROMPT + 1))
     for answer_index in range(data_spec.sequences_per_document):

@@ -91,7 +91,7 @@ def write_small_model(
     hf_config = load_model_config(config)
     full_model = _full_model_on_meta(config, kind, hf_config, num_outputs)
     with _drawing_from_seed(seed):
-        model, num_decided_routers = _smallest_copy_that_runs(config, kind, hf_config, full_model)
+        model, num_decided_routers = _first_copy_that_runs(config, kind, hf_config, full_model)
     _write_model_and_tokenizer(model, config, directory)
     return SmallModel(
         directory=directory,
@@ -178,12 +178,11 @@ class _SmallCopy(NamedTuple):
     """Routers whose choices no rounding error changes."""
 
 
-def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, hf_config: Any, full_model: Any) -> _SmallCopy:
-    """Find the smallest copy of a model that can be built and run, with its random weights.
+def _first_copy_that_runs(config: ModelConfig, kind: ModelKind, hf_config: Any, full_model: Any) -> _SmallCopy:
+    """Find the first small copy of a model that can be built and run, with its random weights.
 
-    Raises ConfigError if there is none.
     `hf_config`, `full_model`: configuration and architecture of the full model. Copies that keep its numbers of heads and
-    experts come first.
+    experts are tried first. Raises ConfigError if no copy runs.
     """
     first_reason = ""
     try:

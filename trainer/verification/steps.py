@@ -74,7 +74,7 @@ class NonzeroValues:
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened parameter `name`, on the CPU: what an engine starts this parameter with.
 
-        The files' values, but for an adapter parameter that is zero in all elements: it is drawn at random, the same on all
+        The source's values, but for an adapter parameter that is zero in all elements: it is drawn at random, the same on all
         ranks.
         """
         if not self.source.tuning.is_added_parameter(name):
@@ -208,10 +208,10 @@ def _record_reference_logps(
 def kernels_description(built: BuiltModel) -> str:
     """Say in words what a forward pass computes with: attention, layout of documents, head, quantisation.
 
-    It is shown beside the differences. Such as `attention flash, padding-free rows, loss in the head, base in nf4`.
+    It is shown beside the differences. Such as `attention sdpa, padded rows, loss in the head, base in nf4`.
     """
     parts = [f"attention {built.attention}", f"{built.layout.value} rows".replace("_", "-")]
-    # How the head computes the loss; a model whose head was never fused has no such attribute.
+    # Whether the head itself makes the loss; only causal models have this attribute.
     path = getattr(built.base_on_meta, "forward_path", None)
     if path is not None:
         parts.append("loss in the head" if path.fused else "the model's own head")
