@@ -315,8 +315,7 @@ class Guards:
         """An outlier of one step whose action is a rollback, extended to its cause, so that the run goes back to before that.
 
         - The number rose already before this step: the record begins where the rise began.
-        - The run went back to one checkpoint several times, and the very next step stood out each time: the checkpoint
-        itself is
+        - The run went back to one checkpoint several times, and the very next step stood out each time: the checkpoint itself is
           bad. The record includes the update that led to it.
         - Otherwise: the record as it is.
 
