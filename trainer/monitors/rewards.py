@@ -152,9 +152,10 @@ def find_problems(
     Nothing is found before `MIN_BLOCKS` full blocks.
 
     Arguments:
-        step: the current step of the run. blocks: sums of metrics over equally many steps each, oldest first, such as
-        {STEPS: 8.0, REWARD: 3.2}. evaluations: rewards at each, such as {"step": 100, "train": 0.4, "held_out": 0.3}; `train` is the mean since the
-            last one.
+        step: the current step of the run.
+        blocks: sums of metrics over equally many steps each, oldest first, such as {STEPS: 8.0, REWARD: 3.2}.
+        evaluations: rewards at each, such as {"step": 100, "train": 0.4, "held_out": 0.3}; `train` is the mean since the last
+            one.
         controls: names of the metrics of rewards of weight 0.
     """
     reward = block_means(blocks, REWARD)
