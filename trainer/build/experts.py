@@ -30,8 +30,7 @@ from trainer.tuning.expert_parts import expert_modules_by_name, names_of_unsuppo
 
 
 def plan_expert_parallelism(built: BuiltModel, config: RunConfig, runtime: Runtime) -> None:
-    """Set up expert parallelism (`parallel.experts`) in the plan of the step module, by which the engine distributes experts
-    over ranks.
+    """Set up expert parallelism (`parallel.experts`) in the plan of the step module, by which the engine distributes experts.
 
     The plan then names all modules of experts, also those of frozen models, and over how many ranks a layer's experts are
     distributed. A warning goes into `built.substitutions`, which the start screen shows. Raises ConfigError if it is not

@@ -30,8 +30,7 @@ def plan_gradient_reduction(
     *,
     micro_batches: int,
 ) -> None:
-    """Resolve `strategy.defer_sync=null`: reduce gradients only in a step's last micro-batch if full ones fit in memory until
-    then.
+    """Resolve `strategy.defer_sync=null`: reduce gradients only in a step's last micro-batch, if whole ones fit in memory.
 
     That saves communication. Writes the choice into the plan of the step module, which the engine reads, and its reason into
     `built.substitutions`. Does nothing if the choice is set, or makes no difference; only FSDP2 has one. `largest_batch`: the

@@ -340,9 +340,7 @@ def needs_one_row_batches(built: BuiltModel, objective: ObjectiveConfig) -> bool
 
 
 def _check_positions_of_longest_document(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
-    """Raise ConfigError if the longest document has more tokens than the model has positions, an answer that is generated to it
-    included.
-    """
+    """Raise ConfigError if the longest document, with the answer that is generated to it, has more tokens than positions."""
     max_answer_tokens = max_generated_tokens(config.objective)  # 0 for an objective that generates nothing
     longest = int(data.train.lengths.max(initial=0)) + max_answer_tokens
     if max_answer_tokens and data.evaluation is not None:  # answers are generated to held-out prompts too

@@ -144,8 +144,7 @@ def _reward_model_memory_lines(config: RunConfig, built: BuiltModel, itemsize: i
 def build_round_loader(
     config: RunConfig, data: PreparedData, built: BuiltModel, engine: Engine, runtime: Runtime, inputs: RoundInputs
 ) -> tuple[RolloutLoader, int]:
-    """Build the loader of a reinforcement-learning run, which lets the model generate answers, and the steps of the run's
-    budget.
+    """Build the loader of a reinforcement-learning run; returns it, and the optimizer steps of the run's budget.
 
     Such a run works in rounds: the model generates answers to prompts, rewards score them, and a few optimizer steps learn from
     them. `inputs`: the tokenizer, the scorer, and functions by which the loader asks whether to stop and says what it does. All

@@ -54,11 +54,10 @@ class LayerHeads:
         return heads_of_busiest * ranks / self.num_query_heads
 
     def max_all_to_all_elements(self, tokens: int, ranks: int) -> int:
-        """Elements that the busiest of `ranks` ranks sends to others in a forward pass of one layer, for a row of `tokens`
-        tokens.
+        """Elements that the busiest of `ranks` ranks sends to others in a forward pass of one layer.
 
-        Before attention a rank sends its slice of all heads that it does not attend with; after it, its heads of all other
-        slices.
+        `tokens`: of the row that the ranks share. Before attention a rank sends its slice of all heads that it does not attend
+        with; after it, its heads of all other slices.
         """
         shares = head_shares(self.num_query_heads, self.num_key_value_heads, ranks)
         slice_tokens = math.ceil(tokens / ranks)
@@ -75,8 +74,7 @@ class LayerHeads:
         return max(sent_by_rank)
 
     def all_to_all_elements_counted_on_rank_0(self, tokens: float, ranks: int) -> float:
-        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a layer's forward pass, as a step counts
-        them.
+        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a layer's forward pass, as a step counts.
 
         An estimate to be compared with these counters (`strategies/communication_counters.py`). They count an all-to-all with
         the larger of what is sent and what is received, the rank's own part included. `tokens`: of the row that the `ranks`

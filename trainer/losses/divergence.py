@@ -311,8 +311,7 @@ def _compared_sums(
     *,
     needs_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over the rows of `hidden [N, H]` that are compared with the teacher: (total, cross-entropy, divergence, correct
-    argmaxes).
+    """Sums over the rows of `hidden [N, H]` that are compared: (total, cross-entropy, divergence, correct argmaxes).
 
     `head`: the student's, whose parameters and settings are `student`. `teacher`: those of the teacher's head, which must be
     gathered.

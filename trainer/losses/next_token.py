@@ -47,8 +47,7 @@ CHUNK_LOGITS = 2**25
 
 
 def head_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """Compute the logits of a chunk of hidden states `[n, H]`: `c tanh(s z / c)` with z = W x + b, `[n, V]`, in float32 or
-    wider.
+    """Compute the logits of hidden states `[n, H]`: `c tanh(s z / c)` with z = W x + b, `[n, V]`, in float32 or wider.
 
     `weight [V, H]`, `bias [V]`: W and b of the output head. `scale`: the factor s. `softcap`: c, a bound of Gemma and others;
     None: the logits are `s z`.
@@ -380,10 +379,9 @@ class LossHead(nn.Linear):
         comparison: LossComparison | None = None,
         call_while_gathered: Callable[[], Any] | None = None,
     ) -> Any:
-        """A model's output head.
+        """Without `targets` logits `[..., V]`. With `targets [N]` for `hidden [N, H]`: (summed loss, correct argmaxes).
 
-        Without `targets` logits `[..., V]`; with `targets [N]` for `hidden [N, H]`: (summed loss, correct argmaxes). Argmaxes
-        are counted only in evaluation (0 while gradients are made), because that costs a pass over the logits.
+        Argmaxes are counted only in evaluation (0 while gradients are made), because that costs a pass over the logits.
 
         - `weighting`: weights of rows, which hold for both results. With groups, the loss of each group `[num]` is a third
           result. With smoothing, the loss without smoothing is the last one.

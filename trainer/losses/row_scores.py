@@ -18,9 +18,7 @@ class _TargetScores:
     """`[V]`: what the model adds to the head's output; None if nothing."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Score the target of each row of `hidden [N, H]`: (its log-probability `[N]`, whether it is the argmax `[N]`), a chunk
-        at a time.
-        """
+        """Score the target of each row of `hidden [N, H]` in chunks: (log-probability `[N]`, whether it is the argmax `[N]`)."""
         weight = head.training_weight
         chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
         log_probabilities = []
@@ -49,8 +47,8 @@ def target_scores(
     """Score each row's target by the model's head: (its log-probability `[N]` float32, whether it is the argmax `[N]` bool).
 
     For evaluations of given answers. `hidden [N, H]`. Calls the head as a module exactly once, as a sharded one must be. If it
-    is a plain output layer, logits exist only a chunk at a time. `bias [V]`: what the model adds to the head's output. No
-    gradients.
+    is a plain output layer, logits exist only a chunk at a time. `bias [V]`: what the model adds to the head's output. To be
+    called without gradients, which would keep the logits of all chunks.
     """
     scores = _TargetScores(bias)
     if computes_loss(head):

@@ -19,8 +19,7 @@ class _SumOfSquaredLogsumexp:
     """`[N]`: 1 for rows that count, 0 for others; None: all count."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """The z-loss inside a head's call: the weighted sum over rows `hidden [N, H]` of their squared logsumexp, as a
-        one-tuple.
+        """The z-loss inside a head's call: the weighted sum over rows `hidden [N, H]` of their squared logsumexp.
 
         All `targets` must be 0. A tuple, as a head expects of every comparison.
         """

@@ -93,8 +93,7 @@ def build_plain_model(
 
 @contextmanager
 def _dropout_while_building(hf_config: Any, probability: float) -> Iterator[None]:
-    """Within it, every dropout probability in `hf_config` is `probability`; afterwards, also after an error, the base's values
-    are back.
+    """Within it, every dropout probability in `hf_config` is `probability`; then the base's values are back, also after an error.
 
     Layers read the settings when they are built, and an export keeps the base's values.
     """

@@ -57,12 +57,11 @@ def varlen_attention(
     branches: list[list[int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each document of a row; q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`. transformers calls
-    it in each layer.
+    """Attention within each document of a row: q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`.
 
-    `cu_seq_lens_q`: where documents begin in the row, and the row's end, as [0, 5, 12]. `document_bounds`: the same on the
-    host; with it the CPU path reads no tensor. `branches`: for each document, where its branches begin; a branch sees what
-    stands before the first one, and itself (answers to one prompt).
+    transformers calls it in each layer. `cu_seq_lens_q`: where documents begin in the row, and the row's end, as [0, 5, 12].
+    `document_bounds`: the same on the host; with it the CPU path reads no tensor. `branches`: for each document, where its
+    branches begin; a branch sees what stands before the first one, and itself (answers to one prompt).
 
     Raises ValueError without boundaries, and for inputs that are not computed.
     """
@@ -277,9 +276,7 @@ class AttentionRule:
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
     def mask_of_last_queries(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """Which keys each query sees, bool `[queries, keys]`, if the queries are the last of the keys: an answer behind its
-        prompt.
-        """
+        """Which keys each query sees, bool `[queries, keys]`, if the queries are the last keys: an answer behind its prompt."""
         query = torch.arange(keys - queries, keys, device=device)
         distance = query[:, None] - torch.arange(keys, device=device)[None, :]
         visible = distance >= 0
@@ -447,11 +444,10 @@ def _varlen_kernel(
     window: int | None,
     causal: bool,
 ) -> Tensor:
-    """Attention within documents by torch's variable-length kernel (CUDA, half precision), for all documents at once: `[1, T,
-    heads, width]`. q, k and v are `[1, heads, T, width]`.
+    """Attention within documents by torch's variable-length kernel (CUDA, half precision), for all documents at once.
 
-    `boundaries`: where sequences begin among queries and keys. `window`: a query sees so many keys up to itself (and as many
-    after it unless `causal`).
+    q, k and v are `[1, heads, T, width]`, the result is `[1, T, heads, width]`. `boundaries`: where sequences begin among
+    queries and keys. `window`: a query sees so many keys up to itself (and as many after it unless `causal`).
     """
     from torch.nn.attention.varlen import varlen_attn
 

@@ -59,8 +59,7 @@ class RouterLosses:
         return total
 
     def terms(self, record: RoutingRecord, tokens_by_expert: Tensor | None, num_tokens: int) -> dict[str, Tensor]:
-        """What one micro-batch adds to the step's loss for its routers: `ADDED_LOSS` with its gradient, and each loss without
-        its weight.
+        """What one micro-batch adds to the step's loss for its routers: `ADDED_LOSS` with its gradient, and each unweighted loss.
 
         Such as {"added_loss": ..., "router/balance_loss": ...}, 0-d tensors whose sum over micro-batches is the value of the
         step. `tokens_by_expert [experts]`: how many tokens of the whole step chose each expert, over all routers; None if there
@@ -100,11 +99,10 @@ def _sum_over_tokens(values: Tensor, is_token: Tensor | None) -> Tensor:
 def router_losses_of_run(
     config: ModelConfig, hf_config: Any, meta_model: nn.Module, kind: ModelKind
 ) -> tuple[RouterLosses, dict[str, int], dict[str, str]]:
-    """Decide which losses a run adds for its routers: (the losses, the index of the logits in each router's output, notes by
-    setting).
+    """Decide which losses a run adds for its routers; returns (the losses, index of the logits in each router's output, notes).
 
-    Routers are by the name of their module. Notes say what the model's configuration asks for and is not done. `hf_config`:
-    transformers' configuration; `meta_model`: its model on meta. Cases, in order:
+    Routers are by the name of their module. Notes say, by setting, what the model's configuration asks for and is not done.
+    `hf_config`: transformers' configuration; `meta_model`: its model on meta. Cases, in order:
     - neither the settings nor the configuration ask for such losses: none.
     - an encoder-decoder, or a model without routers that can be recorded: none; ConfigError if the settings ask for them.
     - the balancing loss does not fit the model: its weight is 0; ConfigError if the settings ask for it.

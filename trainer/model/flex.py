@@ -53,12 +53,11 @@ class PackedRow:
         return torch.bucketize(positions, self.bounds, right=True)
 
     def answers_and_positions(self) -> tuple[Tensor, Tensor]:
-        """For each position of the row: the number of its answer (0 in the prompt), and its position as if its answer were the
-        only one.
+        """For each position of the row: the number of its answer, and its position as if that answer were the only one.
 
-        Several answers to a prompt may follow it in one document, and must not see each other. A document of 2 tokens of prompt
-        and answers of 2 and 1 tokens (`answer_begins` [[2, 4]]) gives the answers [0, 0, 1, 1, 2] and the positions [0, 1, 2,
-        3, 2].
+        The number is 0 in the prompt. Several answers to a prompt may follow it in one document, and must not see each other. A
+        document of 2 tokens of prompt and answers of 2 and 1 tokens (`answer_begins` [[2, 4]]) gives the answers [0, 0, 1, 1,
+        2] and the positions [0, 1, 2, 3, 2].
         """
         assert self.answer_begins is not None
         bounds = self.bounds.tolist()
@@ -255,8 +254,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def _attend_by_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention by torch's FlexAttention kernel: (output `[B, H, T, D]`, log of the sum of exp(score) of each query `[B, H,
-    T]`).
+    """Attention by torch's FlexAttention kernel: (output `[B, H, T, D]`, log of the sum of exp(score), by query, `[B, H, T]`).
 
     Without `with_lse` the second is a 0-d zero, which nobody reads.
     """

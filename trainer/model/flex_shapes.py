@@ -23,8 +23,7 @@ BLOCK_POSITIONS = 128
 def uninitialised_block_mask(
     mask_mod: Callable[..., Tensor], batch_size: int, num_queries: int, num_keys: int, device: torch.device
 ) -> BlockMask:
-    """Make a BlockMask with the shapes that torch's `create_block_mask` would give it, but without values in its lists of
-    blocks.
+    """Make a BlockMask with the shapes of torch's `create_block_mask`, but without values in its lists of blocks.
 
     For tensors without values only (meta, or a simulated GPU): no kernel may read the mask. `create_block_mask` itself would
     compute a square of all positions. `mask_mod(batch, head, query, key)`: which pairs of positions attend to each other.

@@ -18,11 +18,10 @@ def zeroed_row(model: Any) -> int | None:
 
 
 def always_zero_rows(model: Any, attention_layout: AttentionLayout) -> dict[str, int]:
-    """Rows of embeddings that are always zero (that of padding), by parameter name: {"model.embed_tokens.weight": 0}; {}
-    without any.
+    """Rows of embeddings that are always zero (that of padding), by parameter name: {"model.embed_tokens.weight": 0}.
 
-    Such a row is neither read nor trained, since transformers would set it to zero whenever it loads the trained model. Also
-    adds a note on it to `attention_layout.notes`.
+    {} without any. Such a row is neither read nor trained, since transformers would set it to zero whenever it loads the
+    trained model. Also adds a note on it to `attention_layout.notes`.
     """
     if (row := zeroed_row(model)) is None:
         return {}

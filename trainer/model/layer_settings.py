@@ -6,8 +6,7 @@ from typing import Any
 
 
 def layer_values(text_config: Any, name: str) -> list[Any]:
-    """Read a setting that layers may have differently: its different values, first layer first; `[None]` if there is no such
-    setting.
+    """Read a setting that layers may have differently: its different values, first layer first; `[None]` without the setting.
 
     `text_config`: transformers' configuration of the text model. Layers of one model may differ: Gemma 4 has larger heads where
     attention is full. transformers then raises an error if the setting of the whole model is read.

@@ -44,8 +44,7 @@ class KernelChoices:
     """Whether the model has what the built-in kernel computes slowly."""
 
     def kernels_in_order(self) -> list[str]:
-        """The attention kernels to try, by transformers' names, the best first, as in `["flash_attention_2",
-        "shardtune_varlen"]`.
+        """The attention kernels to try, by transformers' names, the best first: ["flash_attention_2", "shardtune_varlen"].
 
         FlashAttention if it can run; then the built-in one and FlexAttention, which comes first with `prefers_flex`.
         """
@@ -121,10 +120,10 @@ def choose_attention_layout(
 
 
 def _note_on_chosen_kernel(attention_setting: Attention, attention: str, flash_refusal: str | None) -> dict[str, str]:
-    """A note for the user on the kernel that `model.attention=auto` chose: {"model.attention": "varlen (built in; not
-    FlashAttention: ...)"}.
+    """A note for the user on the kernel that `model.attention=auto` chose, by setting.
 
-    Empty for FlashAttention, which needs no explanation, and if the user chose the kernel.
+    Such as {"model.attention": "varlen (built in; not FlashAttention: ...)"}. Empty for FlashAttention, which needs no
+    explanation, and if the user chose the kernel.
     """
     flash = flash_refusal or "not proven right here"
     note_by_kernel = {

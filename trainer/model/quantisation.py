@@ -112,10 +112,9 @@ class QuantisationScheme:
 
     @torch.no_grad()
     def dequantise(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Dequantise: the weight `[out, in]` of `shape` that the bytes `packed` stand for, in `dtype`, on their device; on meta
-        an empty one.
+        """Make the weight `[out, in]` of `shape` that the bytes `packed` stand for, in `dtype`, on their device.
 
-        It is rounded: `quantise` has made the bytes of a weight that had more bits.
+        An empty one on meta. It is rounded: `quantise` has made the bytes of a weight that had more bits.
         """
         from bitsandbytes import functional as bnb
 

@@ -43,8 +43,7 @@ def missing_library(library: str) -> str | None:
 
 
 def unsupported_4bit_layers(model: nn.Module, device: torch.device) -> list[str]:
-    """Matrices that bitsandbytes cannot multiply in 4 bits on `device`, with their sizes, such as ["fc1 100x64"]; empty on most
-    devices.
+    """Matrices that bitsandbytes cannot multiply in 4 bits on `device`, with their sizes: ["fc1 100x64"]; [] on most devices.
 
     On a CPU with avx512_bf16 it (version 0.50) packs a matrix before it multiplies: 32 rows together, with the scale of each 64
     values of a row. Matrices of other sides end in an error about a shape amid the forward pass. The output layer is not

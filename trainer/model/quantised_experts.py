@@ -59,11 +59,10 @@ def num_bytes(scheme: QuantisationScheme, shape: Shape) -> int:
 def quantise_experts_slice(
     scheme: QuantisationScheme, shape: Shape, start: int, stop: int, read_expert: Callable[[int], Tensor]
 ) -> Tensor:
-    """Quantise a rank's shard of a layer's experts: bytes `[start, stop)` of the quantised weight, reading only the experts in
-    them.
+    """Quantise a rank's shard of a layer's experts: bytes `[start, stop)` of the quantised weight.
 
-    The shard may begin and end within an expert. `shape`: of the weight, (experts, rows, columns). `read_expert(i)` returns the
-    matrix of expert i. An empty uint8 tensor for an empty range.
+    Reads only the experts in them. The shard may begin and end within an expert. `shape`: of the weight, (experts, rows,
+    columns). `read_expert(i)` returns the matrix of expert i. An empty uint8 tensor for an empty range.
     """
     expert_bytes = scheme.num_bytes(shape[1:])
     first_expert = start // expert_bytes
@@ -139,8 +138,7 @@ def round_trip_experts(scheme: QuantisationScheme, weight: Tensor) -> Tensor:
 def quantise_experts(
     model: nn.Module, scheme: QuantisationScheme, *, kept_in_float32: set[str], base_name: Callable[[str], str]
 ) -> dict[str, Shape]:
-    """Replace the frozen weights of experts by quantised bytes (uint8), in place, on meta; returns their old shapes by base
-    name.
+    """Replace the frozen weights of experts by quantised bytes (uint8), in place, on meta; returns old shapes by base name.
 
     Values are quantised later, when a rank reads its shard. Experts stay as they are if they train, if a part of their name
     (between dots) is in `kept_in_float32`, or if their module computes in a way of its own, so that `expert_modules_by_name`

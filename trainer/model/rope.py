@@ -39,11 +39,10 @@ CONFIG_FILE = "config.json"
 
 
 def set_positions(hf_config: Any, config: ModelConfig) -> None:
-    """Write `model.positions` and `model.rope` into transformers' configuration `hf_config`, in place, before the model is
-    built from it.
+    """Write `model.positions` and `model.rope` into transformers' configuration, in place, before the model is built from it.
 
-    `config`: the model's settings. Does nothing if neither is set. Raises ConfigError for a model whose positions are not
-    rotary, and for values that do not follow from each other.
+    `hf_config`: that configuration. `config`: the model's settings. Does nothing if neither is set. Raises ConfigError for a
+    model whose positions are not rotary, and for values that do not follow from each other.
     """
     if not positions_are_set(config):
         return
@@ -173,11 +172,11 @@ def _rope_parameters(text_config: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 def _set_scaling(text_config: Any, parameters: dict[str, Any], config: ModelConfig, own_positions: int) -> None:
-    """Replace the scaling of rotary positions in `parameters`, the configuration's rope parameters, by that of `model.rope`, in
-    place.
+    """Replace the scaling of rotary positions in a configuration's rope parameters by that of `model.rope`, in place.
 
-    Afterwards they have, for example, `rope_type` "yarn" and `factor` 4.0. `own_positions`: the number of positions of the
-    base. Raises ConfigError if the base's own scaling cannot be replaced, or if the factor is unknown or below 1.
+    `parameters`: the rope parameters. Afterwards they have, for example, `rope_type` "yarn" and `factor` 4.0. `own_positions`:
+    the number of positions of the base. Raises ConfigError if the base's own scaling cannot be replaced, or if the factor is
+    unknown or below 1.
     """
     scaling = config.rope.type
     original = _replaceable_positions(text_config, parameters, config, own_positions)
@@ -222,10 +221,9 @@ def _replaceable_positions(
 
 
 def _scaling_factor(config: ModelConfig, original: int | None) -> float:
-    """The factor by which positions are stretched: `model.rope.factor`, or `model.positions` over the `original` positions of
-    the base. 32768 positions over 8192 give 4.
+    """The factor that stretches positions: `model.rope.factor`, or `model.positions` over the `original` ones of the base.
 
-    Raises ConfigError for a factor below 1.
+    32768 positions over 8192 give 4. Raises ConfigError for a factor below 1.
     """
     factor = config.rope.factor
     if factor is None:
@@ -250,9 +248,7 @@ def _original_positions(text_config: Any, parameters: dict[str, Any], own_positi
 
 
 def _position_settings_text(config: ModelConfig) -> str:
-    """The settings of positions that are set, as a user types them, for messages: `model.positions=32768,
-    model.rope.type=yarn`.
-    """
+    """The settings of positions that are set, for messages: `model.positions=32768, model.rope.type=yarn`."""
     rope = config.rope
     settings = {
         "model.positions": config.positions,

@@ -41,9 +41,7 @@ def frequencies_of_whole_row(model: nn.Module, inputs: dict[str, Any]) -> Iterat
     largest_position = int(inputs["max_length_q"]) - 1
 
     def append_position(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """A hook before the forward pass: adds the row's largest position, as models pass positions by name or as the second
-        argument.
-        """
+        """A hook before the forward pass: adds the row's largest position to `position_ids`, by name or the second argument."""
         if "position_ids" in kwargs:
             return args, kwargs | {"position_ids": _with_position(kwargs["position_ids"], largest_position)}
         hidden, position_ids, *more_args = args

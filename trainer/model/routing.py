@@ -28,9 +28,7 @@ EXPERT_TOKENS = "expert_tokens"
 
 @dataclass(slots=True)
 class RoutingRecord:
-    """What is recorded of the routers of a mixture of experts in one forward pass, for balance losses and reports of expert
-    load.
-    """
+    """What is recorded of the routers of a mixture of experts in one forward pass: for balance losses and expert load."""
 
     mask: Tensor | None
     """`[S, T]`, 1 at tokens and 0 at padding; None where every position is a token."""
@@ -50,8 +48,7 @@ class RoutingRecord:
         return self.without_gradients or torch.is_grad_enabled()
 
     def token_mask(self, num_positions: int) -> Tensor | None:
-        """bool `[num_positions]`: which positions of all rows, flattened, are tokens of documents and not padding; None: all of
-        them.
+        """bool `[num_positions]`: which positions of all rows, flattened, are tokens of documents and not padding; None: all.
 
         `num_positions`: as many as a layer's routers see. It may exceed those of the batch, since prompt tuning puts virtual
         tokens before each row; they count as padding.
@@ -147,8 +144,7 @@ def recorded_routers(model: nn.Module) -> dict[str, int]:
 def _add_routers_below(
     module: nn.Module, name: str, inherited_recorders: list[Any], output_index_by_router: dict[str, int]
 ) -> None:
-    """Add the routers in `module`, called `name` within the model, to `output_index_by_router`; calls itself for the modules in
-    it.
+    """Add the routers among `module`, called `name` in the model, and the modules in it to `output_index_by_router`.
 
     transformers' classes of models declare recorders (`OutputRecorder`), which say what modules are routers: by class or by the
     end of the name, perhaps only in a layer of some name. A module that is no model by itself has the recorders of its parent

@@ -57,10 +57,10 @@ class HeadShares:
 
 
 def head_shares(query_heads: int, key_value_heads: int, ranks: int) -> HeadShares:
-    """Decide which heads each rank of a sequence-parallel group attends with: query heads as evenly as possible, and the
-    key-value heads that they use.
+    """Decide which heads each rank of a sequence-parallel group attends with.
 
-    4 query heads and 2 key-value heads on 2 ranks: query heads (0, 2) and (2, 4), key-value heads (0, 1) and (1, 2).
+    Query heads are divided as evenly as possible; a rank has the key-value heads that its query heads use. 4 query heads and 2
+    key-value heads on 2 ranks: query heads (0, 2) and (2, 4), key-value heads (0, 1) and (1, 2).
     """
     queries_per_key = query_heads // key_value_heads
     query_shares = []
@@ -75,8 +75,7 @@ def head_shares(query_heads: int, key_value_heads: int, ranks: int) -> HeadShare
 
 
 def over_slices(attend: Attention) -> Attention:
-    """Make `attend`, an attention function of transformers, work on rows of which each rank of a sequence-parallel group holds
-    a slice.
+    """Make `attend`, an attention function of transformers, work on rows of which each rank of a group holds a slice.
 
     The function that is returned passes a call without `row_slices` through. With them, q is `[1, H, t, D]`, k and v are `[1,
     G, t, D]` for the t tokens of this rank's slice, and the result is `[1, t, H, D]`. All ranks of the group must call, forward
@@ -138,8 +137,7 @@ def over_slices(attend: Attention) -> Attention:
 
 
 def _key_head_of_each_query(query_heads: HeadRange, key_heads: HeadRange, queries_per_key: int) -> list[int] | None:
-    """For each query head of a rank, the index of its key-value head among the rank's own, such as [0, 1, 1]; None if kernels
-    find it.
+    """For each query head of a rank, the index of its key-value head among the rank's own: [0, 1, 1]; None if kernels find it.
 
     Kernels take equally many query heads, in a row, for each key-value head (grouped-query attention). A rank's share of the
     heads may be divided in another way. `query_heads`, `key_heads`: the rank's own. `queries_per_key`: query heads of the layer

@@ -135,8 +135,7 @@ def _cuts(length: int) -> Iterator[list[int]]:
 def _forward_pass(
     forward: Callable[[dict[str, Any]], Tensor], row: dict[str, Any], start: int, stop: int, row_slices: list[int]
 ) -> Tensor:
-    """The states of the tokens [start, stop) of a row, `[stop - start, width]`, computed from these tokens alone, as a rank
-    would.
+    """The states of the tokens [start, stop) of a row, `[stop - start, width]`, from these tokens alone, as a rank computes them.
 
     `row_slices`: the borders of all slices, [0, 5, 16] for two, which the model hands on to its attention. Raises CannotBeCut
     for an output of another length.

@@ -469,11 +469,10 @@ def _small_layer_settings(
 
 
 def _small_ids_of_special_tokens(token_ids: dict[str, int]) -> dict[str, int]:
-    """New ids, within the small vocabulary, for the special tokens among `token_ids` ({token: id}): {"<image 000000>": 3,
-    "<image>": 4}.
+    """New ids in the small vocabulary for the special tokens among `token_ids` ({token: id}).
 
-    Special tokens stand in angle brackets; the others are dropped. Of those that differ only in a six-digit number, as the
-    codes of an image do, the first is kept.
+    Such as {"<image 000000>": 3, "<image>": 4}. Special tokens stand in angle brackets; the others are dropped. Of those that
+    differ only in a six-digit number, as the codes of an image do, the first is kept.
     """
     special_tokens = [token for token in token_ids if token.startswith("<") and token.endswith(">")]
     # Reversed, so that the first of each pattern overwrites the others.

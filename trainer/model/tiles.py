@@ -88,8 +88,7 @@ def _mlp_of(block: nn.Module) -> nn.Module | None:
 
 
 def _untileable_reason(model: nn.Module, block_classes: set[str]) -> str | None:
-    """Why the MLPs of a model cannot take a few tokens at a time (a tile), as a sentence, by the names of its modules; None if
-    they may.
+    """Why the MLPs of a model cannot take a few tokens at a time (a tile), by the names of its modules; None if they may.
 
     Whether they then compute the same is proven on a small copy. `block_classes`: names of the classes of its repeated blocks.
     """
@@ -151,8 +150,7 @@ def _small_model(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> Any:
 
 @torch.no_grad()
 def _difference_in_tiles(small_model: Any) -> str | None:
-    """How the outputs of a small model change when its MLPs take a few tokens at a time, as a sentence; None if they do not
-    change.
+    """How the outputs of a small model change when its MLPs take a few tokens at a time, as a sentence; None if they do not.
 
     Replaces the forward passes of the model's MLPs.
     """

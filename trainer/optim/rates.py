@@ -118,9 +118,9 @@ RATE_BY_OPTIMIZER_AND_METHOD: dict[tuple[OptimName, str], UsualRate] = {
 
 
 def usual_learning_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | None:
-    """Look up what `optim.lr` is for a user who does not set it, for an optimizer, a tuning method ("lora") and an objective
-    ("sft").
+    """Look up what `optim.lr` is if the user does not set it: for an optimizer, a tuning method and an objective.
 
+    `method`: such as `lora`. `objective`: such as `sft`.
     - Muon with its original scale: None.
     - an optimizer whose rates are no multiple of AdamW's: its own table, for imitation and seq2seq; else None.
     - else: AdamW's rate, times the optimizer's factor; None if no table has AdamW's.

@@ -129,8 +129,7 @@ class ShardedAdafactor(torch.optim.Adafactor):
 
     @staticmethod
     def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
-        """Adafactor's state before the first step: zero second moments, by row and by column of a matrix, by element of a
-        vector.
+        """Adafactor's state before the first step: zero moments, by row and by column of a matrix, by element of a vector.
 
         The keys are torch's own, because torch's `adafactor` and its state dicts go by them.
         """

@@ -335,12 +335,11 @@ class Adapter:
     def merged_parameters(
         self, name: str, base: BaseWeightsReader, trained: Mapping[str, Tensor], model: nn.Module
     ) -> dict[str, Tensor]:
-        """Merge the adapter of the layer `name` into its weights, for an export without adapters: {name in the layer: float32
-        weight}.
+        """Merge the adapter of the layer `name` into its weights, for an export without adapters.
 
-        `name`: in the base model, such as `h.0.attn`. `base` reads the base weights. `trained`: full tensors of adapters by
-        full name, also those of other layers. `model`: the tuned model, from which the adapter's buffers are copied. Frozen
-        factors that the seed gives, as VeRA has them, are drawn again.
+        Returns {name in the layer: float32 weight}. `name`: in the base model, such as `h.0.attn`. `base` reads the base
+        weights. `trained`: full tensors of adapters by full name, also those of other layers. `model`: the tuned model, from
+        which the adapter's buffers are copied. Frozen factors that the seed gives, as VeRA has them, are drawn again.
         """
         trained_in_layer = {}
         for full_name, (layer, key) in self._layer_and_key_by_name.items():

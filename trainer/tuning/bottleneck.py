@@ -86,8 +86,7 @@ class Bottleneck(AddedParameters):
         return model
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseWeightsReader, seed: int) -> Tensor:
-        """The initial value of an adapter's parameter: `down` as torch starts a linear layer, `up` zero, so that the model
-        starts as the base.
+        """The initial value of an adapter's parameter: `down` as torch starts a linear layer, `up` zero, which adds nothing yet.
 
         `name`: its full name, such as `h.0.mlp.bottleneck.down.weight`. Drawn from `seed` and the adapter's name, without the
         base's weights (`base`).

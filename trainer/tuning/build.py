@@ -85,8 +85,7 @@ def initial_weights_reader(model: nn.Module, tuning: TuningConfig) -> MergedAdap
 
 
 def merged_adapter_reader(model: nn.Module, directories: list[str]) -> MergedAdapters | None:
-    """Open the adapters of `model.adapters` (`directories`), to be merged into each base weight when it is read; None without
-    any.
+    """Open the adapters of `model.adapters` (`directories`), to be merged into base weights as they are read; None without any.
 
     `model`: the architecture, on meta. Raises ConfigError if one does not fit it.
     """

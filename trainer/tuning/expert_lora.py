@@ -149,9 +149,7 @@ def _lora_update(wrapper: Any) -> LoraUpdate:
 
 @cache
 def _router_with_update(router_class: Any) -> type[nn.Module]:
-    """Make a subclass of a router's class, whose forward pass can add a matrix (a LoRA update) to one of its weights for one
-    call.
-    """
+    """Make a subclass of a router's class that can add a matrix (a LoRA update) to one of its weights for one forward pass."""
 
     class Router(router_class):  # type: ignore[misc]
         def forward(self, *args: Any, update: tuple[str, Tensor] | None = None, **kwargs: Any) -> Any:

@@ -84,8 +84,7 @@ class UnusableAdapter(Exception):
 
 
 def read_adapter_settings(directory: str | Path) -> dict[str, Any]:
-    """Read the settings of an adapter directory, the fields of its adapter_config.json, such as `{"peft_type": "LORA", "r":
-    16}`.
+    """Read the settings of an adapter directory, the fields of its adapter_config.json: {"peft_type": "LORA", "r": 16}.
 
     Raises UnusableAdapter if the directory is no adapter's, the file cannot be read, or a field has a value of a wrong type.
     """

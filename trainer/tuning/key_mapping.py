@@ -21,11 +21,11 @@ _PREFIX = "base_model.model."
 
 
 def replacement_keys(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
-    """Find the keys of an adapter file that plain peft would not load back: {peft's own key: the key to store instead, or None
-    if none would do}. peft renames keys as it loads them, by the renames of the base's checkpoint.
+    """Find the keys of an adapter file that plain peft would not load back, and what to store instead.
 
-    Keys that are loaded back are left out, so that an empty dict is the usual result. `model`: with or without adapters.
-    `settings`: peft's config.
+    Returns {peft's own key: the key to store instead, or None if none would do}. peft renames keys as it loads them, by the
+    renames of the base's checkpoint. Keys that are loaded back are left out, so that an empty dict is the usual result.
+    `model`: with or without adapters. `settings`: peft's config.
     """
     keys = list(keys)
     loaded_key_by_key = loaded_key_by_stored_key(model, settings, keys, ADAPTER)

@@ -54,12 +54,11 @@ class LoraUpdate:
 def frozen_experts(
     module: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor, lora_updates: dict[str, LoraUpdate] | None
 ) -> Tensor:
-    """The output of a layer's experts with frozen weights, plus LoRA updates of these weights (`lora_updates`), by parameter
-    name.
+    """The output of a layer's experts with frozen weights, plus LoRA updates of these weights.
 
-    `module`: transformers' experts. `hidden` is `[T, H]`; `expert_ids` and their `weights` are `[T, k]`: the experts that each
-    token chose. Returns `[T, H]` in the type of `hidden`. Weights may be stored quantised (`module.packed_experts`): they are
-    then dequantised to the type of `hidden` for each product.
+    `lora_updates`: by parameter name. `module`: transformers' experts. `hidden` is `[T, H]`; `expert_ids` and their `weights`
+    are `[T, k]`: the experts that each token chose. Returns `[T, H]` in the type of `hidden`. Weights may be stored quantised
+    (`module.packed_experts`): they are then dequantised to the type of `hidden` for each product.
     """
     assert not is_expert_parallel(module), "experts are not split over ranks here"
     experts_per_token = expert_ids.shape[-1]

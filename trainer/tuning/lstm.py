@@ -19,8 +19,7 @@ HALF_DTYPE_BY_PRECISION = {Precision.bf16: torch.bfloat16, Precision.fp16: torch
 
 
 class EncoderLstm(nn.LSTM):
-    """An LSTM that looks its weights up in each forward pass, and computes in float32 if this processor has no LSTM in the
-    wanted type."""
+    """An LSTM that looks up its weights in each forward pass, and uses float32 if this processor has no LSTM in the type."""
 
     def forward(self, inputs: Any, state: Any = None) -> Any:  # type: ignore[override]
         """As torch's LSTM, but with the current weights, and in float32 if this CPU has no LSTM of the wanted type.

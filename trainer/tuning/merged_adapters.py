@@ -16,9 +16,7 @@ from trainer.tuning.replica import ADAPTER
 
 
 class MergedAdapters:
-    """Base weights with the adapters of some directories (`model.adapters`) merged in, in their order, layer by layer as they
-    are read.
-    """
+    """Base weights with the adapters of some directories merged in, in their order, layer by layer as they are read."""
 
     def __init__(self, model: nn.Module, directories: list[str], setting_name: str = "model.adapters") -> None:
         """`model`: the architecture on meta, without adapters; `setting_name`: of the setting that names the directories."""

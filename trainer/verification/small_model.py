@@ -152,9 +152,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _write_tokenizer(vocabulary_size: int, directory: Path) -> None:
-    """Write a tokenizer of made-up words for a small copy, with one token for each of its embeddings; the full model's has
-    more.
-    """
+    """Write a tokenizer of made-up words for a small copy, with a token for each of its embeddings; the model's own has more."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

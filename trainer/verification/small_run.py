@@ -47,9 +47,7 @@ class SmallRun:
     """Settings that are not as the user has them, a line each."""
 
     def single_process_config(self, precision: Precision) -> RunConfig:
-        """The configuration of the same step by one process: `strategy=single`, all documents in one micro-batch, nothing
-        recomputed.
-        """
+        """The configuration of the same step by one process: `strategy=single`, one micro-batch, nothing recomputed."""
         global_batch = self.config.batch["global"]
         return replace(
             self.config,

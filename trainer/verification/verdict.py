@@ -105,8 +105,7 @@ def verdict_on_steps(compared: list[ComparedSteps]) -> VerificationResult:
 
 
 def _relative_differences(step: TakenStep, reference: TakenStep) -> dict[str, float | None]:
-    """Relative differences of loss and gradients to those of `reference`, such as {"loss": 1e-6, "attention": 3e-6}, in the
-    order of display.
+    """Relative differences of loss and gradients to those of `reference`, in the order of display: {"loss": 1e-6, ...}.
 
     Gradients are compared by kind of parameter, such as `attention`; None for a kind without a gradient on either side. NaN
     counts as infinite.
@@ -153,8 +152,7 @@ def _add_differences(
 
 
 def _bounds_by_quantity(precision: Precision, rounding_errors: dict[str, float | None]) -> dict[str, float]:
-    """How much loss and gradients may differ in a precision such as bf16, from the rounding errors of one process: {"loss":
-    4e-3, ...}.
+    """How much loss and gradients may differ in a precision, by the rounding errors of one process: {"loss": 4e-3, ...}.
 
     `rounding_errors`: by quantity; None for one without a gradient, which counts as 0.
 
