@@ -74,11 +74,11 @@ class LayerHeads:
         return max(sent_by_rank)
 
     def all_to_all_elements_counted_on_rank_0(self, tokens: float, ranks: int) -> float:
-        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a layer's forward pass, as a step counts.
+        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a layer's forward pass, as counted.
 
-        An estimate to be compared with these counters (`strategies/communication_counters.py`). They count an all-to-all with
-        the larger of what is sent and what is received, the rank's own part included. `tokens`: of the row that the `ranks`
-        ranks share.
+        An estimate to be compared with the counters of a step (`strategies/communication_counters.py`). They count an
+        all-to-all with the larger of what is sent and what is received, the rank's own part included. `tokens`: of the row that
+        the `ranks` ranks share.
         """
         shares = head_shares(self.num_query_heads, self.num_key_value_heads, ranks)
         elements = 0.0
