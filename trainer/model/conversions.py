@@ -150,7 +150,7 @@ class Conversions:
         those.
         """
         rules = conversion_rules(self.meta_model, quantizer)
-        # A pattern is the part of stored names that a conversion looks for, such as `mlp.experts.*.w1.weight`.
+        # A pattern is the part of stored names that a conversion looks for, such as `.experts.*.w1.weight`.
         converter_by_pattern = rules.converter_by_pattern()
         state = self.meta_model.state_dict()
         prefix = self.meta_model.base_model_prefix

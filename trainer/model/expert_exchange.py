@@ -61,8 +61,8 @@ def expert_parallel_forward(
     row_experts, order = torch.sort(expert_indices.reshape(-1), stable=True)
     all_experts = torch.arange(module.num_experts, device=row_experts.device)
     ends = torch.searchsorted(row_experts, all_experts, right=True)
-    # The rows of each expert have no name here: it would keep their tensor alive while the experts compute.
-    # Exchanged between the ranks of the group, or assumed in a simulation.
+    # The counts are exchanged between the ranks of the group, or assumed in a simulation. The rows of each expert have no name
+    # here: it would keep their tensor alive while the experts compute.
     counts = share.row_count_source.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
 
     num_sent_rows = sum(counts.sent_to_rank)

@@ -181,7 +181,7 @@ class Adapter:
         if not getattr(model.config, "tie_word_embeddings", False):
             names.append(_submodule_name(model, model.get_output_embeddings()))
             return names
-        # Only LoRA's config of peft has this option.
+        # Of peft's configs LoRA's has this option, and AdaLoRA's, which extends it.
         if not hasattr(peft_settings, "ensure_weight_tying"):
             raise ConfigError(
                 f"model.add_tokens with tuning={self.config.name}: peft keeps trained embeddings tied to the head only "
