@@ -32,6 +32,8 @@ SECRET_PATTERN_BY_KIND = {
     r"(?:signature|security-token|credential))=[^&\s'\"]+",
     "a password": r"(?i)(?<![a-z0-9])(?:[a-z0-9]+_)*(?:password|passwd|passphrase|(?<=_)pwd|(?<=[;\s])pwd)="
     r"(?P<password>\"[^\"]{4,}\"|'[^']{4,}'|(?![$<{\[/~(]|(?:none|null|true|false)\b)[^\s'\";,&)]{4,})",
+    "a password in a variable": r"(?i)(?<![a-z0-9])(?:(?:[a-z0-9]+_)*(?:(?<=_)|(?<![^;\s]))pass|sshpass|pgpassword)="
+    r"(?P<word>\"[^\"$]{8,}\"|'[^'$]{8,}'|(?![$<{\[/~(]|[a-z_.]+\(|\d+(?:[\s'\";,&)]|$))[^\s'\";,&)]{8,})",
     "a key of a connection": r"(?i)\b(?:account|sharedaccess|shared_access|access|secret)key=(?P<key>[^\s;'\"&]{12,})",
 }
 """Patterns by the kind of secret. The secret is the named group of a pattern, or the whole match if it has none."""

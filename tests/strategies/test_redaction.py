@@ -77,6 +77,9 @@ TEXTS = {
     "https://hooks.slack.com/services/T0AAAA/B0BBBB/c3DdEe now": f"https://hooks.slack.com/{HIDDEN_PLACEHOLDER} now",
     f"WANDB_API_KEY={COMMIT}": f"WANDB_API_KEY={HIDDEN_PLACEHOLDER}",
     f"wandb login {COMMIT}": f"wandb login {HIDDEN_PLACEHOLDER}",
+    "export MY_PASS=hunter2hunter2": f"export MY_PASS={HIDDEN_PLACEHOLDER}",
+    "PASS='correct horse'; run": f"PASS={HIDDEN_PLACEHOLDER}; run",
+    "SSHPASS=correct-horse-42 PGPASSWORD=correct-horse-43": f"SSHPASS={HIDDEN_PLACEHOLDER} PGPASSWORD={HIDDEN_PLACEHOLDER}",
     "s3://me:p@ss@host/rows and https://host:80/me@home": f"s3://{HIDDEN_PLACEHOLDER}@host/rows and https://host:80/me@home",
 }
 
@@ -96,6 +99,8 @@ def test_redaction_hides_a_text_that_looks_like_a_secret_and_keeps_its_surroundi
         "PWD=/home/me OLDPWD=/home/you",
         "password=None, password=${oc.env:WORD}, password=<yours>",
         "https://host:8443/v1",
+        'export MY_PASS=$(cat ~/.password) MY_PASS="$OTHER_SECRET" MY_PASS=/run/secrets/password',
+        "BYPASS=correct-horse-42 SSH_ASKPASS=correct-horse-42 first_pass=20261130 last_pass=run_again(step)",
     ],
 )
 def test_redaction_keeps_ordinary_texts(text):
