@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from launch.cluster.advice import gpu_kinds_of_job, partitions_of_job, query_partitions, settings_as_submitted
 from launch.cluster.long_steps import estimated_step_s, long_step_notes
 from launch.plan.dry_run_by_shape import describe_by_shape
@@ -23,7 +25,7 @@ from trainer.build.recomputation import longest_sequence_lengths
 from trainer.build.rounds import generation_memory_lines, num_documents_per_step, num_steps_of_run
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, SlurmConfig
-from trainer.data.report.preview import is_prompts_alone, preview_text, summary_text
+from trainer.data.report.preview import is_prompts_alone, start_preview_text, summary_text
 from trainer.model.known_shapes import shape_instead_of_files
 from trainer.model.loading import load_tokenizer
 from trainer.planner.lengths import SampledLengths, sampled_lengths
@@ -33,6 +35,10 @@ from trainer.reporting.numbers import format_dp_ranks
 from trainer.session.rate_text import learning_rate_of, rate_lines
 from trainer.session.run_facts import model_flops_per_token, repetition_warning
 from trainer.step import BuiltModel
+
+if TYPE_CHECKING:
+    from trainer.data.objective_spec import DataSpec
+    from trainer.data.prepare import PreparedData
 
 
 def describe_run(config: RunConfig) -> DryRunResult:
@@ -72,7 +78,7 @@ def describe_run(config: RunConfig) -> DryRunResult:
     learning_rate = learning_rate_of(config, steps)
     lines = [
         summary_text(data.report),
-        preview_text(data.train, tokenizer, built.data_spec, data.label_names, width=100),
+        _first_document_text(config, data, tokenizer, built.data_spec),
         f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world_size} process(es), layout {built.layout}, "
         f"attention {built.attention}",
         f"parameters: {num_parameters:,}, trainable {num_trained:,} ({num_trained / num_parameters:.2%})",
@@ -115,6 +121,19 @@ def describe_run(config: RunConfig) -> DryRunResult:
         documents=documents,
     )
     return dry_run_result(lines, config, numbers, memory, built.substitutions)
+
+
+def _first_document_text(config: RunConfig, data: PreparedData, tokenizer: Any, data_spec: DataSpec) -> str:
+    """The first training document as a run shows it at its start."""
+    return start_preview_text(
+        data.train,
+        tokenizer,
+        data_spec,
+        data.label_names,
+        width=100,
+        report=data.report,
+        privacy=config.data.privacy,
+    )
 
 
 def _gpu_kinds(config: RunConfig) -> set[str]:

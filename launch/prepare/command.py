@@ -29,6 +29,7 @@ from strategies.imports import importing_without_gc
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
+    from trainer.data.config import PrivacyConfig
     from trainer.data.prepare import PreparedData
 
 
@@ -82,17 +83,18 @@ def main(argv: list[str]) -> int:
         from trainer.data.cache import parse_shard
 
         shard = parse_shard(arguments.shard)
-        _prepare_data_or_shard(arguments.settings, shard=shard)
+        _prepare_data_or_shard(_compose_config_to_prepare(arguments.settings), shard=shard)
         shard_number, shard_count = shard
         print(f"shard {shard_number} of {shard_count}: done; when all are, the same command without --shard merge them")
         return 0
-    data = prepare_data_of_run(arguments.settings)
+    config = _compose_config_to_prepare(arguments.settings)
+    data = _prepare_data(config)
     was_in_cache = data.report["cached"]
     if arguments.as_json:
         answer = {"directory": str(data.directory), "cached": was_in_cache, "report": data.report}
         print(json.dumps(answer, ensure_ascii=False))
     else:
-        print_audit(data.report, data.directory, cached=was_in_cache)
+        print_audit(data.report, data.directory, config.data.privacy, cached=was_in_cache)
     return 0
 
 
@@ -101,7 +103,12 @@ def prepare_data_of_run(settings: list[str]) -> PreparedData:
 
     Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
-    data = _prepare_data_or_shard(settings, shard=None)
+    return _prepare_data(_compose_config_to_prepare(settings))
+
+
+def _prepare_data(config: RunConfig) -> PreparedData:
+    """Prepare the data of a run of this configuration, or take it from the cache. Its `report` is the audit of the data."""
+    data = _prepare_data_or_shard(config, shard=None)
     assert data is not None  # None is returned for a shard alone
     return data
 
@@ -125,15 +132,12 @@ def _compose_config_to_prepare(settings: list[str]) -> RunConfig:
     return config
 
 
-def _prepare_data_or_shard(settings: list[str], *, shard: tuple[int, int] | None) -> PreparedData | None:
-    """Prepare the data of a run with these settings, or take it from the cache; with `shard`, only one part of it.
+def _prepare_data_or_shard(config: RunConfig, *, shard: tuple[int, int] | None) -> PreparedData | None:
+    """Prepare the data of a run of this configuration, or take it from the cache; with `shard`, only one part of it.
 
     `shard`: (index, number of shards), such as (0, 8). A later call without it merges the parts. None is returned for a
     part, which is written to the cache.
-
-    Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
-    config = _compose_config_to_prepare(settings)
     with importing_without_gc("trainer.build.parts"):
         from trainer.build.parts import prepare_data, prepare_shard
         from trainer.model.loading import load_tokenizer
@@ -163,23 +167,44 @@ def _end_stuck_process(signal_name: str) -> None:
     end_process(Preempted.exit_code)
 
 
-def print_audit(report: dict[str, Any], directory: Path, *, cached: bool) -> None:
+def print_audit(report: dict[str, Any], directory: Path, privacy: PrivacyConfig, *, cached: bool) -> None:
     """Show the user what `prepare` made: the summary of the audit, the first document with what is learned, the directory.
 
-    `report`: the audit; its "samples" are documents in pieces, [{"where": "a.jsonl:1", "pieces": [{"text": "Hello",
-    "learned": true}], ...}], several of one document if it was split. `cached`: whether the data was prepared before.
+    `report`: the audit. `privacy`: how personal data was looked for; in the document it is masked. `cached`: whether the data was
+    prepared before.
     """
-    from trainer.data.report.preview import render_pieces, summary_text
-    from trainer.data.report.wording import escape_control_characters
+    from trainer.data.report.preview import summary_text
 
     print(summary_text(report))
+    print("\n".join(_first_document_lines(report, privacy)))
+    print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
+    print(f"look at:  {directory / 'audit.html'}", flush=True)
+
+
+def _first_document_lines(report: dict[str, Any], privacy: PrivacyConfig) -> list[str]:
+    """The first document of the audit's samples as lines for the terminal: where it is from, and what is learned of it.
+
+    `report`: the audit; its "samples" are sequences in pieces, [{"where": "a.jsonl:1", "pieces": [{"text": "Hello", "learned":
+    true}], ...}], several of one document if it was split. If personal data was found and left in the data, it is masked and a
+    line says so; what only Presidio finds cannot be masked here, and the line stands alone.
+    """
+    from trainer.data.report import masked_samples
+    from trainer.data.report.preview import render_pieces
+    from trainer.data.report.wording import escape_control_characters
+
     samples = report["samples"]
+    has_personal_data = masked_samples.has_reported_personal_data(report)
+    if has_personal_data and not masked_samples.samples_can_be_masked(privacy):
+        return [masked_samples.LEFT_OUT_NOTE]
+    mask_pieces = masked_samples.piece_masker(privacy) if has_personal_data else list
+    lines = []
     for sample in samples:
         if sample["where"] != samples[0]["where"]:
             break  # only the first document is shown
-        pieces = [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
+        pieces = mask_pieces([(piece["text"], piece["learned"]) for piece in sample["pieces"]])
         note = sample.get("note")  # data prepared by an earlier version has none
         note_text = f" · {escape_control_characters(note)}" if note else ""
-        print(f"{sample['where']}{note_text}:\n{render_pieces(pieces, width=100)}")
-    print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
-    print(f"look at:  {directory / 'audit.html'}", flush=True)
+        lines.append(f"{sample['where']}{note_text}:\n{render_pieces(pieces, width=100)}")
+    if has_personal_data:
+        lines.append(masked_samples.MASK_NOTE)
+    return lines

@@ -11,6 +11,7 @@ from dataclasses import fields
 
 import pytest
 
+from launch.prepare.command import print_audit
 from strategies.errors import ConfigError, DataError
 from tests.data.pii.synthetic import synthetic
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
@@ -18,7 +19,8 @@ from trainer.data.config import DataConfig, PrivacyConfig, PrivacyEngine, Privac
 from trainer.data.document import Document, Tally
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import summary_text
+from trainer.data.report.masked_samples import LEFT_OUT_NOTE, MASK_NOTE, piece_masker
+from trainer.data.report.preview import preview_text, start_preview_text, summary_text
 from trainer.data.transforms.privacy import context, patterns, rule
 from trainer.data.transforms.privacy.rule import (
     COUNTRY_BY_NATIONAL_ID,
@@ -399,6 +401,58 @@ def test_privacy_masks_show_shapes():
     assert mask("PHONE", "(415) 555-2671") == "(***) ***-****"
     assert mask("PERSON", "Jane Doe") == "J*** D***"
     assert mask("SECRET", "AKIAABCDEFGHIJKLMNOP") == "***"
+
+
+def prepared_row(tmp_path, **settings):
+    """A data set of one row with personal data, and the settings of the search in it."""
+    write_jsonl(
+        tmp_path / "train.jsonl", [{"prompt": "Write to jane@example.com", "completion": "or to +44 20 7946 0958"}]
+    )
+    privacy = PrivacyConfig(**settings)
+    data = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
+    return Preparation(data, tiny_tokenizer(), DataSpec(), seed=1).open_or_prepare(), privacy
+
+
+def start_text(prepared, privacy):
+    return start_preview_text(
+        prepared.train, tiny_tokenizer(), DataSpec(), width=100, report=prepared.report, privacy=privacy
+    )
+
+
+def test_personal_data_that_stays_in_the_data_is_masked_in_what_is_printed(tmp_path, capsys):
+    prepared, privacy = prepared_row(tmp_path)
+    print_audit(prepared.report, prepared.directory, privacy, cached=False)
+    started = start_text(prepared, privacy)
+    for text in (capsys.readouterr().out, started):
+        assert "Write to j***@e***.com" in text and "+** ** **** ****" in text and MASK_NOTE in text
+        assert "jane" not in text and "7946" not in text
+    assert "jane@example.com" in preview_text(prepared.train, tiny_tokenizer(), DataSpec(), width=100), (
+        "the data keeps it"
+    )
+
+
+def test_sample_without_a_search_or_findings_is_shown_as_it_is(tmp_path):
+    prepared, privacy = prepared_row(tmp_path, mode=PrivacyMode.none)
+    text = start_text(prepared, privacy)
+    assert "jane@example.com" in text and MASK_NOTE not in text
+    prepared, privacy = prepared_row(tmp_path, allow=[".*"])
+    text = start_text(prepared, privacy)
+    assert "jane@example.com" in text and MASK_NOTE not in text
+
+
+def test_sample_that_only_presidio_can_mask_is_left_out(tmp_path, capsys):
+    prepared, _ = prepared_row(tmp_path)
+    privacy = PrivacyConfig(engine=PrivacyEngine.presidio)
+    assert start_text(prepared, privacy) == LEFT_OUT_NOTE
+    print_audit(prepared.report, prepared.directory, privacy, cached=False)
+    shown = capsys.readouterr().out
+    assert LEFT_OUT_NOTE in shown and "Write to" not in shown
+
+
+def test_mask_of_a_sample_goes_over_the_ends_of_its_pieces():
+    pieces = [("a jane@exam", 0.0), ("ple.com, bo", 1.0), ("b@example.com", 0.5), (" end", 0.0)]
+    masked = [("a j***@e***.com", 0.0), (", b***@e***.com", 1.0), ("", 0.5), (" end", 0.0)]
+    assert piece_masker(PrivacyConfig())(pieces) == masked
 
 
 # Settings

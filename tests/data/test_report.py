@@ -362,7 +362,7 @@ def test_report_samples_say_which_answer_is_wanted(tmp_path, capsys):
     assert all(("quick" in text) == (n % 2 == 1) for n, text in enumerate(taught)), taught
     shown = words_of(audit_page_html(audit, CardConfig()))
     assert "train.jsonl:1 · rejected" in shown and "is learned, as what is said above it; the rest is context" in shown
-    verb.print_audit(audit.report(), made.directory, cached=False)
+    verb.print_audit(audit.report(), made.directory, PrivacyConfig(), cached=False)
     said = capsys.readouterr().out
     assert "train.jsonl:1 · chosen:" in said and "train.jsonl:1 · rejected:" in said and "train.jsonl:3" not in said
 

@@ -18,7 +18,7 @@ from trainer.config.launching import run_writes_export
 from trainer.config.resuming import settings_as_dict
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
-from trainer.data.report.preview import preview_text, summary_text
+from trainer.data.report.preview import start_preview_text, summary_text
 from trainer.monitors.divergence import Verdict
 from trainer.monitors.stragglers import ReportSlow, SlowRank
 from trainer.objectives.registry import data_spec_of
@@ -60,7 +60,15 @@ def open_console(
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
     headline = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
     data_spec = data_spec_of(config.objective)
-    samples = preview_text(data.train, tokenizer, data_spec, data.label_names, width=console.width)
+    samples = start_preview_text(
+        data.train,
+        tokenizer,
+        data_spec,
+        data.label_names,
+        width=console.width,
+        report=data.report,
+        privacy=config.data.privacy,
+    )
     console.print_line("\n".join([headline, summary_text(data.report), samples]))
     return console
 

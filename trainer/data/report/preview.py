@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
+from trainer.data.report.masked_samples import (
+    LEFT_OUT_NOTE,
+    MASK_NOTE,
+    WeightedPiece,
+    has_reported_personal_data,
+    piece_masker,
+    samples_can_be_masked,
+)
 from trainer.data.report.wording import (
     REASON_TEXT_BY_CODE,
     escape_control_characters,
@@ -25,12 +33,11 @@ from trainer.data.transforms.privacy.rule import NOT_ASKED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from trainer.data.config import PrivacyConfig
     from trainer.data.objective_spec import DataSpec
 
 GREEN = "\x1b[32m"
 RESET = "\x1b[0m"
-WeightedPiece = tuple[str, float]
-"""A piece of a decoded sample, and the loss weight of its tokens: 0 for context, 1 for what is learned."""
 PreviewCell = tuple[str, bool]
 """A character, and whether it is learned."""
 
@@ -52,13 +59,59 @@ def preview_text(
     one, the sequence alone. `label_names`: in the order of their ids, for the notes. `width`: the longest line in characters.
     `colour` of None: as the terminal allows. If there are more than `max_lines` lines, the middle is left out.
     """
+
+    def show(sample: Sample) -> str:
+        pieces = decode_weighted_pieces(sample, tokenizer)
+        return render_pieces(pieces, width=width, colour=colour, max_lines=max_lines)
+
+    return _text_of_document(dataset, data_spec, label_names, index, show)
+
+
+def start_preview_text(
+    dataset: TokenDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    data_spec: DataSpec,
+    label_names: list[str] | None = None,
+    *,
+    width: int,
+    report: dict[str, Any],
+    privacy: PrivacyConfig,
+) -> str:
+    """Show the first training document as the start of a run and a dry run do: that of `preview_text`, and no personal data.
+
+    If preparation found personal data and left it in the data (`data.privacy.mode=report`), it is masked here, since the text
+    also goes into logs; a line below says so. If it can be found by Presidio alone, that line stands in place of the document.
+    `report`: `Audit.report` of the data.
+    """
+    if not has_reported_personal_data(report):
+        return preview_text(dataset, tokenizer, data_spec, label_names, width=width)
+    if not samples_can_be_masked(privacy):
+        return LEFT_OUT_NOTE
+    mask_pieces = piece_masker(privacy)
+
+    def show(sample: Sample) -> str:
+        return render_pieces(mask_pieces(decode_weighted_pieces(sample, tokenizer)), width=width)
+
+    return f"{_text_of_document(dataset, data_spec, label_names, 0, show)}\n{MASK_NOTE}"
+
+
+def _text_of_document(
+    dataset: TokenDataset,
+    data_spec: DataSpec | None,
+    label_names: list[str] | None,
+    index: int,
+    show: Callable[[Sample], str],
+) -> str:
+    """The sequences of the document that begins at sequence `index`, each by `show`, under its heading and above its note.
+
+    Without a `data_spec`, the sequence alone. `label_names`: in the order of their ids, for the notes.
+    """
     # A document has as many sequences as its objective has headings, such as "chosen" and "rejected".
     headings = data_spec.headings() if data_spec is not None else [""]
     texts = []
     for sequence, heading in enumerate(headings, start=index):
         sample = dataset.sample(sequence)
-        pieces = decode_weighted_pieces(sample, tokenizer)
-        text = heading + render_pieces(pieces, width=width, colour=colour, max_lines=max_lines)
+        text = heading + show(sample)
         note = data_spec.note(sample, label_names) if data_spec is not None else ""
         if note:
             text += f"\n{note}"
