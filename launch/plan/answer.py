@@ -110,7 +110,7 @@ def _choice_name_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
 def refused_variants_by_reason(answer: PlanAnswer) -> dict[str, str]:
     """Group the variants that a plan left out by the reason, so that each reason is printed once.
 
-    {"strategy.replicate=2: must divide the number of ranks, 1": "hsdp, none; hsdp, full"}
+    {"strategy.replicate=2: must divide the number of ranks, 1; choose ...": "hsdp, none; hsdp, full"}
     """
     names_by_reason: dict[str, list[str]] = {}
     for variant, reason in answer.refused_variants:
@@ -362,7 +362,7 @@ def checkpoint_gib(answer: PlanAnswer, best: PlannedChoice) -> float:
 
 
 def checkpoint_s(answer: PlanAnswer, best: PlannedChoice) -> float:
-    """Seconds to write a checkpoint. All nodes write at once, each at the rate that conf/hardware/ assumes of its disk."""
+    """Seconds to write a checkpoint. All nodes write at once, each at `card.disk_gb_s`: assumed, or measured by `from=`."""
     bytes_per_s = answer.planned_run.card.disk_gb_s * 1e9 * answer.planned_run.num_nodes
     return checkpoint_gib(answer, best) * GIB / bytes_per_s
 

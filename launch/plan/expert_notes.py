@@ -42,7 +42,7 @@ def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: in
 
 
 def imbalance_notes(job: PlannedJob, expert_parallel_degrees: set[int]) -> list[str]:
-    """Say how unevenly a plan assumes that tokens are spread over experts: by how much the busiest rank gets more than the mean.
+    """Say how unevenly a plan assumes that tokens are spread over experts: how many times the mean the busiest rank gets.
 
     `expert_parallel_degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one
     note. With it, there is one on the degree that the run has measured, and one each on smaller and larger degrees, if there
@@ -128,7 +128,7 @@ def _comparison_notes(answer: PlanAnswer) -> list[str]:
 def _worst_imbalance_notes(answer: PlanAnswer) -> list[str]:
     """Say whether the plan's first option would still fit in the worst case, where the experts of one rank get all tokens.
 
-    No note if that was not simulated, because the option distributes no experts.
+    No note if that was not simulated, because the option distributes no experts, or could not be.
     """
     worst = answer.worst_imbalance_fit
     if worst is None:

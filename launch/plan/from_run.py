@@ -181,7 +181,8 @@ class _MeasuredRounds:
 def _measured_rounds(run_dir: Path) -> _MeasuredRounds | None:
     """Measure a run's rounds of reinforcement learning by its `metrics.jsonl`: seconds of writing and scoring answers.
 
-    Medians over all rounds but the first. None if there are none, or if no time or length was recorded.
+    Medians over all rounds but the first. None if there are none that have all metrics, or if the median time of writing or
+    the median length is 0.
     """
     needed_metrics = {"write_s", "reward_s", "completions/max_length"}
     metrics_of_rounds = [row for row in read_rows(run_dir / METRICS_FILE).rows if row.keys() >= needed_metrics]
@@ -238,9 +239,9 @@ class _MeasuredRun(NamedTuple):
 def _read_measured_run(run_dir: Path, permissions: list[str], command: list[str]) -> _MeasuredRun:
     """Read the run of `from=`: its settings, its record, and what it measured. It must have run on GPUs.
 
-    Raises ConfigError if it has not, or has measured nothing. Its receipt, in `run.json`, is the predicted beside the measured
-    cost. `permissions`: settings that allow what the run uses outside of its directory. `command`: the command line, for
-    messages.
+    Raises ConfigError if it has not, if it cannot be read, or if `run.json` has no receipt (predicted and measured cost) or
+    one without measurements. `permissions`: settings that allow what the run uses outside of its directory. `command`: the
+    command line, for messages.
     """
     from launch.config.read_run import RunReader, read_run, uses_model_alone
 

@@ -28,7 +28,7 @@ SCORING_NOT_MEASURED_TEXT = (
 def round_lines(sizes: RoundSizes, planned: RoundTime) -> list[str]:
     """Tell how long a round of reinforcement learning takes, by its stages, and what memory it needs while answers are written.
 
-    In a round the model writes answers to prompts, rewards score them, and a few steps train on them. `sizes`: how many
+    In a round the model writes answers to prompts, rewards score them, and one step or several train on them. `sizes`: how many
     answers, and how long; `planned`: predicted seconds and bytes. Returns two lines that are not wrapped.
     """
     scoring = SCORING_NOT_MEASURED_TEXT if planned.scoring_s is None else f"{planned.scoring_s:.1f} s"
@@ -83,7 +83,7 @@ def round_lines_of_dry_run(
     Arguments:
         prompt_lengths: int64, tokens of each prompt.
         mean_length: mean tokens of a prompt with its answer.
-        gpu_kinds: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this machine counts.
+        gpu_kinds: the cluster's names for the GPUs of the job, such as "h100"; if none is known, the GPU of this machine counts.
         num_trained: how many of the `num_parameters` parameters are trained.
     """
     sizes = round_sizes_of_run(config, built.config, float(prompt_lengths.mean()), int(prompt_lengths.max(initial=0)))
@@ -136,8 +136,9 @@ def _training_step_s(config: RunConfig, built: BuiltModel, mean_length: float, c
 def _slowest_card(config: RunConfig, gpu_kinds: Iterable[str]) -> Card | None:
     """The GPU to predict the time of a round for: of those that the job may get, the one with the slowest memory.
 
-    Memory decides, since to generate a token the weights are read once. `gpu_kinds`: the cluster's names, such as "h100";
-    without any, the GPU of this machine counts. None if it is not among those in conf/hardware/, and for a run on the CPU.
+    Memory decides, since all weights are read for each token that is generated. `gpu_kinds`: the cluster's names, such as
+    "h100"; if conf/hardware/ has none of them, the GPU of this machine counts. None if that is not there either, and for a run
+    on the CPU.
     """
     if str(config.run.device) != "cuda":
         return None

@@ -44,7 +44,7 @@ class _Answers:
     """
 
     def __init__(self, conversations: list[Conversation], prompt: str) -> None:
-        """Start the threads that generate the answers to `prompt`, one for each conversation (model)."""
+        """Start the threads that generate the answers to `prompt`. Each of the conversations is with a model of its own."""
         self.errors: list[BaseException] = []
         self._conversations = conversations
         self._texts = ["" for _ in conversations]

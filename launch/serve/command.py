@@ -198,7 +198,7 @@ def replace_process_by_vllm(exported: ExportedModel, config: ServeConfig) -> NoR
 def print_serve_commands(directory: Path) -> None:
     """Tell the user after an export how to serve it: the commands of shardtune, vLLM and SGLang, as far as each can.
 
-    Nothing is printed for a model that does not generate text as a chat does.
+    Nothing is printed for a classifier or an encoder-decoder model, which no server here takes.
     """
     from launch.serve.exported import find_export
     from launch.serve.other_servers import as_shell_command, sglang_command, vllm_command

@@ -63,7 +63,8 @@ class ServeConfig:
     def problems(self) -> Iterator[str]:
         """Check the settings of `shardtune serve` before anything is loaded; yields error messages.
 
-        Values out of bounds, settings for another engine, and an address that others can reach without a key.
+        Values out of bounds, settings for another engine, a key that is not set, and an address that others can reach without
+        a key.
         """
         for field in fields(self):
             traits = setting_metadata(ServeConfig, field.name)

@@ -56,9 +56,8 @@ def find_vllm_python(python: str) -> str:
 def create_gateway_directory() -> Path:
     """Make the gateway importable for the Python of vLLM's environment, without the libraries of this one; returns a directory.
 
-    The gateway: our middleware in front of vLLM (`launch/serve/middleware.py`). If shardtune
-    is installed, its packages stand among all others of this environment. So the directory, in the cache, has links to the two
-    packages alone.
+    The gateway: our middleware in front of vLLM (`launch/serve/middleware.py`). If shardtune is installed, its packages stand
+    among all others of this environment. So the directory, in the cache, has links to the two packages alone.
     """
     directory = cache_directory() / "gateway"
     directory.mkdir(parents=True, exist_ok=True)

@@ -101,8 +101,8 @@ def _search_verdict(
 ) -> Callout:
     """Tell the reader of a search's page first what came out: the best trial, its arguments, and how to export its model.
 
-    It also says how many trials are not done yet, and if none is, that there is no best one. `completed`: the trials with a
-    result, the best first. `trials`: all that were begun.
+    It also says how many trials are not done yet. Without a trial that has a result, it says that there is no best one.
+    `completed`: the trials with a result, the best first. `trials`: all that were begun.
     """
     num_unfinished = sum(trial.state.name in ("RUNNING", "WAITING") for trial in trials)
     num_unfinished += max(search.settings.trials - len(trials), 0)  # those that were not begun yet
@@ -143,7 +143,7 @@ def _search_cards(
 
 
 def _failed_trials_with_reasons(trials: Sequence[FrozenTrial], search: PlannedSearch) -> list[tuple[str, str]]:
-    """Why trials failed, for a list on the page: ("trial 3: optim.lr=1e-2", "loss is not finite") for each that failed."""
+    """Why trials failed, for a list on the page: ("trial 3: optim.lr=0.01", "eval/loss is not a number") for each that failed."""
     failures = []
     for trial in trials:
         if trial.state.name == "FAIL":

@@ -371,7 +371,8 @@ def _start_new_trial(study: Study, search: PlannedSearch, search_dir: Path) -> _
 def _acquire_trial_lease(search: PlannedSearch, search_dir: Path, number: int) -> Lease | None:
     """Claim trial `number` for this command, so that no other one runs it; None if another command holds it.
 
-    The claim is a lease with heartbeats: if its holder is killed, others may take it after `run.lease_s` seconds.
+    The claim is a lease with heartbeats. If its holder was killed, this host sees that at once; for a holder on another host,
+    this waits up to `run.lease_s` seconds for a heartbeat.
     """
     lease_dir = search_dir / "commands" / str(number)
     try:

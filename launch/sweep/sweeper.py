@@ -66,7 +66,7 @@ class PlannedSearch:
         return is_greater_better(self.first_trial.config)
 
     def search_identity(self) -> dict[str, str]:
-        """What makes two commands work on the same search: texts that must be equal, by what they are, as messages show them.
+        """What makes two commands work on the same search: texts that must be equal in both, by the names that messages show.
 
         For example `{"optim.lr=": "interval(1e-5,1e-3)", "metric": "eval/loss, smaller is better", ...}`.
         """
@@ -238,7 +238,7 @@ def _trial_config_problems(first_trial: ComposedConfig, settings: SweeperConfig,
 def search_summary_text(search: PlannedSearch) -> str:
     """What is printed before a search starts: number of trials, directory, metric, and the searched settings.
 
-    "sweeper.trials=20 in runs/search-1f2e, eval/loss (smaller is better), of", then a line for each setting.
+    "sweeper.trials=20 in runs/search-1f2e3d4c, eval/loss (smaller is better), of", then a line for each setting.
     """
     better = "larger" if search.greater_is_better else "smaller"
     trials = search.settings.trials

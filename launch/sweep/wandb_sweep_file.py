@@ -38,9 +38,9 @@ PANEL_SECTIONS = [
 def write_sweep_file(arguments: list[str], *, print_only: bool = False) -> int:
     """Hand a search over to W&B (`train -m sweeper=wandb`): write `sweep.yaml`, and print how W&B's agents start its trials.
 
-    Nothing is trained here. `arguments`: of the command line. `workspace.py` is written beside it: a script that shows the
-    trials in W&B. With `print_only`, `sweep.yaml` is printed, and nothing is written. Returns the exit code. Raises ConfigError
-    with every problem, StorageError.
+    Nothing is trained here. `arguments`: of the command line. A script that shows the trials in W&B, `workspace.py`, is
+    written beside `sweep.yaml`. With `print_only`, `sweep.yaml` is printed, and nothing is written. Returns the exit code.
+    Raises ConfigError with every problem, StorageError.
     """
     import yaml
 

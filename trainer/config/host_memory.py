@@ -12,9 +12,9 @@ from trainer.model.rules import read_config
 def host_gib_of_recomputed_inputs(settings: dict[str, Any], ranks: int) -> float:
     """How much host memory a node needs for the inputs of recomputed blocks that its `ranks` ranks keep there, in GiB.
 
-    That is with `strategy.offload_activations`; else 0. It is told from settings, before the model is built. 0
-    as well if the model's config.json does not state its sizes. `settings`: the configuration as nested dictionaries.
-    Documents count as long as `data.max_length` allows.
+    0 without `strategy.offload_activations`, and if the model's config.json does not state its sizes. It is estimated before
+    the model is built: documents count as long as `data.max_length` allows. `settings`: the configuration as nested
+    dictionaries.
     """
     strategy = settings["strategy"]
     if not strategy.get("offload_activations"):

@@ -133,7 +133,7 @@ def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str
 
 
 def _columns_of_first_row(data_input: SourceInput) -> set[str] | None:
-    """The names of an input's columns under which rewards get them, by its first row; None if that cannot be read here.
+    """The columns of an input, by the names under which rewards get them; None if its first row cannot be read here.
 
     Inputs on the hub or at a remote address are not read.
     """

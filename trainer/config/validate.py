@@ -190,7 +190,7 @@ def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
 def _fitting_ranks_text(global_batch: int, micro_batch: int, world_size: int) -> str:
     """The next smaller and larger numbers of ranks on which the batches fit: `, or train on 2 or 4 ranks`; empty without one.
 
-    A run that resumes must keep its global batch, and may change its ranks.
+    A run that resumes with other ranks needs no permission. Another global batch must be accepted (`run.accept`).
     """
     smaller = [ranks for ranks in range(1, world_size) if global_batch % (micro_batch * ranks) == 0]
     larger = [ranks for ranks in range(world_size + 1, 2 * world_size + 1) if global_batch % (micro_batch * ranks) == 0]

@@ -201,7 +201,7 @@ class ChallengeDetectors:
     def _judge_rewards(self, progress: Progress, step: int) -> None:
         """Report each problem of a run that learns from rewards once: cheated, collapsed, longer or idle (see rewards.py).
 
-        With challenges.rewards.action=stop, a problem sets `stopping_finding`. Runs that learn from losses are left alone.
+        With challenges.rewards.action=stop, one sets `stopping_finding`. With off, and in a run without rewards, none is found.
         """
         if self.metrics_of_control_rewards is None or self.config.rewards.action is Reaction.off:
             return
@@ -250,7 +250,7 @@ class ChallengeDetectors:
         )
 
     def refresh_chat_rows(self, engine: Engine) -> None:
-        """Let the exported weights, in `engine`, answer the two shown questions. All ranks must call. Raises Interrupted."""
+        """Let the weights in `engine` answer the two questions that are shown. All ranks must call. Raises Interrupted."""
         if self.base_results is None or CHAT_ANSWERS_TASK not in self.base_results.names:
             return
         self.base_results.evaluator.model.engine = engine
@@ -258,7 +258,7 @@ class ChallengeDetectors:
             self.chat_rows = finished_task.rows
 
     def chat_answer_pairs(self) -> list[dict[str, str]]:
-        """What the run's end shows of how the model changed: two questions, each with the base's and the tuned answer; or []."""
+        """Two questions with the answers of both models: [{"question", "base", "tuned"}, ...]; [] if one was not asked."""
         base_task_by_name = None if self.base_results is None else self.base_results.tasks
         if base_task_by_name is None or CHAT_ANSWERS_TASK not in base_task_by_name:
             return []
@@ -422,8 +422,9 @@ class ChallengeDetectors:
         return None
 
     def record_findings_of_whole_run(self, progress: Progress) -> None:
-        """When training is over: report instability and rewards that taught nothing, judge divergence of a run without
-        evaluations, and say what recovered.
+        """When training is over: report what only the whole run shows, and say from what it has recovered.
+
+        That is instability, rewards that taught nothing, and the divergence of a run without evaluations.
         """
         no_signal_finding = rewards.find_no_signal(self.config.rewards, progress.step, progress.reward_blocks)
         for finding in (instability.find_instability(progress), no_signal_finding):

@@ -262,8 +262,9 @@ def divergence_finding(
 ) -> Finding | None:
     """Report that a run is worse than at its own beginning, with what to do about it; None if it is not worse.
 
-    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known. The remedies
-    are
+    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known.
+
+    The remedies are
 
     - for a run that is `worse` though its training loss fell: those against overfitting;
     - for another run that is `worse`: those against forgetting;

@@ -72,8 +72,7 @@ def compare_with_base(
     """Compare a task's answers before and after tuning: how much of its main metric was lost against the base, and how surely.
 
     `name`: of the task. `base_rows` and `rows` are paired: both models were asked the same. `values`: the metric of both. The
-    loss is a share of the base's metric, so that it can be compared between tasks; an absolute number if the base's metric is
-    0.
+    loss is a share of the base's metric, so that tasks can be compared; an absolute number if the base's metric is 0.
     """
     drop = values.base - values.tuned if metric.greater_is_better else values.tuned - values.base
     lost_share = drop / (abs(values.base) or 1.0)

@@ -199,9 +199,8 @@ def replicated_parameters(engine: Engine) -> Iterator[ReplicatedParameter]:
 def tensor_checksum(tensor: Tensor) -> Tensor:
     """Sum a tensor's bytes as integers, to compare copies on several ranks by one number: 0-d int64, on its device.
 
-    Any single flipped bit changes the sum.
-    The sum wraps at 2**64, so its sign means nothing. The bytes are read as integers of eight bytes, which is fastest, if
-    start and size are multiples of eight bytes; otherwise as integers of an element's size.
+    Any single flipped bit changes the sum. It wraps at 2**64, so its sign means nothing. The bytes are read as integers of
+    eight bytes, which is fastest, if start and size are multiples of eight bytes; otherwise as integers of an element's size.
     """
     elements = tensor.contiguous().view(-1)
     element_bytes = elements.element_size()

@@ -8,8 +8,9 @@ are full, neighbours become one, so that a run of any length is judged by 24 to 
   (Mann and Kendall, one-sided); besides, the fall must be larger than the noise of a block. A control that holds and then
   drops shows no trend: it counts once it lies six standard deviations of its first half below that.
 - Collapse: the entropy fell below a tenth of that of the first block; or answers are twice as long, and the reward did not
-rise.
+  rise.
 - Idle: in nine of ten groups all answers score alike.
+- No signal, told at the end: in all groups of the whole run, or no step had a gradient.
 
 False alarms, by simulation: `tests/monitors/test_rewards.py`, and the table in docs/evidence/detectors-and-remedies.md.
 """

@@ -66,7 +66,7 @@ class RollingWindow:
 
 
 def _median_of_columns(values: Tensor) -> Tensor:
-    """The median of each column of float64 [n, width], without NaN, computed on the device: [width]. NaN for an empty column.
+    """The median of each column of float64 [n, width], without NaN, computed on the device: [width]; NaN if there is no other.
 
     `torch.nanmedian` would take the lower of the two middle values, not their mean.
     """

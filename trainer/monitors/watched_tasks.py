@@ -53,8 +53,10 @@ class WatchedTasks:
             yield f"eval/{finished_task.prepared.task.name}/{metric}", value
 
     def _make_tables(self, finished_task: FinishedTask) -> None:
-        """Make the tables of a task for trackers (`logging.tables`): its worst rows, and those that are right now and were wrong
-        at its first evaluation, or the other way round.
+        """Make the tables of a task for trackers (`logging.tables`): its worst rows, and those that changed sides.
+
+        Such a row is right now and was wrong at the task's first evaluation, or the other way round. The rows of the first
+        evaluation are remembered.
         """
         task = finished_task.prepared.task
         first_rows = self.detectors.first_rows.rows_of(task.name)

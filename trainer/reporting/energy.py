@@ -135,7 +135,7 @@ class _Meter(threading.Thread):
         """Make codecarbon's tracker, which measures this host in threads of its own, without its files and its log.
 
         It hands its totals to `write_totals` once in `MEASUREMENTS_PER_WRITE` measurements, so that a run that is killed
-        loses a minute at most.
+        loses about a minute.
         """
         from codecarbon import OfflineEmissionsTracker
         from codecarbon.output import BaseOutput
@@ -163,9 +163,9 @@ class _Meter(threading.Thread):
         )
 
     def write_totals(self, emissions: Any) -> None:
-        """Write this host's energy since the start of the run's process, in place of what was written before.
+        """Write the energy that this host has taken since the measurement began, in place of what was written before.
 
-        Called by codecarbon's thread every minute, and at the end. `emissions`: codecarbon's `EmissionsData`. The file has,
+        Called by codecarbon about every minute, and at the end. `emissions`: codecarbon's `EmissionsData`. The file has,
         for example, {"host": "n1", "kwh": 0.6, "of": "2 x A100, EPYC, memory", "by": "codecarbon 3.0", ...}.
         """
         measured_devices = [emissions.cpu_model, "memory"]

@@ -50,8 +50,7 @@ class MetricRows:
 def read_rows(path: Path) -> MetricRows:
     """Read all rows of a `metrics.jsonl` (metrics of steps and evaluations), and the lines that are no rows.
 
-    Empty if there is no file.
-    Errors: OSError; ConfigError if a later version of shardtune wrote the file.
+    Empty if there is no file. Errors: OSError; ConfigError if a later version of shardtune wrote the file.
     """
     try:
         raw = atomic_io.read_bytes(path, max_bytes=MAX_FILE_BYTES)

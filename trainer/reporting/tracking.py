@@ -109,8 +109,8 @@ class Trackers:
     def rewind(self, step: int) -> None:
         """Go back to a step, when a rollback lets training continue from there: its later rows leave `metrics.jsonl`.
 
-        Tables that wait for a row are dropped. Trackers keep such rows until the steps are logged again. On other ranks than 0,
-        which have no file, nothing is removed. Raises StorageError.
+        Tables that wait for a row are dropped. Trackers keep such rows until the steps are logged again. Without a file, as on
+        other ranks than 0, no rows are removed. Raises StorageError.
         """
         self._waiting_tables.clear()
         if self._rows_file is not None:

@@ -70,10 +70,10 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, changes_pos
 
 
 def _loading_library(*, method: str, objective: str, adapter: bool) -> str:
-    """The library that the card tells readers to load the export with: "transformers", "peft", or "shardtune".
+    """What the card says the export can be loaded with: "transformers", "peft", "shardtune", or "peft, but not to generate".
 
-    `method`: of tuning, such as `lora`. `adapter`: whether the export holds an adapter, not all weights. With trained
-    vectors before the tokens (`VIRTUAL_TOKEN_METHODS`), peft can load the adapter but not generate: that is said.
+    The last is for adapters that put trained vectors before the tokens (`VIRTUAL_TOKEN_METHODS`), but not of classifiers.
+    `method`: of tuning, such as `lora`. `adapter`: whether the export holds an adapter, not all weights.
     """
     if not adapter:
         return "transformers"
