@@ -24,7 +24,14 @@ from launch.runs import efficiency
 from launch.runs.job_record import read_job_record, record_job_end
 from strategies import exit_codes
 from strategies.errors import ConfigError, OutOfMemory, StorageError
-from trainer.reporting.status import RunState, read_failure, read_status, record_failure, restart_count
+from trainer.reporting.status import (
+    RunState,
+    is_refused_start,
+    read_failure,
+    read_status,
+    record_failure,
+    restart_count,
+)
 
 MAX_IDLE_STARTS = 3
 """Starts in a row that were told to save before they had made a step, after which a job is not requeued."""
@@ -220,7 +227,7 @@ def _determine_outcome(
     - done: not requeued;
     - a rank was lost or ran out of memory: requeued within limits. If only SLURM knows that memory ran out, this writes
       `failure.json`;
-    - any other error: not requeued.
+    - any other error, also one for which a preempted run was refused before it trained: not requeued.
 
     `srun_exit_code`: the exit code of the srun step. `received_term`: whether SLURM has sent TERM to the job script.
     """
@@ -229,7 +236,7 @@ def _determine_outcome(
         return _outcome_after_stop(job, run_dir, srun_exit_code, reached, saved_step=None, received_term=received_term)
     status = read_status(run_dir)
     run_state = status.get("state") if job.has_written(status) else None
-    if run_state == RunState.preempted:
+    if run_state == RunState.preempted and not is_refused_start(status):
         saved_step = status.get("step")
         return _outcome_after_stop(
             job, run_dir, srun_exit_code, "state saved", saved_step=saved_step, received_term=received_term

@@ -17,6 +17,7 @@ from trainer.reporting.status import (
     RESTART_COUNT_VARIABLE,
     RunState,
     clear_failure,
+    is_refused_start,
     read_failure,
     read_status,
     write_status,
@@ -126,6 +127,7 @@ def record_run_outcome(run_dir: Path, exit_code: int, earlier_state: StateBefore
     - done: 0;
     - saved after a signal (`preempted`), unless a rank was killed before the first step: 75;
     - another process owns the run now: 70, and its records are left alone;
+    - a preempted run whose start was refused: the code of the recorded failure; its status is left as the ranks wrote it;
     - Ctrl-C: 130, written as failed;
     - failed: the code of the recorded failure, else 70, written as failed.
 
@@ -154,7 +156,8 @@ def record_run_outcome(run_dir: Path, exit_code: int, earlier_state: StateBefore
     step = status.get("step")
     # If a rank was killed before the first step, that is the cause: torchrun has asked its peers to stop since.
     was_killed = bool(failure) and not step
-    if status.get("state") == RunState.preempted and not was_killed:
+    was_refused = is_refused_start(status)
+    if status.get("state") == RunState.preempted and not was_killed and not was_refused:
         print(_stopped_message(directory, run_dir, step, verb), file=sys.stderr)
         return exit_codes.INTERRUPTED if was_interrupted else exit_codes.PREEMPTED
     owner = None
@@ -164,6 +167,9 @@ def record_run_outcome(run_dir: Path, exit_code: int, earlier_state: StateBefore
         print(f"{directory}: ended here; its records are left to {owner}", file=sys.stderr)
         return exit_codes.INTERRUPTED if was_interrupted else exit_codes.FAILED
 
+    if was_refused:
+        print(_failure_message(directory, failure, verb) if failure else status["reason"], file=sys.stderr, flush=True)
+        return exit_codes.INTERRUPTED if was_interrupted else failure.get("exit_code", exit_codes.FAILED)
     if was_interrupted:
         reason = "interrupted"
         message = f"{directory}: interrupted; the same command continues from the last checkpoint"

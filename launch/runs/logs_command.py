@@ -108,13 +108,15 @@ def main(argv: list[str]) -> int:
 
 
 def _current_failure(run_dir: Path) -> dict[str, Any]:
-    """The `failure.json` of a run that has failed, {"rank": 3, "message": ..., ...}; empty if it has not failed.
+    """The `failure.json` of a run that has failed or whose last start was refused, {"rank": 3, "message": ..., ...}; else empty.
 
     The file is out of date if the run was started again since.
     """
-    from trainer.reporting.status import RunState, read_failure, read_status
+    from trainer.reporting.status import RunState, is_refused_start, read_failure, read_status
 
-    return read_failure(run_dir) if read_status(run_dir).get("state") in (None, RunState.failed) else {}
+    status = read_status(run_dir)
+    is_current = status.get("state") in (None, RunState.failed) or is_refused_start(status)
+    return read_failure(run_dir) if is_current else {}
 
 
 def logs_arguments(argv: list[str]) -> LogsArguments:

@@ -31,6 +31,7 @@ NUM_LINES_BELOW_TABLE = 8
 NUM_CURVE_POINTS = 60
 """Points of the loss curve below a run's row."""
 SAME_COMMAND_ADVICE = "the same command continues it from the newest intact checkpoint"
+CHANGE_AND_CONTINUE_ADVICE = "change what the message says; the same command then continues it"
 RUN_COLUMNS = (
     TableColumn(),
     TableColumn("state"),
@@ -298,6 +299,7 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
     - It failed: see `_failure_advice`.
     - It is lost: give the same command again; if its process lives, stop it first.
+    - It was preempted, and its last start was refused: change what the message says.
     - It was preempted and its job is still running: nothing, the job starts it again.
     - It was preempted: give the same command again.
     - Otherwise: no lines.
@@ -312,6 +314,8 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
         return ["", *wrap_text(f"to do: {stop_first}{SAME_COMMAND_ADVICE}")]
     if run.state != RunState.preempted:
         return []
+    if failure.get("user_error"):  # each start removes the failure of an earlier one: this one was refused
+        return ["", *wrap_text(f"to do: {CHANGE_AND_CONTINUE_ADVICE}")]
     if run.job is not None and run.job.state == "RUNNING":
         return ["", f"{run.job.description} starts it again"]
     return ["", *wrap_text(f"to do: {SAME_COMMAND_ADVICE}")]
@@ -336,7 +340,7 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     # `retry` is the key of `launcher.retry` that would allow another start. Only `out_of_memory`, or none, fails again as it is.
     fails_again = failure.get("retry") in (None, "out_of_memory")
     if failure.get("user_error") and fails_again:
-        advice = "change what the message says; the same command then continues it"
+        advice = CHANGE_AND_CONTINUE_ADVICE
     elif failure and fails_again:
         advice = f"the traceback is in {run.directory / 'failure.json'}"
     elif run.step:  # it has trained, so that there may be a checkpoint

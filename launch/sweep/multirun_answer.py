@@ -8,6 +8,7 @@ from launch.compare.run_files import RecordedRun, measure_run, read_recorded_run
 from launch.output import TableColumn, TableRow, wrap_sentences
 from launch.output import format_table as text_table
 from strategies.errors import ConfigError
+from trainer.reporting.status import is_refused_start
 
 POINT_COLUMNS = (
     TableColumn(),
@@ -55,6 +56,8 @@ def _state_cell(exit_code: int | None, run: RecordedRun | None) -> str:
         return "not run"
     if exit_code == 0:
         return "done"
+    if run is not None and is_refused_start(run.status):
+        return "failed"  # it could not go on, although nothing of it is lost
     if run is not None and run.state in LABEL_BY_RUN_STATE:
         return LABEL_BY_RUN_STATE[run.state]
     return f"exit {exit_code}"

@@ -35,6 +35,22 @@ class RunState(StrEnum):
     failed = "failed"
 
 
+RESUMED_STEP_KEY = "resumes_from"
+"""Key of `status.json` while a start of a preempted run has not begun to train: the step at which the run had stopped."""
+
+
+def resumable_step(status: dict[str, Any]) -> int | None:
+    """The step that a preempted run had saved, by its `status.json`; None if it is in another state, or had saved no step."""
+    if status.get("state") != RunState.preempted:
+        return None
+    return status.get("step") or None
+
+
+def is_refused_start(status: dict[str, Any]) -> bool:
+    """Whether a `status.json` says that a start was refused before it trained, so that the run is preempted as before."""
+    return status.get("state") == RunState.preempted and status.get("refused") is True
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`, durably: readers see the old file or the new one. Errors: StorageError."""
     write_atomic(path, text.encode())

@@ -16,6 +16,7 @@ from strategies import runtime as processes
 from strategies.compat.python import end_process
 from strategies.errors import (
     ConfigError,
+    DataError,
     NotRunOwner,
     Preempted,
     ShardtuneError,
@@ -30,11 +31,15 @@ from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, broadcast_object
 from trainer.reporting.status import (
     CONFIG_SHA256_REGEX,
+    RESUMED_STEP_KEY,
     RunState,
     clear_failure,
+    is_refused_start,
+    job_start_fields,
     read_failure,
     read_status,
     record_failure,
+    resumable_step,
     write_status,
 )
 from trainer.session.lease import Lease, LeaseLost
@@ -193,7 +198,8 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
     """A context around this rank's attempt at a run: it owns the run directory, and records how the attempt ends.
 
     `run_dir` is needed on rank 0 only. The first failing rank leaves `failure.json`, which a success and the next attempt remove.
-    `status.json` says how it ended. Nothing is written into a directory that is another attempt's.
+    `status.json` says how it ended; a preempted run whose restart is refused before it trains is preempted as before. Nothing is
+    written into a directory that is another attempt's.
 
     Raises what ended the run, or NotRunOwner: RunDirInUse if another attempt owns the directory at the start, LeaseLost if it
     does later.
@@ -206,7 +212,7 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
         try:
             if attempt.lease is not None and run_dir is not None:
                 clear_failure(run_dir)
-                write_status(run_dir, RunState.running, reason="starting")
+                _write_starting_status(run_dir)
             _set_hooks_of_other_threads(attempt, rank, request)
             yield attempt
             if writes_status and attempt.run_dir is not None:
@@ -233,6 +239,16 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
             attempt.at_end.close()
 
 
+def _write_starting_status(run_dir: Path) -> None:
+    """Write into `status.json` that an attempt starts and, if the run was preempted, the step that it had saved.
+
+    The first status of the training replaces both, so the step is there as long as the attempt has not begun to train.
+    """
+    saved_step = resumable_step(read_status(run_dir))
+    resumed = {} if saved_step is None else {RESUMED_STEP_KEY: saved_step}
+    write_status(run_dir, RunState.running, reason="starting", **resumed)
+
+
 def _set_hooks_of_other_threads(attempt: Attempt, rank: int, request: StopRequest) -> None:
     """Set what other threads do while the main thread may be stuck in a library: record a timeout, or end this process."""
     attempt.on_collective_timeout = partial(_record_timeout_before_nccl_aborts, attempt, rank)
@@ -244,6 +260,9 @@ def _write_stopped_status(attempt: Attempt, error: BaseException) -> None:
     """Write into `status.json` that a signal (Preempted) or Ctrl-C (which counts as failed) stopped the run."""
     if attempt.run_dir is None:
         return
+    recorded = read_status(attempt.run_dir)
+    if is_refused_start(recorded) and job_start_fields().items() <= recorded.items():
+        return  # this start was refused on another rank, and the launcher has asked this one to stop since
     state = RunState.preempted if isinstance(error, Preempted) else RunState.failed
     reason = str(error) or "interrupted"
     if attempt.renamed_from is not None:
@@ -288,15 +307,31 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     if not record_failure(attempt.run_dir, rank, error, phase, step, **details) and read_failure(attempt.run_dir):
         return  # another rank was first
     # If there is no failure.json even so, the disk has no room for it: try the status.
-    summary = first_line_of_message(str(error)) or type(error).__name__
     with contextlib.suppress(StorageError):  # it would hide what ended the run
-        write_status(attempt.run_dir, RunState.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
+        _write_failed_status(attempt.run_dir, rank, error, phase, step)
     # The record exists now, so collecting the state of every rank, which takes seconds, can only add to it.
     if timed_out and attempt.heartbeat_monitor is not None:
         if last_collectives is None:
             last_collectives = attempt.heartbeat_monitor.collect_last_collectives(cause.heartbeat if cause else None)
         details |= _hang_details(attempt.run_dir, error, last_collectives)
         record_failure(attempt.run_dir, rank, error, phase, step, replace=True, **details)
+
+
+def _write_failed_status(run_dir: Path, rank: int, error: BaseException, phase: str, step: int | None) -> None:
+    """Write into `status.json` that an error of `rank` ended the attempt, in this phase and step. Raises StorageError.
+
+    - A preempted run that was started again, and refused for a wrong setting or wrong data before it trained, has lost nothing:
+      it stays preempted at the step that it had saved, and the reason says why the start was refused.
+    - In any other case the run has failed.
+    """
+    saved_step = read_status(run_dir).get(RESUMED_STEP_KEY)
+    is_refusal = isinstance(error, ConfigError | DataError)
+    if is_refusal and step is None and saved_step is not None:
+        reason = f"the last start was refused ({phase}): {' '.join(str(error).split())}"
+        write_status(run_dir, RunState.preempted, step=saved_step, reason=reason, refused=True)
+        return
+    summary = first_line_of_message(str(error)) or type(error).__name__
+    write_status(run_dir, RunState.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
 
 
 def _end_process_before_training(attempt: Attempt, signal_name: str) -> None:
