@@ -127,6 +127,27 @@ def test_identity_of_ranks_with_another_version_or_clone_is_named():
     assert identity_differences(here, here, accept=[]) == []
 
 
+def test_identity_of_changed_data_is_refused_in_words_and_with_short_digests(tmp_path, monkeypatch):
+    recorded = {kind: {} for kind in KINDS_OF_CHANGE} | {"data": {"fingerprint": f"{'a' * 64}/train", "documents": 3}}
+    current = recorded | {"data": {"fingerprint": f"{'b' * 64}/train", "documents": 3}}
+    (tmp_path / "identity.json").write_text(json.dumps(recorded))
+    monkeypatch.setattr(identity, "_run_dir_of_checkpoint", lambda config, run_dir: run_dir)
+    monkeypatch.setattr(identity, "_with_defaults_of_new_settings", lambda recorded, defaults: recorded)
+    with pytest.raises(ConfigError) as caught:
+        identity._compare_with_earlier_start(RunConfig(), current, tmp_path)
+    [problem] = caught.value.problems
+    refusal, difference = problem.split("\n    ")
+    assert f"run.resume=auto: {tmp_path} was trained differently: the prepared data changed since" in refusal
+    assert "(there: as it was trained, here: this start)" in refusal and "run.accept=[data]" in refusal
+    assert difference.startswith("data: fingerprint of the data files, of the tokenizer")
+    assert difference.endswith(f": {'a' * 12}/train there, {'b' * 12}/train here")
+    assert set(identity.NAME_BY_KIND) == set(KINDS_OF_CHANGE)
+    accepted = RunConfig(run=RunSettings(accept=["data"]))  # the record keeps every character
+    assert identity._compare_with_earlier_start(accepted, current, tmp_path) == [
+        f"data: fingerprint: {'a' * 64}/train there, {'b' * 64}/train here"
+    ]
+
+
 class TwoRanks:
     """Collectives between two threads, each of which is a rank and has its number in place of a group."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,6 +49,24 @@ COMPUTING_PACKAGES = (
 """Packages whose version may change a result."""
 DIGESTED_SOURCE_PACKAGES = ("strategies", "trainer")
 MAX_SHOWN_DIFFERENCES = 8
+DIGEST_REGEX = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{8,}\b")
+"""A digest in a message; its first 12 characters are shown."""
+NAME_BY_KIND = {
+    "data": "the prepared data",
+    "base": "the base model",
+    "tuning": "the tuning",
+    "objective": "the objective",
+    "rewards": "the rewards",
+    "order": "the order of the documents",
+    "optimizer": "the optimizer",
+    "precision": "the precision",
+    "code": "shardtune's code",
+    "versions": "the versions of libraries",
+    "unknown": "everything",
+}
+"""The kinds of change (`KINDS_OF_CHANGE`) as messages call what changed."""
+FINGERPRINT_WORDS = "fingerprint of the data files, of the tokenizer with its template, and of how rows are read"
+"""What messages call the key `fingerprint`. The other keys are settings, or name what they are a digest of."""
 RunIdentity = dict[str, dict[str, Any]]
 """Everything that decides a run's result: kind (`KINDS_OF_CHANGE`), then key, then value."""
 
@@ -109,6 +128,11 @@ class IdentityDifference:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.key}: {self.recorded} there, {self.current} here"
+
+    def shown_text(self) -> str:
+        """This difference as a line of a message: in words, and of each digest only the first 12 characters."""
+        words = FINGERPRINT_WORDS if self.key == "fingerprint" else self.key
+        return DIGEST_REGEX.sub(r"\1", f"{self.kind}: {words}: {self.recorded} there, {self.current} here")
 
 
 def identity_differences(recorded: RunIdentity, current: RunIdentity, *, accept: list[str]) -> list[IdentityDifference]:
@@ -219,8 +243,9 @@ def _raise_if_ranks_differ(identity_by_rank: list[tuple[str, RunIdentity]], acce
         changed = identity_differences(expected, identity, accept=accept)
         if changed:
             refusal = (
-                f"rank {rank} on {host} would train something else than rank 0 on {first_host} (there); give both the "
-                f"same, or accept it: {_accept_setting_text(changed)}"
+                f"rank {rank} on {host} would train something else than rank 0 on {first_host}: {_changed_text(changed)} "
+                f"differs (there: rank 0, here: rank {rank}). Give both the same, or accept it: "
+                f"{_accept_setting_text(changed)}"
             )
             raise ConfigError("\n    ".join([refusal, *_shown_difference_lines(changed)]))
 
@@ -248,9 +273,11 @@ def _compare_with_earlier_start(config: RunConfig, current: RunIdentity, run_dir
     differences = identity_differences(recorded, current, accept=[])
     not_accepted = [difference for difference in differences if difference.kind not in config.run.accept]
     if not_accepted:
+        new_run = "start a new run.dir" if config.run.resume == "auto" else "start a new run.dir without run.resume"
         refusal = (
-            f"run.resume: {earlier_run} was trained differently (there). Undo the change, start a new run.dir without "
-            f"run.resume, or accept the change: {_accept_setting_text(not_accepted, config.run.accept)}"
+            f"run.resume={config.run.resume}: {earlier_run} was trained differently: {_changed_text(not_accepted)} changed "
+            f"since (there: as it was trained, here: this start). Undo the change, {new_run}, or accept the change: "
+            f"{_accept_setting_text(not_accepted, config.run.accept)}"
         )
         raise ConfigError("\n    ".join([refusal, *_shown_difference_lines(not_accepted)]))
     # `run.accept` names the kinds of all differences. Each is listed once.
@@ -312,6 +339,11 @@ def _run_dir_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
     return next((directory for directory in candidates if (directory / IDENTITY_FILE).is_file()), candidates[0])
 
 
+def _changed_text(changed: list[IdentityDifference]) -> str:
+    """Name what differs, by kind: "the prepared data, the base model"."""
+    return ", ".join(dict.fromkeys(NAME_BY_KIND[difference.kind] for difference in changed))
+
+
 def _accept_setting_text(changed: list[IdentityDifference], accept: list[str] | None = None) -> str:
     """The setting that accepts the kinds of these differences, in addition to the kinds in `accept`."""
     kinds = [*(accept or []), *dict.fromkeys(difference.kind for difference in changed)]
@@ -320,7 +352,7 @@ def _accept_setting_text(changed: list[IdentityDifference], accept: list[str] | 
 
 def _shown_difference_lines(changed: list[IdentityDifference]) -> list[str]:
     """The first differences as lines, and how many more there are."""
-    lines = [str(difference) for difference in changed[:MAX_SHOWN_DIFFERENCES]]
+    lines = [difference.shown_text() for difference in changed[:MAX_SHOWN_DIFFERENCES]]
     if len(changed) > MAX_SHOWN_DIFFERENCES:
         lines.append(f"and {len(changed) - MAX_SHOWN_DIFFERENCES} more")
     return lines
