@@ -19,6 +19,8 @@ class ShardtuneError(Exception):
     exit_code = exit_codes.FAILED
     retry: str | None = None
     """The key of `launcher.retry` that starts a run again after this error. None: another start would meet the same error."""
+    is_user_error = True
+    """`user_error` in `failure.json`. False: neither a setting nor the data is the cause, such as a rank that was killed."""
     recorded_name: str | None = None
     """`error` in `failure.json`, for a class that has another name there; None: the name of the class."""
 

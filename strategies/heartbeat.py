@@ -86,6 +86,7 @@ class SilentRank(ShardtuneError):
     """A rank has stopped counting: its process has ended, or was stopped, while the others waited for it."""
 
     retry = "node_fail"
+    is_user_error = False
     recorded_name = "Silent"
 
     def __init__(self, heartbeat: Heartbeat, *, hung: bool, since_s: float, error_line: str) -> None:
@@ -94,7 +95,11 @@ class SilentRank(ShardtuneError):
         if hung:
             finding = f"sends no heartbeat (none for {since_s:.0f} s): it was stopped, or hangs"
         else:
-            finding = "has ended"
+            finding = (
+                "has ended and recorded no error of its own: it was probably killed (out of memory, or kill -9); look for a kill "
+                f"in the kernel log of {heartbeat.host} (dmesg -T), at the memory limit of the job, and at the last lines of "
+                f"logs/rank-{heartbeat.rank}.log"
+            )
         super().__init__(f"{_rank_description(heartbeat)} {finding}; the error of a peer: {error_line}")
 
 
@@ -102,6 +107,7 @@ class LaggingRank(ShardtuneError):
     """A rank is alive, but does not come to the collective in which the others wait for it."""
 
     retry = "node_fail"
+    is_user_error = False
     recorded_name = "Behind"
 
     def __init__(
@@ -124,6 +130,7 @@ class CutOffRank(ShardtuneError):
     """The host that has the ranks' store cannot be reached: the link to it is down, or that host hangs."""
 
     retry = "node_fail"
+    is_user_error = False
     recorded_name = "CutOff"
 
     def __init__(self, heartbeat: Heartbeat, *, since_s: float, error_line: str) -> None:

@@ -93,6 +93,7 @@ def record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool) 
         last_work.step,
         replace=_may_be_replaced(recorded, killed),
         pid=killed.pid,
+        user_error=is_out_of_memory,
         retry="out_of_memory" if is_out_of_memory else "node_fail",
     )
     runs_under_slurm = "SHARDTUNE_LAUNCHER" not in os.environ  # it names the process that started torchrun elsewhere

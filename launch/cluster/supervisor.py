@@ -18,6 +18,7 @@ from trainer.reporting.status import (
     RunState,
     clear_failure,
     is_refused_start,
+    message_suffices,
     read_failure,
     read_status,
     write_status,
@@ -258,12 +259,13 @@ def _retry_cause_key(run_dir: Path, exit_code: int, received_signals: set[int]) 
 def _failure_message(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
     """Write the message about a failed run from its `failure.json`: which rank failed, where and why.
 
-    `failure`: the record. An error of the user has its message below that; any other error has its traceback before it.
+    `failure`: the record. An error of the user, or a lost rank, has its message below that; any other error has its traceback
+    before it.
     `verb`: the command, such as train.
     """
     step_text = f", step {failure['step']}" if failure.get("step") is not None else ""
     summary = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step_text})"
-    if failure["user_error"]:
+    if message_suffices(failure):
         indented_message = failure["message"].replace("\n", "\n  ")
         return f"shardtune {verb}: {summary}:\n  {indented_message}"
     return f"{failure['traceback'].rstrip()}\nshardtune {verb}: {summary}; see {run_dir / 'failure.json'}"

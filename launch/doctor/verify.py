@@ -183,7 +183,7 @@ def run_verifying_ranks(
     """
     from launch.cluster.torchrun import RankProgram, RedirectedOutput, run_ranks_on_this_host
     from launch.config.frozen import config_sha256, config_yaml
-    from trainer.reporting.status import read_failure
+    from trainer.reporting.status import message_suffices, read_failure
 
     # What the ranks read.
     sha256 = config_sha256(config)
@@ -202,7 +202,7 @@ def run_verifying_ranks(
         report: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
         return report
     failure = read_failure(directory)
-    if failure.get("user_error"):
+    if message_suffices(failure):
         raise VerificationFailed(failure["message"], failure["exit_code"])
     lines = (directory / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     reason = failure.get("traceback") or "\n".join(lines[-NUM_SHOWN_LINES:])

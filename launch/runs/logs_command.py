@@ -189,15 +189,15 @@ def print_last_lines(files: list[Path], num_lines: int, printer: LogPrinter) -> 
 def failure_report(run_dir: Path) -> str:
     """Say where and why a run failed, for the end of its logs, from its `failure.json`.
 
-    It names the rank, host and phase, and below them the message, if the error is in the user's settings or data. Of any
-    other error, the traceback follows, or the message if there is none.
+    It names the rank, host and phase, and below them the message, if the error is in the user's settings or data, or a rank was
+    lost. Of any other error, the traceback follows, or the message if there is none.
     """
-    from trainer.reporting.status import read_failure
+    from trainer.reporting.status import message_suffices, read_failure
 
     failure = read_failure(run_dir)
     step = f", step {failure['step']}" if failure.get("step") is not None else ""
     heading = f"rank {failure.get('rank')} on {failure.get('host')} failed ({failure.get('phase')}{step}):"
-    if failure.get("user_error"):
+    if message_suffices(failure):
         indented_message = str(failure.get("message")).replace("\n", "\n  ")
         return f"\n{heading}\n  {indented_message}"
     traceback = str(failure.get("traceback") or failure.get("message")).rstrip()

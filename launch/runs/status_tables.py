@@ -17,10 +17,11 @@ from launch.runs.metrics_tail import loss_curve
 from launch.runs.queue import JobQueue, QueuedJob
 from launch.runs.sparkline import sparkline
 from launch.runs.status import HANGING_REASON, LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age_text
+from strategies import exit_codes
 from strategies.atomic_io import size_text
 from trainer.pages.numbers import format_duration
 from trainer.reporting.numbers import format_metric
-from trainer.reporting.status import RunState
+from trainer.reporting.status import RunState, message_suffices
 
 MAX_LISTED_JOBS = 20
 """Jobs of the user without a run that are listed; the rest is only counted."""
@@ -314,7 +315,8 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
         return ["", *wrap_text(f"to do: {stop_first}{SAME_COMMAND_ADVICE}")]
     if run.state != RunState.preempted:
         return []
-    if failure.get("user_error"):  # each start removes the failure of an earlier one: this one was refused
+    # Each start removes the failure of an earlier one: with such a failure, the last start was refused.
+    if failure.get("exit_code") in (exit_codes.WRONG_SETTING, exit_codes.WRONG_DATA):
         return ["", *wrap_text(f"to do: {CHANGE_AND_CONTINUE_ADVICE}")]
     if run.job is not None and run.job.state == "RUNNING":
         return ["", f"{run.job.description} starts it again"]
@@ -360,7 +362,7 @@ def _failure_origin(failure: Mapping[str, Any]) -> str:
         return ""
     step = f", step {failure['step']}" if failure.get("step") is not None else ""
     origin = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{step}: "
-    if not failure.get("user_error"):
+    if not message_suffices(dict(failure)):
         origin += f"{failure.get('error')}: "
     return origin
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import killed_rank
+from launch.runs.logs_command import failure_report
 from strategies import runtime
 from strategies.heartbeat import Heartbeat, SilentRank
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
@@ -108,6 +109,11 @@ def test_out_of_memory_rank_that_a_peer_took_for_a_lost_node_is_corrected(
     silent = SilentRank(seen, hung=False, since_s=3, error_line="Connection closed by peer")
     record_failure(tmp_path, 1, silent, "training", 9, gone=True, retry="node_fail")
     assert read_failure(tmp_path)["error"] == "Silent", "what stands in the file outlives the name of a class"
+    assert read_failure(tmp_path)["user_error"] is False
+    assert "it was probably killed (out of memory, or kill -9)" in read_failure(tmp_path)["message"]
+    assert "kernel log of n2 (dmesg -T)" in read_failure(tmp_path)["message"] and "rank-1.log" in str(silent)
+    # The message says all, so that no traceback hides it.
+    assert "Traceback" not in failure_report(tmp_path) and str(silent) in failure_report(tmp_path)
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     monkeypatch.delenv("SHARDTUNE_LAUNCHER", raising=False)
     if launcher is not None:
@@ -115,7 +121,7 @@ def test_out_of_memory_rank_that_a_peer_took_for_a_lost_node_is_corrected(
     killed = types.SimpleNamespace(exitcode=-signal.SIGKILL, pid=7, timestamp=5)
     killed_rank.record_killed_rank(types.SimpleNamespace(failures={1: killed}), kernel_killed_for_memory=memory)
     failure = read_failure(tmp_path)
-    assert (failure["phase"], failure["step"]) == ("training", 9)
+    assert (failure["phase"], failure["step"], failure["user_error"]) == ("training", 9, memory)
     assert ("out of memory" in failure["message"], failure["retry"]) == (
         memory,
         "out_of_memory" if memory else "node_fail",

@@ -39,6 +39,10 @@ RESUMED_STEP_KEY = "resumes_from"
 """Key of `status.json` while a start of a preempted run has not begun to train: the step at which the run had stopped."""
 
 
+MESSAGE_SUFFICES_KEY = "message_suffices"
+"""Key of `failure.json`: whether the message says all, so that no traceback need be shown."""
+
+
 def resumable_step(status: dict[str, Any]) -> int | None:
     """The step that a preempted run had saved, by its `status.json`; None if it is in another state, or had saved no step."""
     if status.get("state") != RunState.preempted:
@@ -153,7 +157,8 @@ def record_failure(
     rank was killed, of which only its peers could write. `process_fields`: fields such as `host` and `pid` of another
     process, if that one is the cause; they override those of this process.
 
-    Written from the error: `retry`, which key of `launcher.retry` allows another start after it, such as `node_fail`; and
+    Written from the error: `user_error`, whether settings or data are the cause; `message_suffices`, whether it says all without
+    its traceback; `retry`, which key of `launcher.retry` allows another start after it, such as `node_fail`; and
     `ran_out_with`, the settings with which memory ran out.
     """
     record = {
@@ -164,7 +169,8 @@ def record_failure(
         "step": step,
         "error": getattr(error, "recorded_name", None) or type(error).__name__,
         "message": redact(str(error)),
-        "user_error": isinstance(error, ShardtuneError),
+        "user_error": isinstance(error, ShardtuneError) and error.is_user_error,
+        MESSAGE_SUFFICES_KEY: isinstance(error, ShardtuneError),
         "exit_code": getattr(error, "exit_code", exit_codes.FAILED),
         "retry": getattr(error, "retry", None),
         "ran_out_with": error.ran_out_with if isinstance(error, OutOfMemory) else {},
@@ -187,6 +193,14 @@ def record_failure(
 def read_failure(run_dir: Path) -> dict[str, Any]:
     """The content of `failure.json`, empty where there is none that can be read."""
     return read_json_or_empty(Path(run_dir) / "failure.json")
+
+
+def message_suffices(failure: dict[str, Any]) -> bool:
+    """Whether the message of a recorded failure (`failure.json`) says all that a user needs, so that no traceback is shown.
+
+    So it is for errors of the user and for lost ranks. An earlier version recorded the first alone, as `user_error`.
+    """
+    return bool(failure.get(MESSAGE_SUFFICES_KEY, failure.get("user_error")))
 
 
 def clear_failure(run_dir: Path) -> None:
