@@ -98,6 +98,8 @@ def test_sources_parse_json_lines_only_where_they_are_wanted(tmp_path):
         (b'{"a": 0, "b": [{"k": 1, "k": 2}]}', "'k' twice"),
         (b"[1]", "and is [1]"),
         (b'{"a": 1e309}', "1e309 is beyond"),
+        (b"[\n", "; a file that holds one list of rows must be called .json: rename it"),
+        (b'[{"a": 1}, {"a": 2}]', "; a file that holds one list of rows must be called .json: rename it"),
     ],
 )
 def test_sources_bad_json_line_says_what_to_mend(line, message):

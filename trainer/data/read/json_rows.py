@@ -44,6 +44,8 @@ Group 1 is None for a sign, empty for a text whose closing quote has not been re
 """
 _DEPTH_CHANGE = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 """By how much a sign changes the depth of nesting; others do not."""
+LIST_FILE_HINT = "; a file that holds one list of rows must be called .json: rename it"
+"""What to do about a list of rows in a file that should have one object a line."""
 _AFTER_TEXT = b",:]}"
 """What may follow a text. Anything else says that a quote is missing or one too many, which turns texts inside out."""
 
@@ -312,7 +314,10 @@ def _decode_strictly(text: str) -> dict[str, Any]:
     except RecursionError:
         raise RowError(_TOO_DEEP.reason, _TOO_DEEP.message) from None
     if not isinstance(row, dict):
-        raise RowError("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}")
+        # Such as [{"text": "a"}, {"text": "b"}] on one line.
+        is_list_of_rows = isinstance(row, list) and bool(row) and isinstance(row[0], dict)
+        hint = LIST_FILE_HINT if is_list_of_rows else ""
+        raise RowError("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}{hint}")
     return row
 
 
@@ -408,6 +413,9 @@ def _json_mistake_hint(row: str, error: json.JSONDecodeError) -> str:
     # A line break within a text.
     if error.msg.startswith("Invalid control") and not is_at_end:
         return "; inside a text, write line breaks and tabs as \\n and \\t"
+    # [
+    if is_at_end and row.lstrip().startswith("["):
+        return LIST_FILE_HINT
     # {"a": 1
     if is_at_end or error.msg.startswith("Unterminated"):
         return "; the object is cut off, or spread over several lines"
