@@ -72,10 +72,12 @@ def compose_config(overrides: list[str], *, check: bool = True) -> ComposedConfi
         if check:
             for problem in _start_problems_adopting_earlier_defaults(config, overrides):
                 # `buget.steps=10` is one mistake; that no budget is set follows from it.
-                if not repeats_problem_of_override(problem, parsed.probably_meant_keys):
+                # Nor is it one that a setting is missing which a settings file that cannot be read may well hold.
+                is_repeated = repeats_problem_of_override(problem, parsed.probably_meant_keys)
+                if not is_repeated and not parsed.explains(problem):
                     problems.append(problem)
     if problems or config is None:
-        raise ConfigError(problems)
+        raise ConfigError([*parsed.empty_file_problems, *problems])
     return ComposedConfig(config, list(overrides))
 
 

@@ -162,7 +162,12 @@ def _parse_settings_file(override: str) -> ParsedOverrides:
         choices, values = user_files.read_settings_file(override)
     except ConfigError as error:
         parsed.problems += error.problems
+        parsed.has_unread_file = True
         return parsed
+    if not choices and not values:
+        parsed.empty_file_problems.append(
+            f"{override}: is empty: it sets nothing; write settings, as in `tuning: lora` or `optim: {{lr: 2e-4}}`"
+        )
     for group, choice in choices.items():
         if group in choices_by_group():
             _add_choice(parsed, group, choice, f"{override}: {group}: {choice}")

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from strategies.errors import key_of_problem
+
 
 class SettingValue(NamedTuple):
     """One setting as it was typed or read from a file."""
@@ -38,6 +40,11 @@ class ParsedOverrides:
     probably_meant_keys: set[str] = field(default_factory=set)
     """Settings that a wrong override was probably meant for. Validation complains that they are not set, which is not shown."""
 
+    has_unread_file: bool = False
+    """Whether a settings file could not be read: what else is missing may well stand in it."""
+    empty_file_problems: list[str] = field(default_factory=list)
+    """A message for each settings file without any setting. That is allowed, and shown only beside other problems."""
+
     @property
     def cli_values(self) -> list[SettingValue]:
         """The values that were typed on the command line, without those of the user's settings files."""
@@ -47,6 +54,14 @@ class ParsedOverrides:
         """Add the message about an override that cannot be used. `probably_meant`: settings that validation need not miss."""
         self.problems.append(problem)
         self.probably_meant_keys.update(probably_meant)
+
+    def explains(self, problem: str) -> bool:
+        """Whether a problem of validation only follows from a settings file that could not be read: that a setting is missing.
+
+        A problem of a setting that was typed does not follow from it.
+        """
+        problem_key = key_of_problem(problem)
+        return self.has_unread_file and not any(value.key == problem_key for value in self.values)
 
     def add_value(self, key: str, value: Any, source_text: str) -> None:
         """Add the value of a setting. `source_text`: what sets it, for messages, such as `optim.lr=1e-4`."""
@@ -79,4 +94,6 @@ class ParsedOverrides:
             replaced_tables=self.replaced_tables | later.replaced_tables,
             resets=[*self.resets, *later.resets],
             probably_meant_keys=self.probably_meant_keys | later.probably_meant_keys,
+            has_unread_file=self.has_unread_file or later.has_unread_file,
+            empty_file_problems=[*self.empty_file_problems, *later.empty_file_problems],
         )

@@ -510,6 +510,28 @@ def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
         compose_config(["gone.yaml"], check=False)
 
 
+def test_a_settings_file_that_cannot_be_read_is_one_problem(tmp_path):
+    (tmp_path / "my.yaml").write_text("tuning: {name: lora\nbudget: [\n")
+    for words, expected_keys in (([], []), (["optim.lr=-1"], ["optim.lr"])):
+        with pytest.raises(ConfigError) as caught:
+            compose_config([f"{tmp_path}/my.yaml", *words])
+        first, *others = caught.value.problems
+        assert first.startswith(f"{tmp_path}/my.yaml: is no YAML (")
+        assert [problem.partition("=")[0] for problem in others] == expected_keys
+
+
+@pytest.mark.parametrize("text", ["", "# tuning: lora\n", "---\n"])
+def test_an_empty_settings_file_is_named_beside_what_is_missing(tmp_path, text):
+    (tmp_path / "my.yaml").write_text(text)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError) as caught:
+        compose_config([f"{tmp_path}/my.yaml"])
+    assert caught.value.problems[0].startswith(f"{tmp_path}/my.yaml: is empty: it sets nothing; write settings")
+    assert len(caught.value.problems) > 1
+    complete = ["model.path=m", f"data.path={tmp_path}/train.jsonl", "budget.steps=1", "experiment=gpt2_full_ddp"]
+    assert compose_config([f"{tmp_path}/my.yaml", *complete], check=False).config.budget.steps == 1
+
+
 @pytest.mark.parametrize("rewards", ["{maths: {kind: maths, weight: 2}, f1: {kind: f1}}", "[maths, f1]"])
 def test_typed_table_replaces_that_of_a_settings_file(tmp_path, rewards):
     mine = tmp_path / "mine.yaml"
