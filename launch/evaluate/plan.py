@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from launch.config.output_directory import require_output_directory
 from launch.evaluate.checks import check_evaluation, has_held_out
 from strategies.errors import ConfigError
 from strategies.small_files import read_json_object
@@ -61,8 +62,7 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
         config, job = _plan_for_run(run, evaluate_arguments)
     else:
         config, job = _plan_for_model(evaluate_arguments)
-    if Path(job.report_dir).is_file():
-        raise ConfigError(f"to={job.report_dir}: is a file; name a directory")
+    require_output_directory(Path(job.report_dir))
     job = replace(job, split=evaluate_arguments.split)
     evaluation_plan = EvaluationPlan(config, job)
     # Where the ranks keep their records: below the report, and not among those of the run.
@@ -118,6 +118,7 @@ def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, E
     )
     default_output_dir = Path("runs") / f"evaluate-{Path(path).name}"
     job = EvaluationJob(report_dir=evaluate_arguments.to or str(default_output_dir))
+    require_output_directory(Path(job.report_dir))  # before a file for it is written
     config = _config_of_model(evaluate_arguments, path, Path(job.report_dir) / "evaluation")
     if evaluate_arguments.adapter is not None:
         base_differences = _base_differences(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.config.output_directory import require_output_directory
 from launch.evaluate.job_files import CONFIG_FILE, JOB_FILE, write_job_files
 from launch.output import TableColumn, TableRow, format_table, print_json, stdout_to_stderr, wrap_text
 from strategies import exit_codes
@@ -91,6 +92,7 @@ def try_rewards(arguments: EvaluateArguments) -> int:
         if not may_write_results(arguments.run):
             default_output_dir = Path("runs") / f"evaluate-{arguments.run.resolve().name}"
     output_dir = Path(arguments.to or default_output_dir)
+    require_output_directory(output_dir)
     job_dir = output_dir / "evaluation"
     # Copied anew, so that the ranks run no reward file that lay in the directory before.
     copy_rewards(getattr(config.objective, "rewards", {}), job_dir)

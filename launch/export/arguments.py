@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.config.output_directory import require_output_directory
 from launch.config.verb_arguments import VerbArguments, flag, forwarded_settings, option, positional
 from strategies.errors import ConfigError
 from trainer.export.config import ExportType
@@ -114,11 +115,12 @@ def export_destination(run_dir: Path, to: str | None, *, holds_this_export: bool
     """Choose the directory that an export is written to: `to`, or `export` in the run directory if that is None.
 
     `holds_this_export`: whether `to` holds this very export already. Otherwise raises ConfigError if `to` exists and is not an
-    empty directory.
+    empty directory. A file is refused in any case.
     """
     if to is None:
         return run_dir / "export"
     path = Path(to).expanduser()
+    require_output_directory(path)
     is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not is_free and not holds_this_export:
         raise ConfigError(f"to={path}: exists and is not empty; name a new directory")

@@ -187,9 +187,9 @@ def read_score_arguments(argv: list[str]) -> ScoreArguments:
         raise ConfigError(problems)
     if not arguments.run.is_dir():
         raise ConfigError(f"{arguments.run}: there is no such run")
-    missing_files = [str(path) for path in arguments.answers if not path.is_file()]
-    if missing_files:
-        raise ConfigError(f"{', '.join(missing_files)}: there is no such file")
+    file_problems = [problem for path in arguments.answers if (problem := _problem_of_answers_file(path)) is not None]
+    if file_problems:
+        raise ConfigError(file_problems)
     arguments.review = arguments.review or arguments.run / "review"
     if not (arguments.review / KEY_FILE).is_file():
         raise ConfigError(
@@ -299,3 +299,13 @@ def _arm_model_arguments(request: ReviewRequest, model_dir: str | None) -> list[
         return arguments
     is_run = (Path(model_dir) / "config.yaml").is_file()
     return [*accept_argument, model_dir] if is_run else [f"model.path={model_dir}"]
+
+
+def _problem_of_answers_file(path: Path) -> str | None:
+    """Why a path cannot be a file of answers: nothing is there, or something that is no file; None for a file."""
+    if path.is_file():
+        return None
+    if not path.exists():
+        return f"{path}: there is no such file"
+    kind = "a directory" if path.is_dir() else "no ordinary file"
+    return f"{path}: is {kind}; name the files that reviewers saved, such as ada.json or table.csv"

@@ -310,3 +310,5 @@ def test_export_error_suggests_free_space_only_where_it_would_help(runtime, tmp_
             OSError(code, os.strerror(code)), tmp_path / "aside", tmp_path / "to", runtime
         )
     assert said in str(refused.value)
+    # First what the user knows: where the export goes.
+    assert str(refused.value).startswith(f"writing the export {tmp_path / 'to'} failed ({os.strerror(code)}")

@@ -194,7 +194,7 @@ def _open_staging_on_main(
         # On rank 0 alone; every rank gets what it returns or raises.
         staging = call_on_main(open_and_check_space, runtime)
     except StorageError as error:
-        raise StorageError(f"{error}; writing the export {destination} failed: {_FREE_SPACE_REMEDY}") from error
+        raise StorageError(f"writing the export {destination} failed ({error}): {_FREE_SPACE_REMEDY}") from error
     if staging.problem:
         if runtime.is_main:
             remove_leftovers(staging_dir)
@@ -437,7 +437,7 @@ def _as_user_error(error: BaseException, destination: Path) -> BaseException:
         remedy = _FREE_SPACE_REMEDY
         if isinstance(error, OSError) and error.errno is not None and not shared_files.free_space_advice(error):
             remedy = _OTHER_DIRECTORY_REMEDY  # space would not help, for example on a read-only disk
-        shown_error = StorageError(f"{error_summary(error)}; writing the export {destination} failed: {remedy}")
+        shown_error = StorageError(f"writing the export {destination} failed ({error_summary(error)}): {remedy}")
     else:
         return error
     shown_error.__cause__ = error

@@ -103,6 +103,8 @@ def test_export_of_another_checkpoint_merged_into_another_directory(run_dir, tmp
         (["run.dir={run}", "dtype=int8"], "bfloat16"),
         (["run.dir={run}", "max_shard_gib=-1"], "above 0"),
         (["run.dir={run}", "to={run}"], "not empty"),
+        (["run.dir={run}", "to={run}/run.json"], "run.json: is a file; name a directory"),
+        (["run.dir={run}", "to={run}/run.json/model"], "run.json is a file; name a directory"),
         (["run.dir={run}/none"], "none: there is no such directory; name a run"),
         (["{run}/checkpoints"], "not a run directory"),
         (["adapters=[]", "to={run}/none"], "adapters=[]: names no adapter"),

@@ -216,6 +216,8 @@ def test_review_key_that_was_changed_is_refused_also_with_its_own_hash(run, caps
         (["make", "RUN", "to=new"], "prompts: not set"),
         (["make", "RUN", "prompts=p", "to=new", "data.path=x"], "data.path=x: is the run's"),
         (["score", "RUN", "none.json"], "none.json: there is no such file"),
+        (["score", "RUN", "/dev/null"], "/dev/null: is no ordinary file; name the files that reviewers saved"),
+        (["score", "RUN", "."], ".: is a directory; name the files that reviewers saved"),
         (["score", "RUN"], "the files that reviewers saved"),
         (["mark", "RUN"], "must be review make or review score"),
     ],
