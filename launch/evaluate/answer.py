@@ -30,7 +30,7 @@ def report_text(report: EvaluationReport) -> str:
     """Write an evaluation's report (evaluation.json) for people: a table of metrics, the method, and notes.
 
     What is read of it: {"model": ..., "method": text, "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.8, ...}}}}}, and
-    after a comparison "against": {"what": "base", "tasks": as above}.
+    after a comparison "against": {"what": "base", "tasks": {"qa": TaskComparison}, "not_there": [...]}.
     """
     from trainer.evaluation.report.record import model_title
 
@@ -76,7 +76,7 @@ def _report_notes(report: EvaluationReport, comparisons: dict[str, TaskCompariso
 
     - Differences between the evaluated model and the run that the user has accepted, such as another base.
     - Notes of the tasks.
-    - Of each task of `comparisons` with the baseline, by name: how many rows changed, or that rows cannot be paired.
+    - Of each task of `comparisons` with the baseline, by name: the notes of `_comparison_notes`.
     - Tasks that the baseline, the model compared with, does not have.
     """
     notes = [f"accepted: {difference}" for difference in report["model"].get("accepted", ())]
@@ -109,7 +109,7 @@ def _comparison_cells(difference: DifferenceRecord | None) -> list[str]:
 
 
 def _comparison_notes(name: str, comparison: TaskComparison) -> list[str]:
-    """Notes on the comparison of task `name`: how many rows changed, that few differ, or that rows could not be paired."""
+    """Notes on the comparison of task `name`: that few rows differ, how many changed, or that rows could not be paired."""
     notes = list(comparison.get("notes", ()))
     if "changed" in comparison:
         changed = comparison["changed"]

@@ -91,7 +91,7 @@ def parse_evaluate_arguments(argv: list[str]) -> EvaluateArguments:
 
 
 def _conflicts(arguments: EvaluateArguments) -> list[str]:
-    """Problems with arguments that do not go together, such as a run beside `model.path`."""
+    """Problems with arguments that do not go together, such as a run beside `model.path`, or that name nothing to evaluate."""
     problems: list[str] = []
     # What is evaluated: either a run or model.path=, and a server only with model.path=.
     model_arguments = [setting for setting in arguments.settings if setting.startswith("model.path=")]

@@ -50,8 +50,8 @@ def check_evaluation(
     # What the run's config.yaml holds already, such as a secret, is not refused again.
     run_config = None if run is None else load_frozen_config(run / "config.yaml")
     problems = []
-    # Problems with a run's training data do not count, because it is read only if a task needs it, and as the run recorded it.
-    # What a training with this configuration would be refused for.
+    # All that a training with this configuration would be refused for, but for a run's training data: that is read only if a
+    # task needs it, and as the run recorded it.
     for problem in start_problems(config, frozen_config=run_config):
         key = key_of_problem(problem)
         is_of_training = key == "evaluation.watch" or (run is not None and key.startswith("data."))
@@ -89,7 +89,7 @@ def _check_something_is_measured(config: RunConfig, run: Path | None, split: str
 def _quantised_model_problems(config: RunConfig, cli_settings: list[str]) -> Iterator[str]:
     """Problems with settings that a model stored in 4 or 8 bits does not allow. `cli_settings`: those on the command line.
 
-    None for a model in full precision, or one that a server answers for.
+    There are none for a model in full precision, or one that a server answers for.
     """
     from strategies.base import StrategyName
     from trainer.evaluation.tasks.prepared import TaskContext

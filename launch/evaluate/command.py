@@ -62,13 +62,13 @@ def main(argv: list[str]) -> int:
     Errors: ConfigError, DataError, StorageError and what evaluating raises.
     """
     asks = asks_for_help(argv)
-    # torchrun, srun or our launcher has started it as one of several.
+    # torchrun, srun or our launcher has started this process as one rank.
     if is_rank_process(os.environ) and not asks:
         return run_as_rank(argv)
     if asks or not argv:
         show_help(USAGE)
         return 0 if argv else exit_codes.WRONG_SETTING
-    # The imports take seconds; looking for garbage meanwhile would take a fifth more.
+    # The imports take seconds, and longer if Python looks for garbage meanwhile.
     with importing_without_gc("torch"):
         from launch.evaluate.arguments import parse_evaluate_arguments
         from launch.evaluate.plan import plan_evaluation
@@ -140,7 +140,7 @@ def _print_test_result(evaluation_plan: EvaluationPlan, *, as_json: bool) -> Non
 
 
 def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
-    """Evaluate one model and write its report, in this process or with a rank for each GPU; returns the exit code.
+    """Evaluate one model and write its report, in this process or in ranks of their own; returns the exit code.
 
     First writes the configuration and the job into the plan's `job_dir`, where the ranks read them. `quiet`: print on stderr,
     because stdout is for JSON.
@@ -160,7 +160,7 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     with stdout_to_stderr(quiet):
         if config.launcher.in_place:  # this process is the only rank
             block_signals()  # signals that ask to stop wait until the evaluation can handle them
-            # By which records of this start are told from those of an earlier one.
+            # Tells the records of this start from those of an earlier one.
             earlier_state = state_before_start(job_dir)
             code = 0
             try:
@@ -168,9 +168,9 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
             except Preempted as stop:
                 # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
                 code = exit_codes.INTERRUPTED if stop.signal_name == "SIGINT" else 0
-            # Also writes the status file, if the evaluation could not.
+            # Prints how it ended, and writes the status file if the evaluation could not.
             return record_run_outcome(job_dir, code, earlier_state, verb="evaluate")
-        # Starts a rank for each GPU, and waits for all of them.
+        # Starts the ranks, and waits for all of them.
         return run_supervised(config, job_dir, config_sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
 
 

@@ -65,7 +65,7 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
     require_output_directory(Path(job.report_dir))
     job = replace(job, split=evaluate_arguments.split)
     evaluation_plan = EvaluationPlan(config, job)
-    # Where the ranks keep their records: below the report, and not among those of the run.
+    # Where the ranks keep their records: in `evaluation/` beside the report, and not among those of the run.
     config.run.dir = str(evaluation_plan.job_dir)
     _set_evaluation_defaults(config, evaluate_arguments)
 
@@ -73,7 +73,7 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
     has_training_data = run is not None or any(text.startswith(("data.path=", "data.sources")) for text in settings)
     try:
         check_evaluation(config, settings, run=run, has_training_data=has_training_data, split=evaluate_arguments.split)
-    # First that the model is missing, since a mistyped path may cause all other problems.
+    # First name that the model is missing, since a mistyped path may cause all other problems.
     except ConfigError as error:
         raise ConfigError([*_missing_model_problem(config), *error.problems]) from None
     if evaluate_arguments.against is not None:
@@ -169,7 +169,7 @@ class RunToEvaluate(NamedTuple):
 def read_run_to_evaluate(run: Path, evaluate_arguments: EvaluateArguments) -> RunToEvaluate:
     """Read the configuration of a run, with the settings of the command line on top, and find the checkpoint to evaluate.
 
-    Warns if checkpoint=best was worse than the base model.
+    Warns if checkpoint=best is no better than the model was before training.
 
     Raises ConfigError if there is no such run or checkpoint, if a setting cannot be used, or if the base model differs and the
     user does not accept that.
@@ -219,10 +219,10 @@ def read_run_to_evaluate(run: Path, evaluate_arguments: EvaluateArguments) -> Ru
 
 
 def _no_run_message(directory: Path) -> str:
-    """What to type in place of a first argument that is no run directory.
+    """The error for a first argument that is no run directory, with what to type in its place.
 
-    An exported adapter is evaluated with its base: `exp0: an adapter, not a run directory; give its base too:
-    model.path=models/a adapter=exp0`.
+    An exported adapter is evaluated with its base: "exp0: an adapter, not a run directory; give its base too:
+    model.path=models/a adapter=exp0". Raises ConfigError if the adapter's settings cannot be read.
     """
     adapter_settings_file = directory / "adapter_config.json"
     if adapter_settings_file.is_file():
@@ -427,7 +427,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
                 f"against={against}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
                 "the old one in a directory of its own"
             )
-        read_report(path)
+        read_report(path)  # refuses a file that is no report
         evaluation_plan.job = replace(job, report=str(path), gate=True, against=against)
     elif (path / "config.yaml").is_file():
         run_plan = plan_evaluation(_other_run_arguments(path, evaluation_plan, evaluate_arguments))

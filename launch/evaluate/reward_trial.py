@@ -69,11 +69,11 @@ def _objective_of_run_without_tasks(run: Path) -> str | None:
 
 
 def try_rewards(arguments: EvaluateArguments) -> int:
-    """Try the rewards of a run before it starts: the model answers its first prompts, and the answers are scored.
+    """Try the rewards of a run: the model answers prompts of its first round, and the answers are scored.
 
-    Prints a report. The ranks write it and their records into the output directory: `to=`, or the run's directory, or one
-    below runs/ for the run of another user. Returns the exit code. Raises ConfigError for settings that could not start the
-    run.
+    The run has not started yet, or one of its checkpoints answers (`arguments.run`). Prints a report. The ranks write it and
+    their records into the output directory: `to=`, or the run's directory, or one below runs/ for the run of
+    another user. Returns the exit code. Raises ConfigError for settings that could not start the run.
     """
     from launch.cluster.supervisor import record_run_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
@@ -167,7 +167,7 @@ def _settle_choices_for_reward_trial(config: RunConfig) -> RunConfig:
         raise ConfigError(problems)
     if config.batch["micro"] == AUTO:
         config.batch["micro"] = 1
-    # Only the rewards are tried.
+    # Only the rewards are tried, and no tasks run.
     config.evaluation.tasks = {}
     return config
 
@@ -222,7 +222,7 @@ def _shorten_to_line(text: str) -> str:
 
 
 def _advice(report: dict[str, Any]) -> list[str]:
-    """Say what to change before the run is started; [] if its answers look fit to learn from.
+    """Say what to change in the run; [] if its answers look fit to learn from.
 
     A group (the answers to a prompt) is idle if all of them score alike: nothing can be learned from it. report["reward"]:
     {"mean": 0.4, "idle_share": 0.2, ...} with None as the mean if no answer was scored.

@@ -76,7 +76,7 @@ def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, 
         print(script_text, end="")
         return
     if evaluation_plan.config.launcher.gpus_per_node_request is None:
-        # GPUs that only a variable SBATCH_* asks for would not be counted in the script.
+        # No rank would be counted for GPUs that only a variable SBATCH_* asks for.
         refuse_gpus_of_environment()
     logs = evaluation_plan.job_dir / "logs"
     script = evaluation_plan.job_dir.absolute() / SCRIPT_FILE

@@ -128,7 +128,7 @@ def export_destination(run_dir: Path, to: str | None, *, holds_this_export: bool
 
 
 def unfinished_remark(run_dir: Path, checkpoint: Path | None) -> str:
-    """A remark on the run, to append to the message about its export: the user may export too early, or an old checkpoint.
+    """A remark to append to the message about an export, since the user may export too early, or an old checkpoint.
 
     - the run is not done: "; the run is not done: preempted", with its reason if it has one;
     - the run is done, and trained on after `checkpoint`: "; the run ended at step 200";

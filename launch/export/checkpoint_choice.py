@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
 MAX_CHOICES = 10
-"""How often a checkpoint is chosen again if the chosen one is deleted while it is read."""
+"""How often a checkpoint is chosen at most, if the chosen one is deleted each time while it is read."""
 
 
 def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, looks: int = MAX_CHOICES) -> Path:

@@ -80,7 +80,7 @@ def combine_adapters_command(argv: list[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
 
-    # None: that of the base.
+    # None: the type of the base.
     dtype = None if arguments.dtype is ExportType.auto else getattr(torch, arguments.dtype)
     # There is no run directory here: `to=` is required.
     model_directory = export_destination(Path(), str(arguments.to))

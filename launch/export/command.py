@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     """Run `shardtune export` with these arguments: export a run's checkpoint, or combine adapters; returns the exit code.
 
     With --json, only the answer goes to stdout: what the commands print on their way goes to stderr. Errors: ConfigError,
-    StorageError, DriftError.
+    StorageError, DriftError, GateRefused, and ShardtuneError if the converter, the hub or a process that writes fails.
     """
     # This process is one of several that write one export.
     if writing.is_export_rank(os.environ):
@@ -134,7 +134,7 @@ def read_export_arguments(argv: list[str]) -> tuple[ExportArguments, dict[str, A
 def export_command(argv: list[str]) -> dict[str, Any]:
     """Export a checkpoint of a run as the command line says; returns the answer for `--json`: where everything was written.
 
-    Errors: ConfigError, StorageError, DriftError, GateRefused.
+    Errors: those of `main`.
     """
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
     from trainer.session.base_files import pin_and_check_recorded_base
@@ -154,7 +154,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     bits = export_gguf.quantised_request(arguments, config)
     hub = export_hub.hub_target(arguments)
     last = averaged[-1] if averaged else find_checkpoint(run_dir, arguments.checkpoint, config.checkpoint)
-    # Whether an earlier start of this command failed only at the GGUF file.
+    # Whether an earlier start of this command wrote everything but the GGUF file.
     only_convert = False
     if gguf is not None and bits is None and hub is None and arguments.to is not None:
         only_convert = export_gguf.lacks_only_gguf(Path(arguments.to).expanduser(), arguments, averaged or [last])
@@ -217,7 +217,7 @@ def _write_and_record_export(
     else:
         data = write_model_directory(config, request, num_processes)
         register_in_tracker(config, request)
-    # Kept in `run.json`: who looks at the run later sees why its weights were let out.
+    # Recorded in `run.json`, so that one can see later why these weights were exported.
     if request.gate_verdicts is not None:
         export_record = {
             "to": str(request.output_directory),
@@ -250,7 +250,7 @@ def _is_used_by_export(arguments: ExportArguments, value: ValueNeedingConsent, c
     Somebody else may have written these settings: the user must allow what is used, and what is not used is left out.
     `value.settings`: the keys that have this value.
     - the run's answers for documents: unless the command line names others;
-    - the cache and the source of the data: only with `bits=`, whose rounding is calibrated on rows;
+    - the cache and the source of the data: only with `bits=`, which measures its loss on rows;
     - else: what everything that only uses the model needs.
     """
     from launch.config.read_run import uses_model_alone
@@ -263,9 +263,9 @@ def _is_used_by_export(arguments: ExportArguments, value: ValueNeedingConsent, c
 
 
 def _exporting_line(request: ExportRequest) -> str:
-    """The first message of an export: what is exported where, with a remark if the run is not finished or trained on.
+    """The message that says what is exported where, with a remark if the run is not finished or trained on.
 
-    "exporting runs/a/checkpoints/step-100 to runs/a/export; the run ended at step 200"
+    "exporting runs/a/checkpoints/step-000100 to runs/a/export; the run ended at step 200"
     """
     if request.averaged_checkpoints:
         names = ", ".join(path.name for path in request.averaged_checkpoints)
@@ -369,8 +369,8 @@ def choose_checkpoint_again(request: ExportRequest, config: RunConfig) -> Path:
 def write_model_directory(config: RunConfig, request: ExportRequest, num_processes: int) -> PreparedData | None:
     """Write the model directory of an export; returns the run's data, or None if nothing needs it.
 
-    Its checkpoints are kept from being deleted until it is written. If the run, still training, deleted the checkpoint
-    before that, the choice is made again. Sets `checkpoint` and `trained_wandb_id` of the request. Raises what building the
+    A run that still trains is kept from deleting the checkpoints until it is written. If the run deleted the checkpoint
+    before, the choice is made again. Sets `checkpoint` and `trained_wandb_id` of the request. Raises what building the
     model, reading the checkpoint and writing raise.
     """
     from strategies.state import read_state_header
@@ -378,7 +378,7 @@ def write_model_directory(config: RunConfig, request: ExportRequest, num_process
 
     with ExitStack() as kept_checkpoints:
         for checkpoint in request.checkpoints():
-            # The run, which may still train, deletes no checkpoint that is marked.
+            # A run deletes no checkpoint that is marked.
             kept_checkpoints.enter_context(marked_as_in_use(checkpoint))
         if not request.averaged_checkpoints and not request.checkpoint.is_dir():
             request.checkpoint = choose_checkpoint_again(request, config)

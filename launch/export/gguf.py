@@ -59,7 +59,7 @@ def lacks_only_gguf(directory: Path, arguments: ExportArguments, checkpoints: li
 
 
 def mark_gguf_missing(directory: Path, arguments: ExportArguments, checkpoints: list[Path]) -> None:
-    """Note in an export that its GGUF file is missing, and which export it is, for `lacks_only_gguf` if converting fails."""
+    """Record in an export that its GGUF file is missing, and which export it is: `lacks_only_gguf` reads that in a next start."""
     identity = _export_identity(arguments, checkpoints)
     (directory / PENDING_GGUF_FILE).write_text(json.dumps(identity), encoding="utf-8")
 
@@ -193,7 +193,7 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
     )
 
     kind = request.kind
-    # An export that has a base is an adapter.
+    # Only an adapter's export has a base.
     if find_export(str(directory)).base is not None:
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be merged into its base")
     # What the loss is measured on.

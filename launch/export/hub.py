@@ -62,9 +62,10 @@ def hub_target(arguments: ExportArguments) -> HubTarget | None:
 
 
 def parse_benchmark_data_sets(text: str) -> dict[str, str]:
-    """Read which data sets of the hub stand behind evaluation tasks, for the model card: "{facts: owner/name}" -> by task.
+    """Read which data sets of the hub stand behind evaluation tasks, for the model card.
 
-    `text`: the value of `benchmarks=`, as YAML. Raises ConfigError if it is anything else.
+    `text`: the value of `benchmarks=`, as YAML: "{facts: owner/name}" -> {"facts": "owner/name"}. Raises ConfigError for any
+    other form.
     """
     import yaml
 

@@ -132,7 +132,7 @@ def run_export_as_rank() -> int:
     job = ExportJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
     run = config.run
     try:
-        # Keeps the job's lease, and records a failure for the launcher.
+        # This attempt owns the job's directory meanwhile, and records a failure there for the launcher.
         with open_rank_of_job(job_dir, run.lease_s) as (_, attempt):
             attempt.phase = "start of the processes"
             with attempt.join_ranks(run.timeout_s) as rendezvous:
@@ -247,7 +247,7 @@ def _compute_reference_for_export(
                 # In place of the initial values: those of the checkpoint.
                 values_of=lambda source: TrainedValues(source, model.trained),
             )
-            # The logits on the probe, a fixed sentence.
+            # Its logits on the probe, a fixed sentence.
             reference = compute_probe_reference(engine, built, model.tokenizer, single_rank)
             engine.close()
         broadcast_object(None, runtime)  # the others wait here

@@ -58,8 +58,8 @@ class CombineSettings:
 def combination_problems(settings: CombineSettings) -> list[str]:
     """Check before anything is loaded whether these adapters can be combined; returns error messages, a line each.
 
-    Reads only JSON files. First each adapter by itself (unreadable, no LoRA, DoRA), then the settings, then the adapters with
-    each other: of different ranks, bases or tasks.
+    Reads only JSON files. First each adapter by itself (unreadable, no LoRA, DoRA), then the settings, then the adapters
+    together: of different ranks or bases, or for another task than language modelling.
     """
     problems = []
     peft_settings_by_directory: dict[str, dict[str, Any]] = {}  # of the adapters that can be combined
@@ -91,8 +91,9 @@ def _settings_of_combinable_adapter(directory: str) -> dict[str, Any]:
 def _problems_between_adapters(
     settings: CombineSettings, peft_settings_by_directory: dict[str, dict[str, Any]]
 ) -> list[str]:
-    """Check whether adapters go together; returns a message for each reason why not: other ranks, bases or tasks.
+    """Check whether adapters go together; returns a message for each reason why not.
 
+    The reasons: different ranks (unless for `cat`), different bases (unless `base` is set), a task other than CAUSAL_LM.
     `peft_settings_by_directory`: the adapter_config.json of each adapter that can be combined at all.
     """
     problems = []
@@ -137,7 +138,7 @@ def write_combination(
     first_peft_settings = read_json_object(Path(settings.adapters[0]).expanduser() / SETTINGS_FILE)
     base = str(settings.base or first_peft_settings["base_model_name_or_path"])
     base_config, base_model = _load_base(settings, base)
-    # Its tokenizer may have more tokens than that of the base.
+    # The tokenizer of the first adapter may have more tokens than that of the base.
     adapter_has_tokenizer = (Path(settings.adapters[0]).expanduser() / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if adapter_has_tokenizer else base)
     if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
@@ -234,7 +235,7 @@ def _write_combined_adapter(model: Any, base_path: str, output_dir: Path) -> Non
 
 
 def _base_config_directory(settings: CombineSettings, base: str) -> str:
-    """Where the config.json is that describes the base as the adapters were trained with it, as a directory or hub id.
+    """The directory or hub id whose config.json describes the base as the adapters were trained with it.
 
     That is the base, or the first adapter's directory if training changed the positions. Raises ConfigError if the adapters
     were trained with different positions: no one model computes what each of them learned.

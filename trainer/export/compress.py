@@ -32,7 +32,7 @@ def main(job_file: Path) -> None:
     job: dict[str, Any] = json.loads(job_file.read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16, local_files_only=True)
     is_calibrated = job["scheme"] in CALIBRATED_SCHEMES
-    # GPTQ fits the rounding to rows; the other looks at the weights alone.
+    # GPTQ fits the rounding to rows; the other modifier looks at the weights alone.
     modifier_class = GPTQModifier if is_calibrated else QuantizationModifier
     modifier = modifier_class(targets="Linear", scheme=job["scheme"], ignore=["lm_head"])
     calibration: dict[str, Any] = {}

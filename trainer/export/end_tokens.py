@@ -28,8 +28,8 @@ def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 def turn_end_token_id(tokenizer: Any) -> int | None:
     """Find the control token that the chat template writes right after an answer, such as `<|im_end|>`: its id.
 
-    A model that was trained with this template usually ends its answers with it. None without a chat template, if the template
-    refuses a short conversation or leaves its answer out, or if no control token follows the answer.
+    None without a chat template, if the template refuses a short conversation or leaves its answer out, or if no control token
+    follows the answer.
     """
     if tokenizer.chat_template is None:
         return None
@@ -49,7 +49,7 @@ def turn_end_token_id(tokenizer: Any) -> int | None:
 
 
 def write_end_tokens(tokenizer: Any, directory: Path, base_path: str) -> None:
-    """Make every inference engine stop at the token that closes a turn: adds it to `generation_config.json` in `directory`.
+    """Add the token that closes a turn to `generation_config.json` in `directory`, so that inference engines stop there.
 
     An adapter's directory has no such file yet: then it begins with the settings of the base, if `base_path` is a directory
     and no hub id. Nothing is written if the chat template closes turns with no token of its own, or if the settings name that

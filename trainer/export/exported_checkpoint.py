@@ -38,7 +38,7 @@ class ChosenCheckpoint:
 def choose_exported_checkpoint(
     setting: ExportedCheckpoint, outcome: TrainingOutcome, saved_steps: Collection[int]
 ) -> ChosenCheckpoint:
-    """Choose the weights that leave a run when training has ended: its best checkpoint or its last one.
+    """Choose the checkpoint whose weights leave a run when training has ended: its best or its last one.
 
     `setting`: `export.checkpoint`. `saved_steps`: steps whose checkpoint is on the disk. The first case that holds (the same
     on all ranks and at every start):
@@ -67,7 +67,6 @@ def choose_exported_checkpoint(
         return ChosenCheckpoint(
             step=last_step, which="last", reason=f"no earlier checkpoint has a better {outcome.watched_metric}"
         )
-    # Old checkpoints are deleted, and not every improvement is saved.
     if best_step not in saved_steps:
         return ChosenCheckpoint(
             step=last_step, which="last", reason=f"step {best_step} was better, and its checkpoint is not there"

@@ -65,7 +65,6 @@ def exclusive_export_lock(destination: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            # Such as " (me on gpu01, process 4711)".
             holder = _lock_holder_text(descriptor)
             os.close(descriptor)
             raise ExportInUse(
@@ -144,7 +143,7 @@ def _lock_holder_text(descriptor: int) -> str:
 
 
 def files_of_writer(files: list[ExportFile], writer_index: int, num_writers: int) -> list[ExportFile]:
-    """The files of an export that one of several processes writes, by name; all get about the same number of bytes.
+    """The files of an export that one of several processes writes, sorted by name; all get about the same number of bytes.
 
     From the largest file on, each goes to the writer that has the fewest bytes so far. Every writer computes the same shares.
     """
@@ -162,8 +161,8 @@ def open_export_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, A
     """Open the directory in which an export is written before it gets its name; returns whether finished files may be in it.
 
     - It was begun for this very export, and cut short: its files are kept, and everything that is not of the plan is removed.
-    - Anything else lies under this name, or nothing: it is removed, and an empty directory with the record of `origin`
-      created.
+    - Anything else, or nothing, lies under this name: it is removed, and a directory is created that has only the record of
+      `origin`.
 
     `origin`: all that the files depend on, as JSON values. Raises OSError.
     """
@@ -183,7 +182,7 @@ def open_export_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, A
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what an earlier export left in this directory. Files that cannot be removed stay, which is no error.
+    """Remove a directory that an earlier export left. Files that cannot be removed stay, which is no error.
 
     Of a link only the link is removed: a downloaded run can hold one, and it may lead to the user's files.
     """
@@ -196,7 +195,7 @@ def _is_staging_of(staging_dir: Path, origin_text: str) -> bool:
     """Whether a staging directory was begun for this very export, so that its finished files can be kept.
 
     `origin_text`: all that the files depend on, as JSON: checkpoints, files of the base, the plan and torch's version. False
-    if the directory holds anything but ordinary files.
+    if the directory holds anything but ordinary files and directories.
     """
     if staging_dir.is_symlink() or not staging_dir.is_dir():
         return False
@@ -243,8 +242,8 @@ def _convert_tensors_of_file(
 ) -> Iterator[tuple[str, Tensor]]:
     """Read and convert the tensors of one file: yields (name, tensor as it is stored).
 
-    Parameters are converted in groups, such as all experts of a layer; the tensors of a group follow one another in the plan.
-    A tensor of such a group that belongs to another file is dropped.
+    Parameters are converted in groups, such as those of all experts of a layer; the tensors of a group follow one another in
+    the plan. Tensors of a group that belong to another file are dropped.
     """
     group_index: int | None = None
     tensors_of_group: dict[str, Tensor] = {}

@@ -94,7 +94,7 @@ def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: GgufC
     staging_file = gguf_dir / f".{gguf_file.name}.writing"
     command = [*converter.command, str(directory), "--outfile", str(staging_file), "--outtype", str(gguf_type)]
     try:
-        # The converter has packages of its own, of other versions than ours.
+        # The converter must not import our packages, whose versions may be others.
         process = run_in_own_environment(command)
         if process.returncode or not staging_file.is_file():
             raise ShardtuneError(

@@ -41,7 +41,7 @@ class Compressor:
 
         with TemporaryDirectory() as job_dir:
             job_file = Path(job_dir) / "job.json"
-            # `compress.py` reads it in the other Python, in which nothing of ours can be imported.
+            # `compress.py` reads it in the other Python. It imports nothing of ours.
             job = {
                 "model": str(directory.resolve()),
                 "to": str(output_dir.resolve()),

@@ -29,14 +29,14 @@ def load_export(
     dtype: Any = torch.float32,
     for_generation: bool = False,
 ) -> Any:
-    """Load an exported model as users would, through nothing but transformers and peft; in eval mode.
+    """Load an exported model as users would, through transformers and peft; in eval mode.
 
     `base_path`: where an adapter's base is; None: where the adapter says. `quantised_base`: the base that the adapter was
     trained on, if that was quantised: its values replace those of the plain model. `dtype`: a torch type, or `auto` for the
     stored one. `for_generation`: returns the plain model with the adapter inside, and virtual tokens are put before the inputs
     by our own loader, since peft loses them from the KV cache of `generate`.
 
-    Raises ConfigError if the directory holds no export.
+    Bottleneck adapters have a loader of ours, too. Raises ConfigError if the directory holds no export.
     """
     import transformers
 
@@ -88,8 +88,8 @@ def _load_base(directory: Path, settings: dict[str, Any], base_path: str | None,
     """Load the base of an adapter for its task: as a classifier, an encoder-decoder or a causal model, in `dtype`.
 
     It has the positions of the training, the labels of a classifier, and rows for all tokens of the adapter's tokenizer.
-    `directory`: the adapter's. `settings`: its adapter_config.json. `base_path`: where the base is; None: where the settings
-    say.
+    `directory`: the adapter's. `settings`: peft's, or those of a bottleneck. `base_path`: where the base is; None: where the
+    settings say.
     """
     import transformers
 
@@ -117,7 +117,7 @@ def _load_base(directory: Path, settings: dict[str, Any], base_path: str | None,
 
 
 def _adapter_loading_function(settings_file: Path, *, for_generation: bool) -> Callable[[Any, Path], Any]:
-    """Choose how an adapter is put on its base: a function of (base model, the adapter's directory) returns the model.
+    """Choose how an adapter is put on its base: returns a function of (base model, the adapter's directory) for that.
 
     - a bottleneck adapter: our own loader;
     - virtual tokens, for generation: our own loader, since peft loses them from the KV cache;

@@ -54,11 +54,11 @@ class TurnTexts:
 
 
 def turn_texts_of_template(tokenizer: Any) -> TurnTexts | None:
-    """Find out what a chat template writes around the turns of each role; None if it does more than join turns.
+    """Find out what a chat template writes around the turns of each role, since Ollama needs it in another language.
 
-    Its turns must have one form each. Ollama needs the template in another language. Short conversations are rendered and the
-    texts compared: around a user's turn may stand `("<|user|>", "<|end|>")`. Without the first token of a text, which
-    llama.cpp adds itself.
+    Short conversations are rendered and the texts compared: around a user's turn may stand `("<|user|>", "<|end|>")`. The token
+    that begins every text is left out, because llama.cpp adds it itself. None if there is no template, or if it does more than
+    join turns of one form for each role.
     """
     if tokenizer.chat_template is None:
         return None
@@ -190,7 +190,7 @@ def modelfile_of(gguf_file: str, tokenizer: Any, generation_config: Any) -> Mode
         lines.append(f'PARAMETER stop "{token}"')
     if generation_config.do_sample:
         for parameter in SAMPLING_PARAMETERS:
-            # The one parameter that Ollama calls otherwise.
+            # The one parameter that has another name in Ollama.
             transformers_name = "repetition_penalty" if parameter == "repeat_penalty" else parameter
             setting = getattr(generation_config, transformers_name, None)
             if setting is not None:

@@ -199,7 +199,7 @@ def _quantise_and_save(
 
 
 def _quantise_while_loading(directory: Path, quantised_format: QuantisedFormat) -> Any:
-    """Load a whole model so that its matrices are quantised at once, by bitsandbytes or torchao.
+    """Load a whole model, and quantise its matrices meanwhile, by bitsandbytes or torchao.
 
     Raises ValueError if NVFP4 does not fit its matrices, or if the library left all of them in full precision.
     """
@@ -222,9 +222,10 @@ def _quantise_while_loading(directory: Path, quantised_format: QuantisedFormat) 
 
 
 def _matrices_unsuitable_for_nvfp4(directory: Path) -> list[str]:
-    """Find the matrices that NVFP4 cannot store, since its block does not divide a side: ["lm.up_proj (60, 24)", ...].
+    """Find the matrices that NVFP4 cannot store, with their shapes: ["model.layers.0.mlp.up_proj (60, 24)", ...].
 
-    The output head does not count, since it is not quantised. The weights are not read.
+    They have a side that is not divisible by its block. The output head does not count, since it is not quantised. The weights
+    are not read.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -292,7 +293,7 @@ def _compute_dtype(quantised_format: QuantisedFormat) -> Any:
 
 
 def _quantisation_config(quantised_format: QuantisedFormat) -> Any:
-    """How transformers quantises a model while it is loaded, by bitsandbytes or torchao, as its configuration object."""
+    """The configuration by which transformers quantises a model while it is loaded, with bitsandbytes or torchao."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if quantised_format is QuantisedFormat.int8:
@@ -316,7 +317,7 @@ def _quantisation_config(quantised_format: QuantisedFormat) -> Any:
 def mean_loss(model: Any, samples: list[Sample]) -> float:
     """Mean cross-entropy over the supervised tokens of all documents, each token weighing the same; 0.0 without any.
 
-    It measures what quantisation costs. Of each document the first `MAX_DOCUMENT_TOKENS` tokens count.
+    Of each document the first `MAX_DOCUMENT_TOKENS` tokens count.
     """
     import torch
     from torch.nn.functional import cross_entropy

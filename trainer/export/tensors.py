@@ -10,7 +10,7 @@ from strategies.small_files import read_json_object
 
 
 def hub_id_and_commit(base_path: str) -> tuple[str, str | None]:
-    """The hub's name and commit of a base model, which an adapter's settings name instead of a path of this machine.
+    """The hub's name and commit of a base model in the hub's cache, for an adapter's settings in place of this machine's path.
 
     ("org/name", "abc123") for a snapshot in the hub's cache; else (`base_path` as it is, None).
     """

@@ -108,8 +108,8 @@ class ModelValues:
         self.model = model
         self.base = model.base_weights()
         """Also the reader of stored weights that the architecture ignores."""
-        # Merges the adapter into one parameter after another; None without an adapter.
         self._merger: AdapterMerger | None = None
+        """Merges the adapter into one parameter after another; None without an adapter."""
         tuning: Any = model.built.tuning
         if tuning.adapter:
             tuning.seed = model.seed  # which an engine sets when it asks for initial values
@@ -117,8 +117,7 @@ class ModelValues:
         self._plain_name_by_base_name: dict[str, str] = {}
         """The name of a parameter in the run's module, by its name in the base, in the order in which the model holds them."""
         for plain_name, _ in named_parameters(model.built.step_module):
-            # peft keeps the original of a module that trains as a full copy; the copy is exported.
-            # True for such an original, whose copy stands beside it.
+            # peft keeps the original of a module that trains as a full copy; the copy is exported in its place.
             is_replaced = self._merger is not None and ".original_module." in plain_name
             if not tuning.is_added_parameter(plain_name) and not is_replaced:
                 self._plain_name_by_base_name[tuning.base_name(plain_name)] = plain_name
@@ -154,14 +153,11 @@ class ModelValues:
     def full_tensor(self, base_name: str) -> Tensor:
         """Read one whole tensor of the export, on the CPU.
 
-        Only what this tensor needs is read, so that no host holds the whole model.
-
         - A buffer: that of the model.
         - A parameter that trained in full: from the checkpoint.
-        - A frozen parameter: from the base, with the adapter merged in if there is one. One thread merges: the same bits on
-          every host.
+        - A frozen parameter: `_frozen_tensor`, with the adapter merged in if there is one. One thread merges, so that every
+          host gets the same bits.
 
-        `base_name`: the name in the base model. The plain name is that in the run's module, where an adapter may be around it.
         Raises StorageError if the checkpoint cannot be read, ConfigError if a conversion of the base's files fails.
         """
         if base_name in self._buffers:
@@ -187,8 +183,7 @@ class ModelValues:
         """The value of a parameter that did not train, before an adapter is merged in.
 
         - The base's files hold it quantised: its full-precision values.
-        - They do not have it (a new head), or have it in another shape (a grown vocabulary): its value when the run began,
-          which the run's own initialisation decides.
+        - They do not have it (a new head), or have it in another shape (a grown vocabulary): its value when the run began.
         - Else: the value of the files in their type. The run's memory may hold it rounded.
 
         `base_name`: its name in the base model; `plain_name`: in the run's module.

@@ -189,7 +189,7 @@ def verify_export(
     has_routers = training_choices is not None and bool(training_choices.indices_by_call)
     if not verification.is_close and has_routers and is_half_precision:
         assert training_choices is not None
-        # Compare again with training's experts; if the calls do not match, the first comparison stays.
+        # Compare again with training's experts. The first comparison stays if the calls do not match, or nothing was replaced.
         with RoutingReplay(training_choices) as replay:
             logits = _export_logits(model, token_ids, decoder_start)
         if replay.calls_match and replay.num_replaced:
@@ -271,9 +271,9 @@ class ProbeReference:
 
 
 def compute_probe_reference(engine: Engine, built: BuiltModel, tokenizer: Any, runtime: Runtime) -> ProbeReference:
-    """Compute what the trained model says to the probe, a fixed sentence, before the model is exported. All ranks must call.
+    """Compute the trained model's logits on the probe, a fixed sentence, before it is exported. All ranks must call.
 
-    The engine is not needed afterwards.
+    Also records which experts it chose. The engine is not needed afterwards.
     """
     token_ids = probe_ids(tokenizer)
     with RoutingRecorder() as choices:
@@ -284,9 +284,7 @@ def compute_probe_reference(engine: Engine, built: BuiltModel, tokenizer: Any, r
 def verify_against_reference(
     reference: ProbeReference, built: BuiltModel, directory: Path, base_path: str, *, adapter: bool
 ) -> None:
-    """Check an export that was just written against what the trained model computes, and print the result.
-
-    Only rank 0 may call.
+    """Check an export that was just written against what the trained model computes, and print the result; on rank 0 only.
 
     `reference`: of `compute_probe_reference`. `built`: the model that was trained. `base_path`: its base. `adapter`: whether
     the export is an adapter. Raises DriftError if they differ; transformers and peft have error types of their own for files

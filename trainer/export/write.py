@@ -79,23 +79,21 @@ def write_export(
 ) -> Path:
     """Write the model that a run has trained into a directory that plain transformers (and peft) loads; all ranks must call.
 
-    Full tuning and `config.merge` give a whole model, which several ranks write; other adapters a peft directory beside the
-    unchanged base. It is written aside, and renamed to `destination` at the end; an earlier export there is replaced. Returns
-    `destination`.
+    Full tuning and `config.merge` give a whole model, which several ranks write; else an adapter is written without its base.
+    It is written aside, and renamed to `destination` at the end; an earlier export there is replaced. Returns `destination`.
 
     `facts`: what the model card and documents say; completed here. `reference`: what the trained model computes, to compare
     the export with; None: it is not compared.
 
     Raises, on every rank: StorageError (nothing half-written stays), ConfigError for a merge that is not possible or a base
-    that cannot be read, ExportInUse if another process writes there, DriftError if the export computes something else than the
-    trained model.
+    that cannot be read, ExportInUse if another process writes there. If the export computes something else than the trained
+    model, rank 0 raises DriftError, and the others ShardtuneError.
     """
-    # Only a whole model has a plan and values: for an adapter both stay None.
     writes_adapter = model.built.tuning.adapter and not config.merge
     staging_dir = destination.with_name(f".{destination.name}.writing")
+    # Only a whole model has a plan and values: for an adapter both stay None.
     model_values: ModelValues | None = None
     plan: ExportPlan | None = None
-    # Plan the files, if a whole model is written.
     with _raising_on_all_ranks(destination, runtime):
         if config.merge and model.built.tuning.adapter:
             _check_adapter_mergeable(model)
@@ -179,7 +177,7 @@ def _open_staging_on_main(
     """Open the directory that the export is written to before it gets its name, and check its free space, both on rank 0.
 
     Returns what was found, on every rank. All ranks must call. Raises StorageError on every rank if the directory cannot be
-    opened, or if the export does not fit. Then the directory is removed.
+    opened, or if the export does not fit; in the second case the directory is removed.
     """
     # All that the files of the export depend on: only one of the same origin may keep files that it finished.
     origin = {**model.origin, "plan": plan.plan_sha256(), "torch": torch.__version__}
@@ -191,7 +189,7 @@ def _open_staging_on_main(
         return _Staging(may_have_complete_files=may_have_complete_files, problem=problem)
 
     try:
-        # On rank 0 alone; every rank gets what it returns or raises.
+        # On rank 0 alone; every rank gets what it returns, or the StorageError.
         staging = call_on_main(open_and_check_space, runtime)
     except StorageError as error:
         raise StorageError(f"writing the export {destination} failed ({error}): {_FREE_SPACE_REMEDY}") from error
@@ -208,7 +206,7 @@ def _writer_ranks(plan: ExportPlan, runtime: Runtime) -> list[int]:
     `plan.process_bytes` is the most that a writer holds at a time. All ranks must call.
     """
     free_bytes = free_host_memory_bytes()
-    # Also if the free memory is not known.
+    # All of them if the free memory is not known.
     max_writers_of_host = runtime.local_world_size
     if free_bytes is not None:
         max_writers_of_host = max(1, min(max_writers_of_host, free_bytes // max(1, plan.process_bytes)))
@@ -273,7 +271,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
     """
     from trainer.tuning.adapter import Adapter
 
-    # Of an export that was cut short.
+    # An export that was cut short may have left the directory.
     remove_leftovers(staging_dir)
     make_directories(staging_dir)
     too_little_space = disk_space_problem(staging_dir, export_bytes(model, plan=None))
@@ -281,14 +279,14 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
         raise StorageError(f"{too_little_space}; {_FREE_SPACE_REMEDY}")
     tuning: Any = model.built.tuning
     trained = {name: model.trained[name] for name in model.trained}  # reads all, which are few for an adapter
-    # peft's methods are written through peft, others by themselves.
+    # Methods that put adapters into layers, such as LoRA; others, such as virtual tokens, have a writer of their own.
     if isinstance(tuning, Adapter):
         _write_adapter_by_peft(model, tuning, trained, staging_dir)
     else:
         hub_id, commit = hub_id_and_commit(model.base_path)
         tuning.save_adapter(model.built.step_module.model, trained, staging_dir, hub_id, commit)
     base_identity = (facts.run.identity or {}).get("base") or {}
-    # So that who loads the adapter can tell whether his base is the one of the training.
+    # By it, loaders of the adapter can tell whether their base is that of the training.
     write_base_record(staging_dir, base_identity)
     if model.built.base_config is not None:
         model.built.base_config.save_pretrained(str(staging_dir))
@@ -297,8 +295,8 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
 def _write_adapter_by_peft(model: TrainedModel, tuning: Any, trained: dict[str, Tensor], staging_dir: Path) -> None:
     """Write an adapter's settings and tensors as peft does. `trained`: its tensors, by name in the run's module.
 
-    An adapter that started by rewriting the base (as PiSSA does) is written as a plain LoRA of double rank: its initial
-    values, which are drawn again from the run's seed, are taken off. So it works on the unchanged base.
+    An adapter that started by rewriting the base (as PiSSA does) is written as a plain LoRA of double rank, which works on the
+    unchanged base: its initial values, which are computed again with the run's seed, are taken off.
     """
     from trainer.tuning.adapter_files import as_plain_lora, write_adapter
 
@@ -332,7 +330,7 @@ def _write_small_files(
     if writes_chats:
         write_end_tokens(model.tokenizer, staging_dir, model.base_path)
     facts.resize_to = _num_tokens_to_resize_to(model) if is_adapter else None
-    # The card then says how the model is loaded, since transformers' auto classes do not find it.
+    # The card then names the model's own class, since AutoModelForCausalLM finds it in no other program.
     if needs_own_class(type(model.built.config)):
         facts.custom_auto_class = type(model.model_without_adapter).__name__
     write_documents(staging_dir, config.papers, facts, adapter=is_adapter, base_path=model.base_path)
@@ -383,7 +381,7 @@ def _raising_on_all_ranks(
     *,
     caught: type[Exception] | tuple[type[Exception], ...] = Exception,
 ) -> Iterator[None]:
-    """Around work that may fail on one rank: its error is raised on every rank, so that none waits for another forever.
+    """Around work that may fail on one rank: its error is raised on every rank, so that no rank waits for one that has left.
 
     All ranks must call; a rank may have nothing to do. safetensors, transformers and peft have error types of their own, so by
     default every Exception is `caught`. What is raised, and when `staging_dir` is removed: see `raise_if_any_rank_failed`.
@@ -401,10 +399,12 @@ def raise_if_any_rank_failed(
 ) -> None:
     """Raise on every rank the error of any rank; return if no rank has one. All ranks must call.
 
-    `error`: this rank's, or None. Before raising, rank 0 removes `staging_dir`.
-    - The rank with the error raises it. Errors of reading the base become ConfigError, those of writing StorageError.
-    - The other ranks raise an error with the same text: of the same type for StorageError, ConfigError and ExportInUse, else a
-      ShardtuneError.
+    - A rank with an error of its own (`error`) raises that. Errors of reading the base become ConfigError, those of writing
+      StorageError.
+    - Other ranks (`error` is None) raise one with the same text: of the same type for StorageError, ConfigError and
+      ExportInUse, else a ShardtuneError.
+
+    Before raising, rank 0 removes `staging_dir`; None: nothing is removed.
     """
     if error is not None:
         error = _as_user_error(error, destination)
@@ -421,7 +421,7 @@ def raise_if_any_rank_failed(
 
 
 def _as_user_error(error: BaseException, destination: Path) -> BaseException:
-    """Turn an error of writing an export into one that tells the user what to do.
+    """Turn an error of reading the base or writing an export into one that tells the user what to do.
 
     - The base cannot be read: ConfigError.
     - The export cannot be written: StorageError. To free space is advised only if that would help.

@@ -48,7 +48,7 @@ class Bound:
         }[self.sign]
 
     def badness(self, measured: float) -> float:
-        """How far a value is on the bad side for this bound, to find the worst of several measurements; larger is worse.
+        """A number that is larger the worse a value is for this bound, to find the worst of several measurements.
 
         An upper bound (`<`, `<=`): the value; a lower bound (`>`, `>=`): its negative; an equation: the distance. NaN is the
         worst.
@@ -105,8 +105,8 @@ def parse_bound(metric: str, value: Any) -> Bound | None:
 def gate_problems(gates: Mapping[str, Any]) -> list[str]:
     """Check gates, which are limits of metrics that a model must keep to be exported, such as {"eval/loss": "<2.1"}.
 
-    Returns an error message for each that cannot be read. The entry `override` is no gate: it must hold the reason for
-    exporting although gates fail.
+    Returns an error message for each that cannot be read. The entry `override` is no gate: it must say why the model is
+    exported although gates fail.
     """
     problems = []
     for metric, value in gates.items():
@@ -117,7 +117,7 @@ def gate_problems(gates: Mapping[str, Any]) -> list[str]:
                 )
         elif not METRIC_NAME_REGEX.fullmatch(metric):
             problems.append(f"gates: {metric}: must be the name of a metric, such as eval/loss, bias/gap or memorised")
-        # A nested entry, as YAML users may write `eval: {loss: 2}`.
+        # Nested as YAML often is: `eval: {loss: 2}` in place of `eval/loss: 2`.
         elif isinstance(value, Mapping):
             problems.append(
                 f"gates: {metric}: has entries below it; write the whole name, as in {metric}/{next(iter(value), 'x')}"
@@ -128,9 +128,7 @@ def gate_problems(gates: Mapping[str, Any]) -> list[str]:
 
 
 def parse_gate_argument(argument: str) -> dict[str, Any]:
-    """Read the gates, by name of the metric, that one argument of the command line sets.
-
-    Raises ConfigError if it cannot be read.
+    """Read the gates, by name of the metric, that one argument of the command line sets; ConfigError if it cannot be read.
 
     - one gate, `gates.eval/loss="<2.1"`: `{"eval/loss": "<2.1"}`, quotes removed.
     - several as YAML, `gates={eval/loss: "<2.1", memorised: 0}`: `{"eval/loss": "<2.1", "memorised": 0}`.

@@ -151,7 +151,7 @@ def _judge_gate(
 
 
 def _hint_at_measured_metrics(gate_name: str, measured: list[MeasuredMetric]) -> str:
-    """Help with a gate's metric that was never measured: a similar name, else some names; "" without any."""
+    """A hint for a gate whose metric was never measured: a similar name, else some names that were; "" without any."""
     names = list(dict.fromkeys(metric.name for metric in measured))
     similar = difflib.get_close_matches(gate_name.removeprefix("eval/"), names, n=1)
     if similar:
@@ -247,7 +247,7 @@ def _measuring_command(metric: str, weights: ExportedWeights, tasks: Mapping[str
 
 
 def _task_kind_of(name: str) -> str | None:
-    """Which kind of task measures what is called `name`: the kind of that name, or the first with such a first metric."""
+    """Which kind of task measures what is called `name`: that of this name, or the first with such a first metric, or None."""
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
     if name in TASK_KINDS:

@@ -63,7 +63,9 @@ class MeasuredMetric:
 
 
 def measured_metrics(run_dir: Path, step: int | None, weights_sha256: str | None) -> list[MeasuredMetric]:
-    """Collect all metrics that a run has measured, to judge gates by: of evaluation reports, newest first, then of training.
+    """Collect all metrics that a run has measured, to judge gates by: of reports, newest first, then of training.
+
+    Reports are of evaluations, of reviews by people, and of the test documents.
 
     `step`, `weights_sha256`: of the weights that are to be exported; None if unknown. A gate counts only what was measured of
     these weights: `is_of_these_weights` is set by the hash for a report, and by the step for training's evaluations and for a
