@@ -130,7 +130,7 @@ def export_destination(run_dir: Path, to: str | None, *, holds_this_export: bool
 def unfinished_remark(run_dir: Path, checkpoint: Path | None) -> str:
     """A remark to append to the message about an export, since the user may export too early, or an old checkpoint.
 
-    - the run is not done: "; the run is not done: preempted", with its reason if it has one;
+    - the run is not done: "; the run is not done: preempted", or its reason if it has one;
     - the run is done, and trained on after `checkpoint`: "; the run ended at step 200";
     - else, and for a mean of checkpoints (`checkpoint` is None) of a run that is done: "".
     """

@@ -38,7 +38,7 @@ class GgufRequest:
 def gguf_request(arguments: ExportArguments, config: RunConfig) -> GgufRequest | None:
     """Read which GGUF file `gguf=` asks for, and check that it can be made, before anything is written; None without `gguf=`.
 
-    Raises ConfigError if the export would be an adapter, or if there is no converter.
+    Raises ConfigError for a LoRA that is not merged, or if there is no converter.
     """
     if arguments.gguf is None:
         return None
@@ -103,7 +103,10 @@ def write_and_verify_gguf(request: GgufRequest, directory: Path, *, verify: bool
 
 
 def _refuse_adapter(argument: str, config: RunConfig) -> None:
-    """Refuse an argument such as "bits=nf4", which needs a whole model, if the export would be an adapter. Raises ConfigError."""
+    """Refuse an argument such as "bits=nf4", which needs a whole model, for a LoRA that is not merged. Raises ConfigError.
+
+    Adapters of other methods are refused when they are written (`write_and_verify_gguf`, `write_quantised`).
+    """
     from trainer.tuning.base import LoraConfig
 
     if isinstance(config.tuning, LoraConfig) and not config.export.merge:
@@ -181,7 +184,8 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
     """Write a quantised copy of an export, and print how much the quantisation raises the loss; returns its folder.
 
     The loss is that of held-out documents, or of training documents if there are none. A method that another Python computes
-    (`request.python`) is calibrated on the first documents of training. Errors: ConfigError for an adapter.
+    (`request.python`) gets the first documents of training, to calibrate its rounding if it does. Errors: ConfigError for an
+    adapter.
     """
     from launch.serve.exported import find_export
     from trainer.export.llm_compressor import Compressor

@@ -161,7 +161,7 @@ def _relative_forgetting(task_report: dict[str, Any], task_comparison: dict[str,
 
     `task_report`: the task in the report; `task_comparison`: in its comparison with the base. Returns an entry like those of a
     report's metrics, such as {"value": 0.03, "low": 0.01, "high": 0.05} for 3 % worse; {} if the report does not compare this
-    metric with the base.
+    metric with the base, or the base has 0.
     """
     metric = next(iter(task_report.get("metrics") or {}), None)
     if metric is None:
