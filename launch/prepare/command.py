@@ -94,7 +94,10 @@ def main(argv: list[str]) -> int:
         answer = {"directory": str(data.directory), "cached": was_in_cache, "report": data.report}
         print(json.dumps(answer, ensure_ascii=False))
     else:
-        print_audit(data.report, data.directory, config.data.privacy, cached=was_in_cache)
+        from trainer.objectives.registry import data_spec_of
+
+        num_sequences = data_spec_of(config.objective).sequences_per_document
+        print_audit(data.report, data.directory, config.data.privacy, num_sequences, cached=was_in_cache)
     return 0
 
 
@@ -167,40 +170,41 @@ def _end_stuck_process(signal_name: str) -> None:
     end_process(Preempted.exit_code)
 
 
-def print_audit(report: dict[str, Any], directory: Path, privacy: PrivacyConfig, *, cached: bool) -> None:
+def print_audit(
+    report: dict[str, Any], directory: Path, privacy: PrivacyConfig, num_sequences: int, *, cached: bool
+) -> None:
     """Show the user what `prepare` made: the summary of the audit, the first document with what is learned, the directory.
 
-    `report`: the audit. `privacy`: how personal data was looked for; in the document it is masked. `cached`: whether the data was
-    prepared before.
+    `report`: the audit. `privacy`: how personal data was looked for; in the document it is masked. `num_sequences`: how many a
+    document has, such as 2 of a pair of answers. `cached`: whether the data was prepared before.
     """
     from trainer.data.report.preview import summary_text
 
     print(summary_text(report))
-    print("\n".join(_first_document_lines(report, privacy)))
+    print("\n".join(_first_document_lines(report, privacy, num_sequences)))
     print(f"prepared: {directory}" + ("  (from the cache)" if cached else ""))
     print(f"look at:  {directory / 'audit.html'}", flush=True)
 
 
-def _first_document_lines(report: dict[str, Any], privacy: PrivacyConfig) -> list[str]:
+def _first_document_lines(report: dict[str, Any], privacy: PrivacyConfig, num_sequences: int) -> list[str]:
     """The first document of the audit's samples as lines for the terminal: where it is from, and what is learned of it.
 
     `report`: the audit; its "samples" are sequences in pieces, [{"where": "a.jsonl:1", "pieces": [{"text": "Hello", "learned":
-    true}], ...}], several of one document if it was split. If personal data was found and left in the data, it is masked and a
+    true}], ...}], `num_sequences` of each document. If personal data was found and left in the data, it is masked and a
     line says so; what only Presidio finds cannot be masked here, and the line stands alone.
     """
     from trainer.data.report import masked_samples
     from trainer.data.report.preview import render_pieces
     from trainer.data.report.wording import escape_control_characters
 
-    samples = report["samples"]
+    # Not those with the same place: rows of a JSON list may all stand on one line.
+    samples = report["samples"][:num_sequences]
     has_personal_data = masked_samples.has_reported_personal_data(report)
     if has_personal_data and not masked_samples.samples_can_be_masked(privacy):
         return [masked_samples.LEFT_OUT_NOTE]
     mask_pieces = masked_samples.piece_masker(privacy) if has_personal_data else list
     lines = []
     for sample in samples:
-        if sample["where"] != samples[0]["where"]:
-            break  # only the first document is shown
         pieces = mask_pieces([(piece["text"], piece["learned"]) for piece in sample["pieces"]])
         note = sample.get("note")  # data prepared by an earlier version has none
         note_text = f" · {escape_control_characters(note)}" if note else ""

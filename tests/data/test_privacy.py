@@ -421,7 +421,7 @@ def start_text(prepared, privacy):
 
 def test_personal_data_that_stays_in_the_data_is_masked_in_what_is_printed(tmp_path, capsys):
     prepared, privacy = prepared_row(tmp_path)
-    print_audit(prepared.report, prepared.directory, privacy, cached=False)
+    print_audit(prepared.report, prepared.directory, privacy, 1, cached=False)
     started = start_text(prepared, privacy)
     for text in (capsys.readouterr().out, started):
         assert "Write to j***@e***.com" in text and "+** ** **** ****" in text and MASK_NOTE in text
@@ -444,7 +444,7 @@ def test_sample_that_only_presidio_can_mask_is_left_out(tmp_path, capsys):
     prepared, _ = prepared_row(tmp_path)
     privacy = PrivacyConfig(engine=PrivacyEngine.presidio)
     assert start_text(prepared, privacy) == LEFT_OUT_NOTE
-    print_audit(prepared.report, prepared.directory, privacy, cached=False)
+    print_audit(prepared.report, prepared.directory, privacy, 1, cached=False)
     shown = capsys.readouterr().out
     assert LEFT_OUT_NOTE in shown and "Write to" not in shown
 

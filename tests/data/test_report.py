@@ -38,6 +38,7 @@ from trainer.data.report.audit import Audit
 from trainer.data.report.pages import audit_page_html, datacard_text
 from trainer.data.report.preview import summary_text
 from trainer.data.report.wording import Severity, audit_tiles, known_gaps, overall_verdict
+from trainer.data.store.documents import DocumentTable
 from trainer.objectives.classification import LabelDataSpec
 from trainer.objectives.pairs import PairDataSpec
 from trainer.pages.numbers import format_percent
@@ -362,9 +363,34 @@ def test_report_samples_say_which_answer_is_wanted(tmp_path, capsys):
     assert all(("quick" in text) == (n % 2 == 1) for n, text in enumerate(taught)), taught
     shown = words_of(audit_page_html(audit, CardConfig()))
     assert "train.jsonl:1 · rejected" in shown and "is learned, as what is said above it; the rest is context" in shown
-    verb.print_audit(audit.report(), made.directory, PrivacyConfig(), cached=False)
+    verb.print_audit(audit.report(), made.directory, PrivacyConfig(), 2, cached=False)
     said = capsys.readouterr().out
     assert "train.jsonl:1 · chosen:" in said and "train.jsonl:1 · rejected:" in said and "train.jsonl:3" not in said
+
+
+def test_report_numbers_the_rows_of_a_list_on_one_line(tmp_path, capsys):
+    """Their line is the same for all. A row with a line of its own is named by that, and stored tables have no numbers."""
+    rows = [{"prompt": f"a fox {i}", "completion": "a dog"} for i in range(6)]
+    rows[1] = {"prompt": "", "completion": "a dog"}
+    rows[4] = rows[2]
+    rows[3] = {"prompt": "write to jane@example.com", "completion": "a dog"}
+    text = json.dumps(rows[:5]).removesuffix("]") + ",\n" + json.dumps(rows[5]) + "]"
+    file = tmp_path / "list.json"
+    file.write_text(text)
+    made, audit = prepare(tmp_path, path=str(file), max_bad_share=0.5)
+    assert audit.duplicates["exact"].examples == [{"a": f"{file}:1 (row 3)", "b": f"{file}:1 (row 5)"}]
+    assert audit.privacy.types["EMAIL"].examples[0].startswith(f"{file}:1 (row 4) j***")
+    (dropped,) = map(json.loads, (made.directory / "dropped.jsonl").read_text().splitlines())
+    assert dropped["where"] == f"{file}:1 (row 2)"
+    (bad,) = map(json.loads, (made.directory / "quarantine.jsonl").read_text().splitlines())
+    assert (bad["line"], bad["row_number"]) == (1, 2)
+    places = [sample.where for sample in audit.samples]
+    assert places == [f"{file}:1 (row {n})" for n in (1, 3, 4, 5)] + [f"{file}:2"]
+    assert DocumentTable(made.directory).document(0).location == f"{file}:1"
+    verb.print_audit(audit.report(), made.directory, PrivacyConfig(), 1, cached=False)
+    assert capsys.readouterr().out.count("a fox") == 1, "one document is shown"
+    with pytest.raises(DataError, match=r"list\.json:1 \(row 2\): "):
+        prepare(tmp_path / "strict", path=str(file))
 
 
 def test_report_of_labels_and_balance(tmp_path):

@@ -63,11 +63,13 @@ class Document:
     """Columns that are kept as they are, since rewards read them. No stage looks into them."""
     group: str | None = None
     """What the row belongs to (`data.group_by`). It may name a person, so that only a digest of it leaves the process."""
+    row_number: int | None = None
+    """As in `SourceRow`. It is not stored: a document that was read from a prepared data set has none."""
 
     @property
     def location(self) -> str:
-        """`file:line`, as every message about a row begins."""
-        return f"{self.file}:{self.line}"
+        """`file:line`, as every message about a row begins; `file:line (row 3)` if several rows begin on that line."""
+        return location_text(self.file, self.line, self.row_number)
 
     def conversation(self) -> list[Message]:
         """The document as turns of a conversation, without rejected answers. Prompt and completion are two turns, a text none."""
@@ -181,6 +183,14 @@ def thought_of(message: Message) -> str | None:
     return think_block.group(1) if think_block else None
 
 
+def location_text(file: str, line: int, row_number: int | None) -> str:
+    """Say where a row is, for messages: `a.jsonl:7`, or `a.json:1 (row 3)` if several rows begin on that line.
+
+    `row_number`: that of the row in its list, from 1; None if the line is enough.
+    """
+    return f"{file}:{line}" if row_number is None else f"{file}:{line} (row {row_number})"
+
+
 class InputId(NamedTuple):
     """The name of a set of files that is read in one way, such as ("train", "faq")."""
 
@@ -203,6 +213,8 @@ class SourceRow:
     """Further columns of the file, which nobody asked for: their values were not read."""
     derived_columns: tuple[str, ...] = ()
     """Columns that reading made: the file has none of that name."""
+    row_number: int | None = None
+    """The row's number in its list, from 1, if several rows of a JSON list begin on its line; else None: the line is enough."""
 
     def parse(self) -> SourceRow | RejectedRow:
         """The row with its `fields` set, or why it cannot be read. Never raises for what the row holds."""
@@ -234,13 +246,20 @@ class RejectedRow:
     """One sentence for a person with value and constraint, without file and line."""
     excerpt: str = ""
     """The row's first characters."""
+    row_number: int | None = None
+    """As in `SourceRow`."""
+
+    @property
+    def location(self) -> str:
+        """`file:line`, or `file:line (row 3)`, as that of a `Document`."""
+        return location_text(self.file, self.line, self.row_number)
 
     def parse(self) -> RejectedRow:
         """Return self, so that callers can parse a row without asking whether it is a `SourceRow` or `RejectedRow`."""
         return self
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.message}"
+        return f"{self.location}: {self.message}"
 
 
 class RefusedDocument(DataError):

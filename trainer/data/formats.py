@@ -137,7 +137,7 @@ class RowReader:
             return self._make_document(row)
         except RowError as refusal:
             excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
-            return RejectedRow(row.file, row.line, refusal.reason, refusal.message, excerpt)
+            return RejectedRow(row.file, row.line, refusal.reason, refusal.message, excerpt, row_number=row.row_number)
 
     def _make_document(self, row: SourceRow) -> Document:
         """Turn a row into a document of the source's format; raises RowError if it does not fit.
@@ -148,7 +148,7 @@ class RowReader:
         fields = row.fields
         if self.ignored:
             fields = {name: value for name, value in fields.items() if name not in self.ignored}
-        document = Document(row.file, row.line, self.source)
+        document = Document(row.file, row.line, self.source, row_number=row.row_number)
         document.group = parse_group(fields, self.group) if self.group else None
         # From here on, `fields` has the names that we expect.
         fields = rename_columns(fields, self.columns, self._setting)

@@ -49,6 +49,8 @@ class PreparedBlock:
     """What the stages dropped (rejected rows too) and noted."""
     documents: pa.RecordBatch | None = None
     """What is kept, as rows of `documents.arrow`."""
+    row_numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32 [documents]: `Document.row_number`, which the table does not have; 0 for none."""
     num_sequences_by_document: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [documents], each at least 1: more where a long document was split, and 2 for a pair of answers."""
     sequences: Sequences | None = None
@@ -168,6 +170,8 @@ class DatasetWriter:
         """
         for rejected_row in block.rejected_rows:
             row_fields = {"source": block.source, **asdict(rejected_row)}
+            if rejected_row.row_number is None:  # nearly always: the line is enough
+                del row_fields["row_number"]
             self._quarantine_file.write(json.dumps(row_fields, ensure_ascii=False) + "\n")
         for stage, reason, location in block.tally.drops:
             self.log_drop(stage, reason, location)
@@ -217,6 +221,7 @@ class DatasetWriter:
             # int16, since these stay in memory for all documents, and there are few splits and sources.
             "split": np.full(num_documents, split, np.int16),
             "source": np.full(num_documents, source, np.int16),
+            "row_number": block.row_numbers,
             "num_sequences": block.num_sequences_by_document,
             "label": label_of_document,
         }
@@ -329,6 +334,7 @@ class DatasetWriter:
             source_numbers=joined["source"],
             num_sequences_by_document=joined["num_sequences"],
             label_numbers=joined["label"],
+            row_numbers=joined["row_number"],
             document_hashes=columns_with_prefix(joined, "signature."),
             split_names=list(self._split_numbers),
             source_names=list(self._source_numbers),
@@ -378,6 +384,7 @@ def save_block(block: PreparedBlock, path: Path) -> None:
     arrays: dict[str, Any] = {
         "about": np.frombuffer(orjson.dumps(json_fields), np.uint8),
         "documents": np.frombuffer(block.documents.serialize(), np.uint8),
+        "row_numbers": block.row_numbers,
         "pieces": block.num_sequences_by_document,
         "tokens": block.sequences.tokens,
         "supervised": block.sequences.supervised,
@@ -422,6 +429,8 @@ def load_block(path: Path) -> PreparedBlock:
         tally=Tally(**tally_fields),
         unread_columns=json_fields["unread"],
         label_names=json_fields["labels"],
+        # Shards of earlier versions have none.
+        row_numbers=arrays.get("row_numbers", np.zeros(len(arrays["pieces"]), np.int32)),
         documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), document_schema()),
         num_sequences_by_document=arrays["pieces"],
         sequences=sequences,

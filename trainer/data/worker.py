@@ -95,6 +95,8 @@ class BlockMaker:
             documents = self._run_stage(stage, documents, block)
         tokenised_documents = self._tokenise(documents, block)
         block.documents = to_record_batch(tokenised_documents)
+        row_numbers = [document.row_number or 0 for document in tokenised_documents]
+        block.row_numbers = np.array(row_numbers, np.int32)
         block.document_hashes = self.document_hasher.hash_documents(tokenised_documents)
         # By these, documents of a group stay on one side of a split. A digest, because the name may be that of a person.
         if self.config.group_by is not None:
@@ -132,7 +134,7 @@ class BlockMaker:
             return document
         reason, message = reason_and_message
         excerpt = document.text or content_json(document)
-        return RejectedRow(document.file, document.line, reason, message, excerpt)
+        return RejectedRow(document.file, document.line, reason, message, excerpt, row_number=document.row_number)
 
     def _run_stage(self, stage: Stage, documents: list[Document], block: PreparedBlock) -> list[Document]:
         """Take the documents of a block through one stage of preparation, such as a filter, and return those that it keeps.
@@ -177,7 +179,7 @@ class BlockMaker:
 
     def _quarantine(self, block: PreparedBlock, row: RejectedRow, stage: str) -> None:
         """Reject a row: put it among the block's rejected rows, and count it as dropped by `stage`, such as "read"."""
-        block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
+        block.tally.drop(stage, row.reason, row.location)
         row.excerpt = row.excerpt[:EXCERPT_CHARACTERS]
         block.rejected_rows.append(row)
 
@@ -242,7 +244,8 @@ class BlockMaker:
 
 def _rejected_row(document: Document, reason: str, message: str) -> RejectedRow:
     """The rejected row for a document that cannot be used, with the beginning of its content."""
-    return RejectedRow(document.file, document.line, reason, message, content_json(document)[:EXCERPT_CHARACTERS])
+    excerpt = content_json(document)[:EXCERPT_CHARACTERS]
+    return RejectedRow(document.file, document.line, reason, message, excerpt, row_number=document.row_number)
 
 
 Argument = TypeVar("Argument")

@@ -62,7 +62,9 @@ class UnparsedRow(SourceRow):
         try:
             self.fields = decode_row(self.raw)
         except RowError as refusal:
-            return RejectedRow(self.file, self.line, refusal.reason, refusal.message, excerpt(self.raw))
+            return RejectedRow(
+                self.file, self.line, refusal.reason, refusal.message, excerpt(self.raw), row_number=self.row_number
+            )
         return self
 
 
@@ -128,15 +130,29 @@ def _first_filled_line(path: InputPath) -> tuple[int, bytes]:
 def _read_json_list(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     """Read the list in a `.json` file: one unparsed row for each element. Workers parse them later.
 
-    An element longer than `MAX_ROW_BYTES` is a rejected row. Raises DataError if one element cannot be separated from the next.
+    An element longer than `MAX_ROW_BYTES` is a rejected row. Rows that begin on one line have their numbers in the list, since
+    the line does not tell them apart. Raises DataError if one element cannot be separated from the next.
     """
-    file = str(path)
+    previous_row: SourceRow | RejectedRow | None = None
     with open_text_bytes(path) as stream:
-        for line_number, raw in _ListSplitter(path, stream).elements():
-            if len(raw) <= MAX_ROW_BYTES:
-                yield UnparsedRow(file, line_number, raw=raw)
-            else:
-                yield reject_too_long_row(file, line_number, raw[:1000], len(raw))
+        for number, (line_number, raw) in enumerate(_ListSplitter(path, stream).elements(), start=1):
+            row = _row_of_element(str(path), line_number, raw)
+            if previous_row is not None:
+                # Only here is it known whether a further row begins on its line.
+                if previous_row.line == line_number:
+                    previous_row.row_number = number - 1
+                    row.row_number = number
+                yield previous_row
+            previous_row = row
+    if previous_row is not None:
+        yield previous_row
+
+
+def _row_of_element(file: str, line_number: int, raw: bytes) -> SourceRow | RejectedRow:
+    """The unparsed row of an element of a list, or a rejected row if it is longer than `MAX_ROW_BYTES`."""
+    if len(raw) <= MAX_ROW_BYTES:
+        return UnparsedRow(file, line_number, raw=raw)
+    return reject_too_long_row(file, line_number, raw[:1000], len(raw))
 
 
 class _ListSplitter:

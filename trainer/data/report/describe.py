@@ -84,7 +84,7 @@ class ReportWriter:
         in which split. `data_spec` says what samples are; `label_names` are in the order of their ids. Raises DataError for data
         that would teach nothing, and for a held-out set of which no row could be kept.
         """
-        samples = self._decode_samples(TokenDataset.open(self.directory / "train"), data_spec, label_names)
+        samples = self._decode_samples(TokenDataset.open(self.directory / "train"), data_spec, label_names, columns)
         audit = self._make_audit(totals, columns, selection, samples)
         # Before anything is written, so that data that would teach nothing leaves no reports.
         for name, split in audit.splits.items():
@@ -303,12 +303,13 @@ class ReportWriter:
             yield table.document(int(number))
 
     def _decode_samples(
-        self, dataset: TokenDataset, data_spec: DataSpec, label_names: list[str] | None
+        self, dataset: TokenDataset, data_spec: DataSpec, label_names: list[str] | None, columns: DocumentColumns
     ) -> list[audit_schema.DecodedSample]:
         """Decode the sequences of `NUM_SAMPLES` documents, for people who read the audit; both answers of a pair.
 
         The documents are spread over the whole split, since files are often sorted. `data_spec` gives the heading of each
         sequence of a document ("chosen", "rejected") and a note on it; `label_names` are in the order of their ids.
+        `columns`: what is known of each document.
         """
         table = DocumentTable(self.directory)
         per_document = data_spec.sequences_per_document
@@ -316,7 +317,8 @@ class ReportWriter:
         shown_documents = np.linspace(0, num_documents - 1, min(NUM_SAMPLES, num_documents)).astype(int)
         samples: list[audit_schema.DecodedSample] = []
         for first_sequence in (shown_documents * per_document).tolist():
-            location = table.document(int(dataset.documents[first_sequence])).location
+            document_number = int(dataset.documents[first_sequence])
+            location = columns.location(document_number, table.row(document_number))
             # The sequences of one document follow one another in the data set.
             for sequence, heading in enumerate(data_spec.headings(), start=first_sequence):
                 sample = dataset.sample(sequence)

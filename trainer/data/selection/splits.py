@@ -17,7 +17,7 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
-from trainer.data.document import MAX_EXAMPLES, Tally
+from trainer.data.document import MAX_EXAMPLES, Tally, location_text
 from trainer.data.selection.balance import resample_groups
 from trainer.data.selection.document_hashes import NO_GROUP, compared_text, mix_bits
 from trainer.data.selection.leakage import find_leaks, train_documents_to_drop
@@ -45,12 +45,18 @@ class DocumentColumns:
     """int64 [D], into `label_names`; -1 where there is none."""
     document_hashes: dict[str, np.ndarray]
     """uint64 [D] each: the hashes of `DocumentHasher.hash_documents`, and "group" (0 for none) if rows have groups."""
+    row_numbers: np.ndarray
+    """int32 [D]: `Document.row_number`; 0 for none."""
     split_names: list[str]
     source_names: list[str]
     label_names: list[str]
 
     def __len__(self) -> int:
         return len(self.split_numbers)
+
+    def location(self, number: int, row: dict[str, Any]) -> str:
+        """Where a document is, as `Document.location`. `row`: that of the document in the table, which lacks its row number."""
+        return location_text(row["file"], row["line"], int(self.row_numbers[number]) or None)
 
     def of_split(self, name: str) -> np.ndarray:
         """int64: the documents that were read for a split; none for a split without rows."""
@@ -197,9 +203,8 @@ class _SplitChooser:
         self.is_kept[documents] = False
 
     def location_of(self, number: int) -> str:
-        """`file:line` of a document."""
-        row = self.table.row(number)
-        return f"{row['file']}:{row['line']}"
+        """Where a document is, as `Document.location`."""
+        return self.columns.location(number, self.table.row(number))
 
     def compared_text(self, number: int) -> str:
         """The text by which near copies are compared."""

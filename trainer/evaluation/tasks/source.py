@@ -176,6 +176,8 @@ def _document_case_reader(task: Task, first: SourceRow) -> Callable[[SourceRow],
         document = reader(row)
         if isinstance(document, RejectedRow):
             raise DataError(with_task_keys(str(document)))
+        # Reports of two models are matched by file and line, also with reports that have no numbers of rows.
+        document.row_number = None
         return TaskCase(document.location, document=document, fields=row.fields)
 
     return read_document_case
