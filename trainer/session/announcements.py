@@ -12,7 +12,8 @@ from typing import Any
 
 from strategies import runtime as processes
 from strategies.base import Progress
-from strategies.errors import LimitExceeded, ShardtuneError
+from strategies.errors import LimitExceeded, ShardtuneError, StorageError
+from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
 from trainer.config.launching import run_writes_export
 from trainer.config.resuming import settings_as_dict
@@ -30,7 +31,7 @@ from trainer.reporting.findings import findings_in, findings_summary
 from trainer.reporting.metric_names import CURRENT_NAMES_EDITION
 from trainer.reporting.metrics import Meter
 from trainer.reporting.outcome import TrainingOutcome
-from trainer.reporting.run_record import RunRecord
+from trainer.reporting.run_record import RunRecord, readable_run_record
 from trainer.reporting.status import RunState, write_status
 from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 from trainer.reporting.tracking import (
@@ -54,11 +55,15 @@ def open_console(
 ) -> Console:
     """Open this rank's console, and show on it what the run will learn: the run, the data report and samples of its text.
 
-    Only rank 0 shows them on the screen; the log file of every rank has them. `data.label_names`: the labels of a classification,
+    Only rank 0 shows them on the screen; the log file of every rank has them. A run that goes on from a checkpoint with the data
+    that it began with shows one line in their place. `data.label_names`: the labels of a classification,
     which stand beside its samples.
     """
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
     headline = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
+    if _goes_on_with_same_data(config, run_dir, data):
+        console.print_line(f"{headline}\n{_same_data_line(data)}")
+        return console
     data_spec = data_spec_of(config.objective)
     samples = start_preview_text(
         data.train,
@@ -71,6 +76,22 @@ def open_console(
     )
     console.print_line("\n".join([headline, summary_text(data.report), samples]))
     return console
+
+
+def _goes_on_with_same_data(config: RunConfig, run_dir: Path, data: PreparedData) -> bool:
+    """Whether a run goes on from a checkpoint with data that an earlier start of it has shown: `run.json` has its fingerprint."""
+    try:
+        has_checkpoint = bool(checkpoints_in(checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir)))
+    except StorageError:  # all ranks agree on that later, when they look for the checkpoint
+        return False
+    return has_checkpoint and readable_run_record(run_dir).data_fingerprint == data.train.fingerprint
+
+
+def _same_data_line(data: PreparedData) -> str:
+    """The line that stands for the data report and the sample where a run goes on with the data that it began with."""
+    train = data.report.get("train") or {}
+    sizes = f"{train['documents']:,} documents, {train['tokens']:,} tokens; " if train else ""
+    return f"data: as at the first start: {sizes}see {data.directory / 'audit.html'}"
 
 
 def open_trackers_and_records(
