@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.comparison import compare_task
+from trainer.evaluation.report.comparison import compare_task, regression_lines
 from trainer.evaluation.report.intervals import (
     Bootstrap,
     ShareCounts,
@@ -146,11 +146,27 @@ def answered(kind, scores):
     return [TaskRow(f"a:{number}", "", "", "", {name: score}) for number, score in enumerate(scores)]
 
 
-def compared(kind, mine, theirs):
-    """The comparison of two models in a task, from the score of each row."""
+def compared(kind, mine, theirs, *, paired=True):
+    """The comparison of two models in a task, from the score of each row; not `paired`: the other's rows are not known."""
     rows, others, how = answered(kind, mine), answered(kind, theirs), Bootstrap(2000, 0)
     model = EvaluatedModel(rows={kind.name: rows}, metrics={kind.name: kind.compute_metrics(rows)})
-    return compare_task(kind, model, resample_metrics(kind, rows, how), others, kind.compute_metrics(others), how)
+    other_rows = others if paired else None
+    return compare_task(kind, model, resample_metrics(kind, rows, how), other_rows, kind.compute_metrics(others), how)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "verdict"),
+    [("rouge", 3, "too few cases"), ("rouge", 5, "too few cases"), ("rouge", 6, "worse"), ("exact_match", 3, "worse")],
+)
+def test_few_rows_give_no_verdict_against_a_model_whose_rows_are_unknown(name, num_rows, verdict):
+    """A bootstrap of three equal rows has an interval without width, unlike Wilson's of shares."""
+    kind = task(name, path="x")
+    metric = kind.metrics[0]
+    own_score = 0.0 if name == "exact_match" else 0.25
+    found = compared(kind, [own_score] * num_rows, [1.0] * num_rows, paired=False)
+    assert not found["paired"] and found["metrics"][metric.name]["verdict"] == verdict
+    assert found["metrics"][metric.name]["p"] is None
+    assert bool(regression_lines(kind, found["metrics"])) == (verdict == "worse")
 
 
 def test_few_rows_are_tested_exactly_and_a_note_says_so():
@@ -186,9 +202,8 @@ def test_exact_test_of_right_and_wrong_rows_is_that_of_mcnemar(won, lost):
 def test_exact_test_of_values_is_that_of_all_signs():
     kind, differences = task("rouge", path="x"), [0.3, 0.1, -0.2, 0.4, 0.25, 0.35]
     sums = np.abs(np.array(list(product((1, -1), repeat=6))) @ np.array(differences))
-    found = exact_sign_flip_test(
-        kind, kind.metrics[0], answered(kind, [0.5 + one for one in differences]), answered(kind, [0.5] * 6)
-    )
+    mine = [0.5, *(0.5 + one for one in differences), 0.5]  # the first row and the last are equal
+    found = exact_sign_flip_test(kind, kind.metrics[0], answered(kind, mine), answered(kind, [0.5] * 8))
     assert found.p == pytest.approx((sums >= sum(differences) - 1e-9).mean(), abs=1e-12)
 
 

@@ -28,6 +28,11 @@ from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL
 
 MAX_CHANGED_ROWS = 20
 """Most rows that are listed of those that turned right, and of those that turned wrong."""
+MIN_UNPAIRED_CASES = 6
+"""Below this number of cases a metric that is no share gets no verdict against a model whose rows are not known.
+
+A bootstrap of fewer rows is too certain. In a paired comparison too, six rows are the fewest for which the exact test can have a
+p below 0.05."""
 
 
 def compare_task(
@@ -160,7 +165,7 @@ def _unpaired_differences(
     """Compare this model's metrics with those of another model, whose rows are not known or were others.
 
     The more metrics a family has (one for each group of people, say), the likelier one of them differs by chance. The verdict
-    on each of them therefore goes by a wider interval.
+    on each of them therefore goes by a wider interval. A metric that is no share of rows gets none if it has few cases.
     """
     rows = model.rows[task.name]
     num_in_family = sum(metric.in_correction_family for metric in metrics)
@@ -172,13 +177,16 @@ def _unpaired_differences(
         counts = share_counts(metric, rows)
         # The metric is no share of rows, so that only resamples give an interval.
         if counts is None:
-            differences[name] = unpaired_difference(
+            difference = unpaired_difference(
                 value,
                 other_metrics[name],
                 resamples_by_metric[name],
                 greater_is_better=metric.greater_is_better,
                 family_size=family_size,
             )
+            if _num_cases_of_metric(metric, rows) < MIN_UNPAIRED_CASES:
+                difference = replace(difference, verdict=TOO_FEW_CASES)
+            differences[name] = difference
         else:
             differences[name] = unpaired_share_difference(
                 value,

@@ -45,7 +45,7 @@ class Bootstrap:
     def description(self, *, paired: bool) -> str:
         """How intervals and p-values were computed, in one line for the report. `paired`: whether two models are compared."""
         method = "paired bootstrap over rows" if paired else "bootstrap over rows"
-        exact_test = f"exact sign-flip test if at most {MAX_EXACT_PAIRS} rows differ"
+        exact_test = f"exact sign-flip test if few rows differ, at most {MAX_EXACT_PAIRS}"
         test = f", two-sided p ({exact_test})" if paired else ""
         return (
             f"{method}, {self.resamples} resamples (at most {Task.max_resamples} where a metric is no mean), seed {self.seed}, "

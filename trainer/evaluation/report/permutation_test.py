@@ -29,6 +29,8 @@ MAX_NUMBERS_IN_MEMORY = 1 << 22
 """Random numbers (permutations times rows) that are generated at a time, which bounds the memory."""
 MAX_EXACT_PAIRS = 12
 """Most rows in which two models differ for the exact test: 12 rows have 2,048 exchanges."""
+ALL_ROWS = slice(None)
+"""In place of a list of row numbers: every row."""
 SAME_SIZE_TOLERANCE = 1e-9
 """Relative difference up to which two differences count as equally large, whatever the rounding of their sums."""
 
@@ -60,12 +62,13 @@ def exact_sign_flip_test(
     num_exchanges = 2 ** (len(differing) - 1) if differing else 0
     if not 0 < num_exchanges <= max_exchanges:
         return None
-    is_exchanged = np.zeros((num_exchanges, len(rows)))
-    is_exchanged[:, differing[1:]] = list(product((0.0, 1.0), repeat=len(differing) - 1))
     metric_functions: FunctionByMetric = {}
     if metric.ratio_of_sums is None:
         metric_functions = task.weighted_metric_functions([*rows, *other_rows])
-    differences = _metric_differences_by_permutation([metric], rows, other_rows, metric_functions, is_exchanged)
+    is_exchanged = np.array(list(product((0.0, 1.0), repeat=len(differing) - 1)))
+    differences = _metric_differences_by_permutation(
+        [metric], rows, other_rows, metric_functions, is_exchanged, row_numbers=differing[1:]
+    )
     sizes = np.abs(differences[:, 0])
     observed_size = sizes[0]  # the first exchange is none
     # A difference that is NaN counts as large, which is the cautious side.
@@ -122,6 +125,7 @@ def _metric_differences_by_permutation(
     other_rows: Sequence[TaskRow],
     metric_functions: FunctionByMetric,
     is_exchanged: np.ndarray,
+    row_numbers: list[int] | slice = ALL_ROWS,
 ) -> np.ndarray:
     """This model's metrics minus the other's, after each exchange of rows: float64 [permutations, metrics].
 
@@ -130,19 +134,22 @@ def _metric_differences_by_permutation(
 
     `metric_functions`: by metric, a function of weights, float64 [2 * rows]: those of `rows`, then those of `other_rows`. It
     computes the metric of the rows whose weight is 1. `is_exchanged`: float64 [permutations, rows], 1 where the two models'
-    rows are exchanged, else 0.
+    rows are exchanged, else 0. `row_numbers`: the rows that it is about; all others stay.
     """
     differences_by_metric = []  # float64 [permutations] each
     for metric in metrics:
         if metric.ratio_of_sums is not None:
-            own = _metric_after_exchanges(metric, metric.ratio_of_sums, rows, other_rows, is_exchanged)
+            ratio = metric.ratio_of_sums
+            own = _metric_after_exchanges(metric, ratio, rows, other_rows, is_exchanged, row_numbers)
             # The other model's own rows are `other_rows`, and an exchange gives it those of this model.
-            other = _metric_after_exchanges(metric, metric.ratio_of_sums, other_rows, rows, is_exchanged)
+            other = _metric_after_exchanges(metric, ratio, other_rows, rows, is_exchanged, row_numbers)
             differences_by_metric.append(own - other)
             continue
         metric_of_weights = metric_functions[metric.name]
         differences = []
-        for is_row_exchanged in is_exchanged:  # one permutation, [rows]
+        is_row_exchanged = np.zeros(len(rows))
+        for is_exchanged_here in is_exchanged:  # one permutation
+            is_row_exchanged[row_numbers] = is_exchanged_here
             own_weights = np.concatenate([1 - is_row_exchanged, is_row_exchanged])
             differences.append(metric_of_weights(own_weights) - metric_of_weights(1 - own_weights))
         differences_by_metric.append(np.array(differences))
@@ -155,17 +162,19 @@ def _metric_after_exchanges(
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
     is_exchanged: np.ndarray,
+    row_numbers: list[int] | slice,
 ) -> np.ndarray:
     """A ratio of sums of the model of `rows` after each exchange of rows with the other model: float64 [permutations].
 
     An exchanged row adds the other model's score to the sum instead of the own one. `is_exchanged`: float64 [permutations,
-    rows], 1 for an exchanged row, else 0.
+    rows], 1 for an exchanged row, else 0. `row_numbers`: the rows that it is about; all others stay.
     """
     sums = []  # numerator and denominator, float64 [permutations] each
     for score in ratio_of_sums:
         own_scores = _scores_or_ones(rows, score)
         other_scores = _scores_or_ones(other_rows, score)
-        sums.append(own_scores.sum() + is_exchanged @ (other_scores - own_scores))
+        changes = other_scores - own_scores
+        sums.append(own_scores.sum() + is_exchanged @ changes[row_numbers])
     return metric.from_sums(*sums)
 
 
