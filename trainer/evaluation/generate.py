@@ -122,10 +122,9 @@ class AnswerGenerator:
         """Let the model answer prompts: `decoding.draws` answers to each, prompt by prompt, the same list on every rank.
 
         `prompts`: token ids; an encoder reads them, if the model has one. `decoding`: how answers are generated. `seeds`:
-        seeds[prompt][sample]; None: derived from
-        `decoding.seed` and both indices. `averaged`: whether the averaged weights generate, if the run keeps some.
-        `keep_logprobs`: whether answers have `logprobs`. An answer is shorter than `decoding.max_new_tokens` if the model has
-        too few positions.
+        seeds[prompt][sample]; None: derived from `decoding.seed` and both indices. `averaged`: whether the averaged weights
+        generate, if the run keeps some. `keep_logprobs`: whether answers have `logprobs`. An answer is shorter than
+        `decoding.max_new_tokens` if the model has too few positions.
 
         All ranks must call with the same prompts. Also sets `throughput`. Raises, on all ranks or none, DataError for a prompt
         without tokens or one that leaves no position for an answer, and Interrupted if the run is asked to stop.
@@ -321,9 +320,8 @@ class AnswerGenerator:
 def replaced_objective(step_module: Any, objective: Any) -> Iterator[None]:
     """Inside the context the step module calls `objective.terms` in place of its own objective's, to generate or score.
 
-    A step module is the model together with its objective.
-
-    The model is called through the root module's own forward, because only there its sharded parameters are gathered.
+    A step module is the model together with its objective. The model is called through the root module's own forward, because
+    only there its sharded parameters are gathered.
     """
     training_objective = step_module.objective
     step_module.objective = objective

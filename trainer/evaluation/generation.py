@@ -97,7 +97,7 @@ class GenerationEvaluator:
         return metrics
 
     def answer_documents(self, engine: Engine) -> list[AnswerWithReference]:
-        """Let the model answer each evaluation document, greedily or as `settings` say, the same on every rank.
+        """Let the model answer the evaluation documents; returns an answer to each, in their order, the same on every rank.
 
         All ranks must call. The prompt is the document up to its first answer, which is the reference.
         """

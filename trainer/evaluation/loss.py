@@ -117,7 +117,7 @@ class LossEvaluator:
                 for term, value in {**terms, **position_group_counts(batch, terms)}.items():
                     if term not in sums.by_source:
                         sums.by_source[term] = value.new_zeros((num_source_rows, *value.shape), dtype=torch.float64)
-                    # In float64, so that the number of micro-batches does not change the result.
+                    # In float64, since float32 would lose digits over many micro-batches.
                     sums.by_source[term][source_row] += value.double()
                     if term in TERMS_KEPT_BY_BATCH:
                         sums.by_batch.setdefault(term, []).append(value.double())

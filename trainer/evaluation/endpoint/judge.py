@@ -48,7 +48,7 @@ class Judge:
         self._client = Client(self.config, JUDGE_SETTING)
 
     def collect_verdicts(self, questions: Sequence[str]) -> list[str]:
-        """Ask the judge model each question, such as which of two answers is better; every rank gets all its texts.
+        """Ask the judge model each question, such as which of two answers is better; every rank gets all verdicts.
 
         Verdicts that were given before come from a cache on the disk. All ranks must call. Raises on all ranks or none:
         LimitReached if the budget does not suffice (of calls, before the first one is sent), ConfigError and EndpointFailed of

@@ -1,7 +1,6 @@
 """Our engine as a model of lm-evaluation-harness: ranks share its requests, and every rank gets all answers.
 
-Texts become tokens, and what is too long is cut, as in the harness's own `hf` model (HFLM, 0.4.13), so that the numbers are
-its.
+Texts become tokens, and what is too long is cut, as in the harness's own `hf` model (HFLM, 0.4.13): the numbers are the same.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ class EngineLM(TemplateLM):
         pairs = []  # of each window
         request_of_pair = []  # number of the request that the window is of
         for number, request in enumerate(requests):
-            # lm-eval's own windows, so that the numbers are its.
+            # lm-eval's own windows, so that the numbers are the same as lm-eval's.
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,

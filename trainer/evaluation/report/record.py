@@ -226,8 +226,7 @@ def read_report(path: Path) -> EarlierEvaluation:
     """Read an earlier evaluation for a comparison: its `evaluation.json` (`path`), and the answers from the file next to it.
 
     The answers are left out if that file is missing, or if their hash differs from the report's, because they are another
-    report's. Raises ConfigError if `path` cannot be read or is no
-    report of this version.
+    report's. Raises ConfigError if `path` cannot be read or is no report of this version.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

@@ -201,9 +201,7 @@ class Counterfactual(Task):
     ) -> list[np.ndarray]:
         """The probabilities of a classifier's labels for each variant, float64 [labels] each, in their order.
 
-        All ranks must call.
-
-        `variants`: each with its case, which gives the location for errors.
+        `variants`: each with its case, which gives the location for errors. All ranks must call.
         """
         names = model.label_names or []
         model.encoder.set_label_names(names)  # of the head, which the encoder of an evaluated model does not know

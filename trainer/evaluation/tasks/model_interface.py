@@ -116,12 +116,9 @@ class ModelInterface:
     ) -> list[GeneratedAnswer]:
         """Let the model answer questions: as many answers to each as `decoding.draws` says, question by question.
 
-        All ranks must call.
-
         `decoding`: how answers are generated (`evaluation.tasks.NAME.write`). `task_key`: the settings of the task
-        (`evaluation.tasks.NAME`), for the error.
-
-        Raises DataError for a question that leaves too few positions for an answer, RowsChecked if rows are only checked.
+        (`evaluation.tasks.NAME`), for the error. All ranks must call. Raises DataError for a question that leaves too few
+        positions for an answer, RowsChecked if rows are only checked.
         """
         answer_tokens = decoding.max_new_tokens
         self._raise_if_too_long(questions, answer_tokens, f"{task_key}.write.max_new_tokens={answer_tokens}")
@@ -224,9 +221,8 @@ class ModelInterface:
         own_results: dict[int, SequenceLoss] = {}
         with self.engine.inference() as module:
             for sequence_indices, batch in zip(eval_micro_batches(dataset, share), batches, strict=True):
-                terms = module(
-                    {**batch, "step_means": {}}
-                )  # "step_means": means of a first pass, which these losses do without
+                # "step_means": means of a first pass, which these losses do without.
+                terms = module({**batch, "step_means": {}})
                 for index in sequence_indices:
                     own_results[index] = SequenceLoss(
                         summed_loss=float(terms["loss"].double()), num_right=float(terms["accuracy"].double())

@@ -18,10 +18,10 @@ PASS_PREFIX = "pass_at_"
 
 
 def pass_at_k_metrics(num_samples: int) -> tuple[TaskMetric, ...]:
-    """The pass@k metrics (Chen et al.
+    """The pass@k metrics (Chen et al. 2021) of a task that samples `num_samples` answers to each row.
 
-    2021) of a task that samples `num_samples` answers to each row: for k = 2, 4, 8 ... and all. pass@k is the chance that one
-    of k answers is right, so it is for tasks whose answers are right or wrong. Empty for one sample.
+    For k = 2, 4, 8 ... and all samples. pass@k is the chance that one of k answers is right, so it is for tasks whose answers
+    are right or wrong. Empty for one sample.
     """
     # The score of a row with the metric's name is its estimate of pass@k (`set_samples_of_row`), of which the metric is the mean.
     metrics = []

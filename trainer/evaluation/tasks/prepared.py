@@ -242,7 +242,10 @@ def _read_task_cases(task: Task, run_data: PreparedData | None, *, remote: bool)
 
 
 def _check_objective(task: Task, context: TaskContext) -> None:
-    """Refuse a task that computes losses of a language model, such as `bits_per_byte`, if the run has another loss."""
+    """Refuse a task that computes losses of a language model, such as `bits_per_byte`, if the run has another loss.
+
+    Raises ConfigError.
+    """
     if isinstance(task, HeldOutLossTask) and not context.is_language_model:
         raise ConfigError(
             f"{task.config_key}.kind={task.kind}: is of language models, and the objective's loss is another one; eval/loss and "

@@ -93,7 +93,7 @@ def task_problems(tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
     """Yield an error message for each invalid setting under `evaluation.tasks`, before anything starts; reads no rows."""
     for name, config in tasks.items():
         task_key = f"evaluation.tasks.{name}"
-        # Letters, digits, `-` and `_`, as in names of Python.
+        # Letters, digits, `-` and `_`, and no digit at the beginning.
         if not name.replace("-", "_").isidentifier():
             yield f"{task_key}: the name stands in metrics (eval/{name}/...); use letters, digits, - and _"
         if not config.kind:

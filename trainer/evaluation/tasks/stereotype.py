@@ -368,9 +368,8 @@ def _pair_winobias_files(task_key: str, sentences_by_file: dict[str, list[Source
     """Pair the sentences of two WinoBias files, such as `pro_stereotyped_1.txt` and `anti_stereotyped_1.txt`, line by line.
 
     Two files belong together if their names differ in "pro" and "anti" only. `task_key`: prefix of the task's settings, for
-    errors.
-    `sentences_by_file`: a row for each sentence of a file. Yields rows with a "stereotype" and an "anti_stereotype". Raises
-    DataError if a file has no counterpart, or one with another number of sentences.
+    errors. `sentences_by_file`: a row for each sentence of a file. Yields rows with a "stereotype" and an "anti_stereotype".
+    Raises DataError if a file has no counterpart, or one with another number of sentences.
     """
     pro_files = []
     anti_file_by_shared_name = {}  # the shared name is the part that both files of a pair have

@@ -202,9 +202,7 @@ class JsonSchema(Task):
     def _schema_of_row(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The JSON schema that the answer to a row must fit, checked: that of `options.schema`, else the row's.
 
-        Raises RowError.
-
-        `fields`: the columns of the row.
+        `fields`: the columns of the row. Raises RowError if there is no schema, or it is none.
         """
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for

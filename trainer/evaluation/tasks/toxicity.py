@@ -68,9 +68,9 @@ class Toxicity(PromptTask):
             yield str(error)
 
     def _read_labels_and_toxic_index(self) -> tuple[ClassifierLabels, int]:
-        """Read from the classifier's config.json (labels, index of the one that means toxic).
+        """Read from the classifier's config.json: (its labels, the index of the one that means toxic).
 
-        Raises ConfigError if it is not plain.
+        Raises ConfigError if it cannot be read, or if it is not plain which label means toxic.
         """
         setting_key = f"{self.config_key}.options.classifier"
         directory = model_directory(self.option_values["classifier"], setting_key)
