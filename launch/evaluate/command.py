@@ -159,7 +159,8 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     config_sha256 = write_job_files(job_dir, config, evaluation_plan.job.as_json())
     with stdout_to_stderr(quiet):
         if config.launcher.in_place:  # this process is the only rank
-            block_signals()  # signals that ask to stop wait until the evaluation can handle them
+            # Signals that ask to stop wait until the evaluation can handle them.
+            block_signals()
             # Tells the records of this start from those of an earlier one.
             earlier_state = state_before_start(job_dir)
             code = 0

@@ -98,7 +98,8 @@ def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[Run
         report_dir=evaluate_arguments.to or str(default_output_dir),
         run=str(run),
         checkpoint=evaluated.checkpoint,
-        data_run=str(run),  # tasks on the run's documents read its own data
+        # Tasks on the run's documents read its own data.
+        data_run=str(run),
         accept_data="data" in evaluate_arguments.accept,
         accepted=evaluated.base_differences,
         recorded=is_own_run,
@@ -118,7 +119,8 @@ def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, E
     )
     default_output_dir = Path("runs") / f"evaluate-{Path(path).name}"
     job = EvaluationJob(report_dir=evaluate_arguments.to or str(default_output_dir))
-    require_output_directory(Path(job.report_dir))  # before a file for it is written
+    # Checked before a stand-in file is written below it.
+    require_output_directory(Path(job.report_dir))
     config = _config_of_model(evaluate_arguments, path, Path(job.report_dir) / "evaluation")
     if evaluate_arguments.adapter is not None:
         base_differences = _base_differences(
@@ -284,7 +286,8 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
     model_config = read_model_config(path) or {}
     # None for a model without a classification head; [] if its labels have no names.
     labels = _labels_of_classifier(model_config)
-    arguments = ["budget.steps=1", *evaluate_arguments.settings]  # a run needs a budget, and nothing is trained
+    # A run needs a budget, though nothing is trained.
+    arguments = ["budget.steps=1", *evaluate_arguments.settings]
     if not any(argument.startswith("objective=") for argument in arguments):
         if labels is not None:
             arguments.append("objective=classification")
@@ -368,7 +371,8 @@ def _set_strategy_for_evaluation(config: RunConfig, world_size: int, cli_setting
     if world_size == 1 and not is_strategy_set_by_user:
         config.strategy = SingleConfig()
     elif quantising_library(config.model.path) is not None and not is_strategy_set_by_user:
-        config.strategy = DdpConfig()  # a quantised model cannot be sharded
+        # A quantised model cannot be sharded.
+        config.strategy = DdpConfig()
 
     is_parallel_set_by_user = any(setting.startswith("parallel.") for setting in cli_settings)
     if not is_parallel_set_by_user:
@@ -427,7 +431,8 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
                 f"against={against}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
                 "the old one in a directory of its own"
             )
-        read_report(path)  # refuses a file that is no report
+        # Refuses a file that is no report.
+        read_report(path)
         evaluation_plan.job = replace(job, report=str(path), gate=True, against=against)
     elif (path / "config.yaml").is_file():
         run_plan = plan_evaluation(_other_run_arguments(path, evaluation_plan, evaluate_arguments))

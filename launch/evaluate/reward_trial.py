@@ -72,8 +72,8 @@ def try_rewards(arguments: EvaluateArguments) -> int:
     """Try the rewards of a run: the model answers prompts of its first round, and the answers are scored.
 
     The run has not started yet, or one of its checkpoints answers (`arguments.run`). Prints a report. The ranks write it and
-    their records into the output directory: `to=`, or the run's directory, or one below runs/ for the run of
-    another user. Returns the exit code. Raises ConfigError for settings that could not start the run.
+    their records into the output directory: `to=`, or the run's directory, or one below runs/ for a run that may be somebody
+    else's. Returns the exit code. Raises ConfigError for settings that could not start the run.
     """
     from launch.cluster.supervisor import record_run_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram

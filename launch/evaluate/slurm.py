@@ -55,7 +55,8 @@ def evaluation_script(evaluation_plan: EvaluationPlan, arguments: list[str]) -> 
         "set -e",
         "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1",
         f"export PYTHONPATH={shlex.quote(str(CODE_DIRECTORY))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        slurm.setup_function_text(launcher, CODE_DIRECTORY).rstrip(),  # defines the shell function `setup`
+        # Defines the shell function `setup`.
+        slurm.setup_function_text(launcher, CODE_DIRECTORY).rstrip(),
         "setup",
         f"exec {shlex.quote(python)} -m launch.main evaluate {quoted_arguments}",
     ]
@@ -81,7 +82,8 @@ def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, 
     logs = evaluation_plan.job_dir / "logs"
     script = evaluation_plan.job_dir.absolute() / SCRIPT_FILE
     try:
-        logs.mkdir(parents=True, exist_ok=True)  # without it SLURM cannot write the job's output
+        # Without this directory SLURM cannot write the job's output.
+        logs.mkdir(parents=True, exist_ok=True)
         script.write_text(script_text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error

@@ -142,7 +142,8 @@ def unfinished_remark(run_dir: Path, checkpoint: Path | None) -> str:
     last_step = status.get("step")
     if checkpoint is None or not isinstance(last_step, int):
         return ""
-    checkpoint_step = int(checkpoint.name.rpartition("-")[2])  # the directory is called step-200
+    # The directory is called step-000200.
+    checkpoint_step = int(checkpoint.name.rpartition("-")[2])
     return f"; the run ended at step {last_step}" if last_step > checkpoint_step else ""
 
 

@@ -103,7 +103,8 @@ def warn_if_training_did_not_help(run_dir: Path, checkpoint: Path, config: RunCo
     from trainer.reporting.results import held_out_metrics_at_step
 
     watched_metric = config.evaluation.watched
-    best_step = int(checkpoint.name.rpartition("-")[2])  # the directory is called step-200
+    # The directory is called step-000200.
+    best_step = int(checkpoint.name.rpartition("-")[2])
     base_value = held_out_metrics_at_step(run_dir, 0).get(watched_metric)
     best_value = held_out_metrics_at_step(run_dir, best_step).get(watched_metric)
     if base_value is None or best_value is None:

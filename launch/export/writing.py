@@ -250,7 +250,8 @@ def _compute_reference_for_export(
             # Its logits on the probe, a fixed sentence.
             reference = compute_probe_reference(engine, built, model.tokenizer, single_rank)
             engine.close()
-        broadcast_object(None, runtime)  # the others wait here
+        # The others wait here.
+        broadcast_object(None, runtime)
     return reference or ProbeReference([], None, RoutingRecorder())
 
 

@@ -62,7 +62,8 @@ def combination_problems(settings: CombineSettings) -> list[str]:
     together: of different ranks or bases, or for another task than language modelling.
     """
     problems = []
-    peft_settings_by_directory: dict[str, dict[str, Any]] = {}  # of the adapters that can be combined
+    # Of the adapters that can be combined.
+    peft_settings_by_directory: dict[str, dict[str, Any]] = {}
     for directory in settings.adapters:
         try:
             peft_settings_by_directory[directory] = _settings_of_combinable_adapter(directory)

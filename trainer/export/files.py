@@ -109,7 +109,8 @@ def _open_lock_file(path: Path) -> int:
         with suppress(FileExistsError):
             descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
             with suppress(OSError):
-                os.fchmod(descriptor, 0o666)  # whatever the umask: a file that others cannot open would lock them out
+                # Whatever the umask: a file that others cannot open would lock them out.
+                os.fchmod(descriptor, 0o666)
             return descriptor
 
 
@@ -250,7 +251,8 @@ def _convert_tensors_of_file(
     for planned in file.tensors:
         if planned.group_index != group_index:
             group_index = planned.group_index
-            tensors_of_group = {}  # free the group before: two at once would take twice the memory
+            # Free the group before: two at once would take twice the memory.
+            tensors_of_group = {}
             tensors_of_group = stored_tensors_of_group(plan, group_index, model_values)
         tensor = tensors_of_group.pop(planned.name)
         if tensor.is_floating_point():

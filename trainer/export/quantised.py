@@ -189,7 +189,8 @@ def _quantise_and_save(
         model = _quantise_while_loading(directory, quantised_format)
         model.save_pretrained(staging_dir)
     except (RuntimeError, ValueError, NotImplementedError, ShardtuneError) as error:
-        reason = " ".join(str(error).split())[:400]  # libraries may append whole configurations
+        # Libraries may append whole configurations.
+        reason = " ".join(str(error).split())[:400]
         other_formats = ", ".join(name for name in QuantisedFormat if name is not quantised_format)
         raise ShardtuneError(
             f"bits={quantised_format}: {quantised_format.storing_library} cannot store this model so ({reason}); the export in "

@@ -278,7 +278,8 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
     if too_little_space:
         raise StorageError(f"{too_little_space}; {_FREE_SPACE_REMEDY}")
     tuning: Any = model.built.tuning
-    trained = {name: model.trained[name] for name in model.trained}  # reads all, which are few for an adapter
+    # Reads all, which are few for an adapter.
+    trained = {name: model.trained[name] for name in model.trained}
     # Methods that put adapters into layers, such as LoRA; others, such as virtual tokens, have a writer of their own.
     if isinstance(tuning, Adapter):
         _write_adapter_by_peft(model, tuning, trained, staging_dir)
@@ -463,6 +464,7 @@ def _publish_export(staging_dir: Path, destination: Path) -> None:
     earlier_export = destination.with_name(f".{destination.name}.old")
     if destination.exists():
         shutil.rmtree(earlier_export, ignore_errors=True)
-        atomic_io.disk.rename(destination, earlier_export)  # not synced: `publish_directory` syncs the parent of both
+        # Not synced here: `publish_directory` syncs the parent of both.
+        atomic_io.disk.rename(destination, earlier_export)
     publish_directory(staging_dir, destination)
     shutil.rmtree(earlier_export, ignore_errors=True)
