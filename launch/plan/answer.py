@@ -34,8 +34,7 @@ CHOICE_NAME_COLUMNS = (
 def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> str:
     """Write what `shardtune plan` prints: the run, a table of the options, the best one in detail, and what was left out.
 
-    `overrides`: the settings on the command line. `calibration_lines`: what a run of `from=` has measured; empty without
-    one.
+    `overrides`: the settings on the command line. `calibration_lines`: what a run of `from=` has measured; empty without one.
     """
     job = answer.planned_run
     cost_model = answer.cost_model

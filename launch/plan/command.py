@@ -40,7 +40,7 @@ ADVICE_ON_SEVERAL_VALUES = (
     "run it once for each"
 )
 STAND_IN_CARD = "h100_80g"
-"""The card for which the settings of a run are checked if `hardware=` names none: it supports all that a card can."""
+"""The card for which the settings of a run are checked if another argument is wrong, such as `hardware=`. It has bf16."""
 
 
 @dataclass(kw_only=True)

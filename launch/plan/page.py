@@ -74,8 +74,7 @@ def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
     """Write the page of a plan (plan.html) as HTML, for `shardtune plan to=<directory>`.
 
     A plan lists choices: a variant of the run (strategy, recomputation, ...) with a micro-batch. The page calls them
-    options. `overrides`: those of the command line. `calibration_lines`: what the run of `from=` has measured; empty without
-    one.
+    options. `overrides`: those of the command line. `calibration_lines`: what the run of `from=` has measured; empty without one.
     """
     bars = memory_bars(answer)
     refused = [(names, reason) for reason, names in refused_variants_by_reason(answer).items()]

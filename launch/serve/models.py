@@ -40,8 +40,7 @@ def load_base_chat_model(exported: ExportedModel, *, device: str = "auto", dtype
     """Load the model that an export was tuned from, so that users can compare: an adapter's base, or the base of its run.
 
     It is called "base". None if it is not known or not on this machine. A base without a chat template gets that of the export,
-    so that both answer the same prompt. `device`: "auto" is a GPU if there is one; `dtype`: "auto" is that of the stored
-    weights.
+    so that both answer the same prompt. `device`: "auto" is a GPU if there is one; `dtype`: "auto" is that of the stored weights.
     """
     path = exported.base or _base_path_of_run(exported.path)
     if path is None:

@@ -39,8 +39,7 @@ def run_all_points(
     """Run `train -m`: every combination of the values that settings have (a point); returns the first exit code that is not 0.
 
     `run_point`: trains one point. `arguments`: the arguments of the command. `show_point`: called with each point instead of
-    running it. `check`: whether each point is validated, which running needs. Raises ConfigError with the problems of all
-    points.
+    running it. `check`: whether each point is validated, which running needs. Raises ConfigError with the problems of all points.
     """
     from launch.cluster.array_size import refuse_large_arrays
     from launch.config.axes import point_label, read_axes, set_point_name_in_trackers

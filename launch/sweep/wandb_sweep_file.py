@@ -111,8 +111,7 @@ def trials_group_name(search: PlannedSearch) -> str:
 def trials_workspace_script(search: PlannedSearch) -> str:
     """Write `workspace.py`, the script by which a user makes a view and a report of a search's trials in W&B.
 
-    Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's
-    agents.
+    Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's agents.
     """
     logging = search.first_trial.config.logging
     column_by_key = {}

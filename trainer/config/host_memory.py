@@ -13,8 +13,7 @@ def host_gib_of_recomputed_inputs(settings: dict[str, Any], ranks: int) -> float
     """How much host memory a node needs for the inputs of recomputed blocks that its `ranks` ranks keep there, in GiB.
 
     0 without `strategy.offload_activations`, and if the model's config.json does not state its sizes. It is estimated before
-    the model is built: documents count as long as `data.max_length` allows. `settings`: the configuration as nested
-    dictionaries.
+    the model is built: documents count as long as `data.max_length` allows. `settings`: the configuration as nested dictionaries.
     """
     strategy = settings["strategy"]
     if not strategy.get("offload_activations"):

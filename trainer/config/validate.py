@@ -256,8 +256,8 @@ def _noise_problems(config: RunConfig) -> Iterator[str]:
 def _base_problems(config: RunConfig) -> Iterator[str]:
     """Check what is done to the base model when it is loaded: quantisation, and adapters that are merged into it first.
 
-    Yields error messages. An adapter that is trained on top of merged ones would not fit the base alone, so that such a run
-    must merge what it exports.
+    Yields error messages. An adapter that is trained on top of merged ones would not fit the base alone, so that a run may
+    not export such an adapter.
     """
     model = config.model
     runs_here = config.launcher.name is LauncherName.local

@@ -7,8 +7,7 @@ are full, neighbours become one, so that a run of any length is judged by 24 to 
   `eval/reward`. Either alone is no sign: rewards rise in every good run, and controls hover. Both are tested for a trend
   (Mann and Kendall, one-sided); besides, the fall must be larger than the noise of a block. A control that holds and then
   drops shows no trend: it counts once it lies six standard deviations of its first half below that.
-- Collapse: the entropy fell below a tenth of that of the first block; or answers are twice as long, and the reward did not
-  rise.
+- Collapse: the entropy fell below a tenth of that of the first block; or answers are twice as long, and the reward did not rise.
 - Idle: in nine of ten groups all answers score alike.
 - No signal, told at the end: in all groups of the whole run, or no step had a gradient.
 
@@ -101,8 +100,7 @@ def add_step_to_blocks(
 
     `blocks`, changed in place: the run so far as at most `MAX_BLOCKS` sums of metrics over equally many steps each, oldest
     first, such as {"steps": 8.0, "reward": 3.2}. The newest may not be full. When all are full, neighbours are joined, so
-    that blocks become twice as long and a run of any length fits. `control_metrics`: metrics of rewards of weight 0
-    (controls).
+    that blocks become twice as long and a run of any length fits. `control_metrics`: metrics of rewards of weight 0 (controls).
     """
     block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
     if not blocks or blocks[-1][STEPS] >= block_size:

@@ -82,8 +82,7 @@ class Stragglers:
         """Take in how slow a rank was in an interval; after `INTERVALS_TO_CONFIRM` in a row it counts as slow, or normal again.
 
         Then calls `on_change` on rank 0. `factor`: how many times as long as the other ranks it took in this interval. All
-        ranks must call with the same arguments: a rank that becomes slow is named with its host, which is asked in a
-        collective.
+        ranks must call with the same arguments: a rank that becomes slow is named with its host, which is asked in a collective.
         """
         slow_rank = next((slow for slow in self._slow_ranks_now() if slow.rank == rank), None)
         was_slow = slow_rank is not None

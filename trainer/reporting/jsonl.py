@@ -44,8 +44,7 @@ class JsonlTracker:
     def _rewrite_up_to(self, step: int) -> None:
         """Drop the rows after a step, durably, because training continues from there; sets `earlier` to what the others measured.
 
-        Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning. Raises OSError with all rows still
-        there.
+        Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning. Raises OSError with all rows still there.
         """
         recorded = read_rows(self.path)
         if recorded.unreadable:  # they are in that file before they disappear from this one

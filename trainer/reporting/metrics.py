@@ -154,8 +154,7 @@ class Meter:
     def start_clock(self, evaluation_s: float) -> None:
         """Start to measure: the clock of steps, and a thread that reads this rank's GPU. Called before the first step of a start.
 
-        `evaluation_s`: seconds that the evaluation before the first step took. They are reported apart from those of
-        starting.
+        `evaluation_s`: seconds that the evaluation before the first step took. They are reported apart from those of starting.
         """
         self.seconds_until_first_step = process_age_s()
         self.evaluation_s = evaluation_s
@@ -220,8 +219,7 @@ class Meter:
     def flush(self) -> list[dict[str, Any]]:
         """Turn the steps since the last flush into rows of `metrics.jsonl`, once a logging interval: one row for each step.
 
-        Rows are equal on all ranks. A collective: all ranks must call, after the same steps. Here the host waits for the
-        device.
+        Rows are equal on all ranks. A collective: all ranks must call, after the same steps. Here the host waits for the device.
         """
         records = self._records
         self._records = []

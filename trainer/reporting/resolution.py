@@ -57,8 +57,7 @@ def parse_resolution(setting: str, recorded: Any) -> ResolvedSetting | None:
     """Read how a setting that was left open got its value (its resolution), in each form in which it was ever kept.
 
     None if `recorded` is no resolution. `recorded` is a ResolvedSetting; its fields as read from YAML or JSON, such as
-    {"asked": "auto", "chosen": 4, "reason": "planned"}; or the sentence of an early run directory, such as "auto -> 4
-    (planned)".
+    {"asked": "auto", "chosen": 4, "reason": "planned"}; or the sentence of an early run directory, such as "auto -> 4 (planned)".
     """
     if isinstance(recorded, ResolvedSetting):
         return recorded

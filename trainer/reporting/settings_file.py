@@ -28,8 +28,7 @@ def read_settings_text(path: Path) -> str:
 def parse_settings_tree(path: Path, text: str) -> dict[str, Any]:
     """Parse the YAML `text` of the file `path` into nested dictionaries and lists. Interpolations (`${...}`) stay texts.
 
-    Errors: ConfigError if it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run writes
-    none.
+    Errors: ConfigError if it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run writes none.
     """
     import yaml
 

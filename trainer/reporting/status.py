@@ -95,9 +95,8 @@ def job_start_fields() -> dict[str, Any]:
 def write_status(run_dir: Path, state: RunState | str, **fields: Any) -> None:
     """Tell other processes how a run stands: replaces its `status.json` by a new state, with this process and the time.
 
-    Raises StorageError.
     `fields`: JSON values by key, such as `reason` and `step`, which override those written here. Secrets in the reason are
-    masked. On a full disk the old file is overwritten in its place.
+    masked. On a full disk the old file is overwritten in its place. Raises StorageError.
     """
     status = {
         "state": RunState(state).value,

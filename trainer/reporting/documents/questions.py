@@ -58,10 +58,9 @@ def paper_problems(papers: list[str]) -> Iterator[str]:
 def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
     """Read what the model's owner answered for the documents, from a YAML file: returns (answers by question, error messages).
 
-    Both are empty if `path` is None.
-    The file {provider: Clinic of X, contact: } gives ({"provider": "Clinic of X"}, []): an answer that is null or empty leaves
-    its question open. There is an error message if the file cannot be read or holds no pairs, for each unknown question, and
-    for an answer that must be a number and is none.
+    Both are empty if `path` is None. The file {provider: Clinic of X, contact: } gives ({"provider": "Clinic of X"}, []): an
+    answer that is null or empty leaves its question open. There is an error message if the file cannot be read or holds no
+    pairs, for each unknown question, and for an answer that must be a number and is none.
     """
     import yaml
 

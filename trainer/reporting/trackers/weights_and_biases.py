@@ -68,9 +68,10 @@ class WandbRun:
             self._use_data_artifact(tracked_run.data, is_online=is_online)
 
     def _begin_run(self, mode: str) -> str | None:
-        """Start the run in W&B's client, which sets `_run`. Returns None, or why the server could not begin it.
+        """Start the run in W&B's client, and set `_run`; returns None, or why the server could not begin it.
 
-        `mode`: `online` or `offline`. The caller then begins it offline. Raises whatever the client raises if that fails too.
+        With such a reason, the caller begins it offline. `mode`: `online` or `offline`; offline, whatever the client raises is
+        raised.
         """
         import wandb
 
