@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from launch.compare.compared_job import ComparedJob, group_points_into_jobs, point_has_diverged
 from launch.compare.curves import format_difference
+from launch.compare.exported_step import earlier_export_text
 from launch.compare.names import (
     ABSENT_VALUE,
     KEYS_LEFT_OUT_OF_NAMES,
@@ -111,6 +112,7 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
         sentences["seeds"] = _seeds_sentence(jobs[0])
     else:
         sentences |= _sentences_without_quality(jobs)
+    sentences["exported"] = _earlier_exports_sentence(points)
     is_quality_difference_shown = ranked is not None and bool(ranked.significantly_worse)
 
     # Which point is the fastest, and which takes the least memory, of those that are not shown to be worse?
@@ -138,6 +140,21 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
         unfinished=sentences["unfinished"],
         headline=_headline(sentences, is_parity_broken=bool(points_with_other_loss)),
     )
+
+
+def _earlier_exports_sentence(points: Sequence[ComparedPoint]) -> str:
+    """Say which points export an earlier step than the last one, whose metrics are compared, and its value; empty if none does.
+
+    The first repeat of a point stands for all.
+    """
+    exports = []
+    for point in points:
+        export_text = earlier_export_text(point.first_repeat)
+        if export_text:
+            exports.append(f"{point.name} exports {export_text}")
+    if not exports:
+        return ""
+    return f"The held-out metrics are those of the last step, which is not what these export: {'; '.join(exports)}."
 
 
 def _headline(sentences: dict[str, str], *, is_parity_broken: bool) -> str:

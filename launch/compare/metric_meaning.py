@@ -18,6 +18,23 @@ LARGER_IS_BETTER = (
 """Names of metrics whose direction is known without asking the tasks that have them, which loads torch."""
 
 
+def monitored_metric(run: RecordedRun) -> str:
+    """The held-out metric that decides which checkpoint of a run is the best. The first of these that there is:
+
+    - The metric that the run recorded.
+    - The setting `evaluation.watch`.
+    - The reward, if it was evaluated.
+    - The held-out loss.
+    """
+    outcome = run.record.outcome
+    recorded_metric = outcome.watch if outcome is not None else None
+    configured_metric = run.config.get("evaluation.watch")
+    if recorded_metric or configured_metric:
+        return str(recorded_metric or configured_metric)
+    has_reward = any(HELD_OUT_REWARD in metrics for metrics in run.evaluations.values())
+    return HELD_OUT_REWARD if has_reward else HELD_OUT_LOSS
+
+
 def greater_is_better_in_run(run: RecordedRun, metric: str) -> bool | None:
     """Whether a larger value of a held-out metric is better in this run; None if nothing says it.
 

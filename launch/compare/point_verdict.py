@@ -9,6 +9,7 @@ from statistics import median
 from launch.compare.compared_job import ComparedJob, group_points_into_jobs
 from launch.compare.compared_point import ComparedPoint
 from launch.compare.curves import NUM_FIRST_STEPS, first_non_finite_loss_step, format_difference, loss_relevant_settings
+from launch.compare.exported_step import earlier_export_text
 from launch.compare.metric_meaning import keys_measured_differently
 from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME
 from launch.compare.quality import bonferroni_level, comparable_jobs, quality_metric
@@ -191,7 +192,8 @@ def _differing_settings_text(baseline: ComparedPoint, point: ComparedPoint) -> s
 def _single_point_verdict(point: ComparedPoint) -> str:
     """The verdict on the only point of a comparison: how it ended, its losses, and its held-out metrics before and after.
 
-    Such as `done, 40 steps, loss 2.9 -> 2.3, eval/loss 2.87 -> 2.34`.
+    Such as `done, 40 steps, loss 2.9 -> 2.3, eval/loss 2.87 -> 2.34`. If it exports an earlier step, that step and its value
+    follow.
     """
     measured = point.measured
     metrics_before_training = measured.metrics_before_training
@@ -210,7 +212,9 @@ def _single_point_verdict(point: ComparedPoint) -> str:
         if metric in metrics_before_training and metric != "eval/perplexity":
             value_before = metrics_before_training[metric]
             clauses.append(f"{metric} {format_metric(value_before)} -> {format_metric(value_after)}")
-    return ", ".join(clauses)
+    export_text = earlier_export_text(point.first_repeat)
+    export_clause = f"; it exports {export_text}" if export_text else ""
+    return ", ".join(clauses) + export_clause
 
 
 def _loss_verdict(point: ComparedPoint) -> str:

@@ -3,12 +3,15 @@
 import gc
 import json
 import random
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch.compare.run_files import read_recorded_run
+from launch.compare.run_page.verdict import run_verdict
 from strategies.errors import StorageError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
@@ -159,6 +162,30 @@ def test_each_look_is_counted_and_the_comparison_shows_them_last(run, tmp_path, 
     assert command_here(["compare", str(run_dir), str(run[0]), f"to={tmp_path}/compared"]) == 0
     last_section = capsys.readouterr().out.rpartition("test documents (no answer")[2]
     assert "looked at twice" in last_section and "looked at once" in last_section and "verdict:" not in last_section
+
+
+def test_comparison_and_page_say_that_an_earlier_step_than_the_last_is_exported(run, tmp_path, capsys):
+    run_dir, _ = run
+    losses = held_out_losses(run_dir)
+    best_step, last_step = min(losses, key=losses.__getitem__), max(losses)
+    exports = f"exports step {best_step}, with eval/loss {losses[best_step]:.4f} "
+    exports += f"({losses[last_step]:.4f} at the last step, {last_step})"
+    assert command_here(["compare", str(run_dir), f"to={tmp_path}/one"]) == 0
+    [verdict] = re.findall(r"verdict:\n(.*?)\n\n", capsys.readouterr().out, re.DOTALL)
+    assert exports in " ".join(verdict.split())
+
+    other = shutil.copytree(
+        run_dir, tmp_path / "last"
+    )  # this one exports its last step, of which there is nothing to say
+    changed = record(other)
+    changed["exported_checkpoint"] |= {"step": last_step, "which": "last"}
+    (other / "run.json").write_text(json.dumps(changed))
+    assert command_here(["compare", str(run_dir), str(other), f"to={tmp_path}/two"]) == 0
+    answer = " ".join(capsys.readouterr().out.split())
+    assert answer.count(" exports step ") == 1 and exports in answer
+    assert "The held-out metrics are those of the last step" in answer
+    assert f"It {exports}" in run_verdict(read_recorded_run(run_dir)).text
+    assert "exports" not in run_verdict(read_recorded_run(other)).text
 
 
 @pytest.mark.parametrize(

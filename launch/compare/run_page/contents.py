@@ -10,8 +10,9 @@ from typing import Any
 from urllib.parse import quote
 
 from launch.compare.comparison import ComparedPoint
+from launch.compare.metric_meaning import monitored_metric
 from launch.compare.run_files import RecordedRun, RunMeasurements
-from launch.compare.run_page.held_out import MetricChange, best_step, card_changes, metric_changes, monitored_metric
+from launch.compare.run_page.held_out import MetricChange, best_step, card_changes, metric_changes
 from strategies.errors import ShardtuneError
 from trainer.pages.numbers import UNKNOWN, format_bytes, format_duration, format_number, format_percent
 from trainer.pages.pieces import PageCard, PageCell, PageColumn, PageTable, Tone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from launch.compare.metric_meaning import monitored_metric
 from launch.compare.profiles import ProfiledSteps
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.figure_pieces import (
@@ -27,7 +28,6 @@ from launch.compare.run_page.figure_pieces import (
     tooltip_fields,
     x_values_of_steps,
 )
-from launch.compare.run_page.held_out import monitored_metric
 from launch.compare.run_page.loss_figure import loss_figure
 from launch.compare.vega_specs import evenly_spread
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.compare.metric_meaning import HELD_OUT_LOSS, greater_is_better_by_name, greater_is_better_in_run
+from launch.compare.metric_meaning import greater_is_better_by_name, greater_is_better_in_run, monitored_metric
 from launch.compare.run_files import RecordedRun
 from trainer.pages.numbers import format_number, format_percent
 from trainer.pages.pieces import Arrow, Tone
@@ -18,8 +18,6 @@ TITLE_BY_METRIC = {
     "eval/reward": "Held-out reward",
 }
 """What people call the common metrics; any other has its own name."""
-REWARD_METRIC = "eval/reward"
-"""What decides the best checkpoint in online reinforcement learning, if the settings name nothing else."""
 MAX_CARDS = 3
 """Held-out metrics at the head of the page."""
 METRICS_IN_PERCENT = {"accuracy", "token_accuracy", "f1", "f1_macro", "f1_micro", "exact_match", "win_rate"}
@@ -132,23 +130,6 @@ def card_changes(changes: list[MetricChange]) -> list[MetricChange]:
     """
     shown = [change for index, change in enumerate(changes) if index == 0 or change.name in TITLE_BY_METRIC]
     return shown[:MAX_CARDS]
-
-
-def monitored_metric(run: RecordedRun) -> str:
-    """The held-out metric that decides which checkpoint of a run is the best. The first of these that there is:
-
-    - The metric that the run recorded.
-    - The setting `evaluation.watch`.
-    - The reward, if it was evaluated.
-    - The held-out loss.
-    """
-    outcome = run.record.outcome
-    recorded_metric = outcome.watch if outcome is not None else None
-    configured_metric = run.config.get("evaluation.watch")
-    if recorded_metric or configured_metric:
-        return str(recorded_metric or configured_metric)
-    has_reward = any(REWARD_METRIC in metrics for metrics in run.evaluations.values())
-    return REWARD_METRIC if has_reward else HELD_OUT_LOSS
 
 
 def monitored_change(run: RecordedRun) -> MetricChange | None:

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from launch.compare.events import notable_steps
+from launch.compare.metric_meaning import monitored_metric
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.figure_pieces import (
     COLOR_BY_SERIES,
@@ -27,7 +28,7 @@ from launch.compare.run_page.figure_pieces import (
     tooltip_fields,
     x_values_of,
 )
-from launch.compare.run_page.held_out import BestStep, best_step, monitored_metric
+from launch.compare.run_page.held_out import BestStep, best_step
 from launch.compare.run_page.smoothing import smoothed, smoothing_weight
 
 

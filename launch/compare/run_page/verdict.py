@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.compare.curves import first_non_finite_loss_step
+from launch.compare.exported_step import earlier_export_text
+from launch.compare.metric_meaning import monitored_metric
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.held_out import (
     MetricChange,
@@ -15,7 +17,6 @@ from launch.compare.run_page.held_out import (
     metric_changes,
     metric_title,
     monitored_change,
-    monitored_metric,
     monitored_metric_is_lost,
 )
 from trainer.data.report.audit import AUDIT, DOCUMENT_LEAK_KINDS
@@ -94,6 +95,9 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
     if not changes:
         text = f"{steps_text}. Nothing held out was evaluated, so nobody knows whether the model got better on new documents."
         return RunVerdict("note", "Trained, not evaluated", text)
+    export_text = earlier_export_text(run)
+    if export_text:
+        steps_text += f". It exports {export_text}"
     # The monitored metric is the first one, if the last evaluation has it.
     return _metric_verdict(run, changes[0], findings_in(run.record.challenges), steps_text)
 
