@@ -15,6 +15,9 @@ from launch.config.importers.rules import RULE_BY_GROUP
 from launch.config.known_settings import all_settings, find_setting
 from launch.config.removed import REASON_BY_NOT_OFFERED_KEY, SUCCESSOR_BY_REMOVED_KEY
 
+MAX_LISTED_CHOICES = 20
+"""Choices of a group that a message lists whole; of larger groups, such as the published models, it lists similar ones."""
+MAX_SIMILAR_CHOICES = 5
 KNOWN_FLAGS = ("--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version")
 NAMES_SHARED_WITH_SUBMITIT = (
     "partition",
@@ -157,7 +160,7 @@ def explain_unknown_choice(group: str, choice: str, override: str) -> str:
     - the choice that another trainer calls so;
     - `model.path`, for a model that is a directory or a hub id;
     - a stage of ZeRO, for `strategy=deepspeed`;
-    - otherwise a similar choice, if there is one.
+    - otherwise a similar choice, if there is one; behind it, all choices of the group, or of a large group the similar ones.
     """
     if group in RULE_BY_GROUP:
         # Other trainers' names of choices have rules of translation, which need none of the other trainer's settings.
@@ -169,9 +172,16 @@ def explain_unknown_choice(group: str, choice: str, override: str) -> str:
         return f"{override}: no such choice; a directory or a hub id is model.path={choice}"
     if group == "strategy" and choice in ("deepspeed", "zero"):
         return f"{override}: no such choice; did you mean strategy=zero2 or strategy=zero3? All: {', '.join(choices)}"
-    similar = difflib.get_close_matches(choice, choices, n=1, cutoff=0.4)
-    hint = f"; did you mean {group}={similar[0]}?" if similar else ""
-    return f"{override}: no such choice, one of {', '.join(choices)}{hint}"
+    similar = difflib.get_close_matches(choice, choices, n=MAX_SIMILAR_CHOICES, cutoff=0.4)
+    suggestion = f"; did you mean {group}={similar[0]}? " if similar else ""
+    if len(choices) <= MAX_LISTED_CHOICES:
+        one_of = "One of" if similar else ", one of"
+        return f"{override}: no such choice{suggestion}{one_of} {', '.join(choices)}"
+    all_choices = f"shardtune train --help lists all {len(choices)}"
+    if not similar:
+        return f"{override}: no such choice; {all_choices}"
+    others = f"Also similar: {', '.join(similar[1:])}; " if len(similar) > 1 else ""
+    return f"{override}: no such choice{suggestion}{others}{all_choices}"
 
 
 def explain_hydra_setting(key: str, value: str, override: str) -> str:

@@ -91,8 +91,11 @@ def test_a_model_is_named_by_its_shape():
     # Like any word: the last one counts, also over an experiment's.
     experiment = ["experiment=llama3_8b_qlora_single", f"model={SMALL}", *words]
     assert compose_config(experiment).config.model.path == read_shape(SMALL).hub[0]
-    with pytest.raises(ConfigError, match=r"model=lama3_8b: no such choice.*did you mean model=llama3_8b\?"):
+    with pytest.raises(ConfigError, match=r"model=lama3_8b: no such choice; did you mean model=llama3_8b\?") as caught:
         compose_config(["model=lama3_8b", *words])
+    [problem] = caught.value.problems
+    assert len(problem) < 200, "the suggestion comes first, and few of all models are listed"
+    assert f"lists all {len(choices_by_group()['model'])}" in problem
 
 
 def test_two_names_of_the_model_are_refused(tmp_path):
