@@ -44,7 +44,10 @@ class DecodingConfig:
     their length."""
 
     def problems(self, key: str) -> Iterator[str]:
-        """Yield an error message for each combination of settings of generation that does nothing or is refused."""
+        """Yield an error message for each combination of settings of generation that does nothing or is refused.
+
+        `key`: the setting that these are below, such as `evaluation.generate`.
+        """
         if self.temperature and self.beams > 1:
             yield (
                 f"{key}.temperature={self.temperature:g} with {key}.beams={self.beams}: a beam search draws nothing; set "

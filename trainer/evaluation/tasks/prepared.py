@@ -314,7 +314,7 @@ def _documents_of_split(dataset: TokenDataset | None, task: Task, directory: Pat
 
 
 def _sequence_cases(data: _LossTaskData) -> list[TaskCase]:
-    """Make a case for each sequence whose loss is measured, so that the report can name the document and show what was asked."""
+    """Make a case for each sequence of a data set: the report names its document by it, and shows what the user asked."""
     table = DocumentTable(data.directory)
     cases = []
     # The number of its document, for each sequence.
