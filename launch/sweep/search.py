@@ -282,7 +282,7 @@ class _ClaimedTrial(NamedTuple):
 
 
 def _run_trials(study: Study, search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> int:
-    """Run trials one after another until the search has enough: first those that a killed command left, then new ones.
+    """Run trials one after another until the search has enough: first those that a command left unfinished, then new ones.
 
     Returns 0, the exit code `PREEMPTED` (75) if this command was asked to stop, or the exit code of a trial that was stopped or
     that ends the whole search.
@@ -309,7 +309,7 @@ def _run_trials(study: Study, search: PlannedSearch, search_dir: Path, run_trial
 def _take_over_unfinished_trial(
     study: Study, search: PlannedSearch, search_dir: Path, unfinished_numbers: list[int]
 ) -> _ClaimedTrial | None:
-    """Claim a trial whose command was killed, to resume it: the first unfinished one that no other command runs; None if none.
+    """Claim a trial whose command has ended before it, to resume it: the first one that no other command runs; None if none.
 
     Each number that was tried is removed from `unfinished_numbers`. A trial whose command was killed before all of its values
     were drawn is reported as failed.

@@ -303,7 +303,8 @@ FIELDS_NOT_IN_FILE = ("other", "keys")
 def read_run_record(run_dir: Path) -> RunRecord:
     """Read the record of a run strictly: raises if `run.json` is missing, or if anything in it cannot be read.
 
-    OSError, or ValueError for wrong content or a later version; their texts do not name the file.
+    Raises OSError; ValueError for wrong content or a later version; RecursionError for content that is nested too deep. The
+    texts do not name the file.
     """
     content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MAX_RECORD_BYTES))
     if not isinstance(content, dict):
