@@ -105,7 +105,7 @@ def _leading_number(cell: str) -> int:
 def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     """Check a job before it is submitted, and write the notes that `shardtune submit` shows about it.
 
-    `run_dirs`: the directories of the runs that are submitted together, of which `config` is one.
+    `config`: the configuration of the runs, and `run_dirs`: their directories; several are submitted as one job array.
     The notes are about ranks, time limit, long steps, restarts and price, such as "price   $40 at most a start: 16 GPU hours of
     $2.50 (conf/hardware)".
     Raises ConfigError for a job that can never start here, or would be told to save as soon as it starts.

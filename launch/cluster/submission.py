@@ -73,8 +73,9 @@ def submit_runs(config: RunConfig, run_dirs: list[Path], *, print_only: bool) ->
     scripts = script_text_by_part(config, run_dirs, code_dir)
     assert isinstance(slurm, SlurmConfig)  # else no script was rendered
     if print_only:
-        advice.refuse_lead_of_whole_time_limit(slurm)
-        _print_scripts(slurm, scripts)
+        as_submitted = advice.settings_as_submitted(slurm)
+        advice.refuse_lead_of_whole_time_limit(as_submitted)
+        _print_scripts(as_submitted, scripts)
         return []
 
     # Everything that can refuse the job comes before the first file is written.
@@ -110,8 +111,9 @@ def submit_runs(config: RunConfig, run_dirs: list[Path], *, print_only: bool) ->
 def refuse_unshared_model(config: RunConfig) -> None:
     """Raise ConfigError if ranks cannot share rows or experts of the run's models as `parallel` asks for it.
 
-    Called before a job waits in the queue for nothing. The models are the trained one, a teacher and reward models. If any of
-    them is not on this host, nothing is checked here: the job itself finds out, before it prepares data.
+    Called before a job is submitted, which would otherwise wait in the queue for nothing. The models are the trained one, a
+    teacher and reward models. If any of them is not on this host, nothing is checked here: the job itself finds out, before it
+    prepares data.
     """
     if config.parallel == ParallelConfig():
         return
@@ -130,6 +132,7 @@ def refuse_unshared_model(config: RunConfig) -> None:
 def _print_scripts(slurm: SlurmConfig, script_by_part: dict[str, str]) -> None:
     """Print the job scripts of a run instead of submitting them. `script_by_part`: {"train": "#!/bin/bash ..."} or more.
 
+    `slurm`: the settings as sbatch would take them.
     Each script of a chain of jobs stands below the sbatch command that would submit it, with its dependency on the part before.
     Notes on ranks and time go to stderr, so that stdout is a script alone.
     """

@@ -252,6 +252,9 @@ class TestSubmit:
         assert "# time    0:12:00 a start, 180 s before its end it saves" in capsys.readouterr().err
         with pytest.raises(ConfigError, match=r"signal_lead_s=180: launcher\.time=2:00"):
             submit_runs(RunConfig(launcher=SlurmConfig(time="2:00")), [tmp_path / "run"], print_only=True)
+        longer = SlurmConfig(time="2:00", extra=["--time=1-0"])  # sbatch takes the last of two
+        submit_runs(RunConfig(launcher=longer), [tmp_path / "run"], print_only=True)
+        assert "# time    1-0:00:00 a start" in capsys.readouterr().err
 
     def test_slurm_that_does_not_answer_is_no_wrong_setting(self, sbatch: Path, tmp_path: Path) -> None:
         sbatch.write_text("#!/bin/sh\necho 'sbatch: error: Unable to contact slurm controller (x)' >&2; exit 1\n")
