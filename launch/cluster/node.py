@@ -117,6 +117,7 @@ def describe_host(config_file: Path, expected_sha256: str) -> dict[str, Any]:
     # SSH_CONNECTION holds the client's address and port, then the address of this host and its port.
     ssh_connection = (os.environ.get("SSH_CONNECTION") or "").split()
     own_ssh_addresses = ssh_connection[2:3]  # empty without ssh
+    config_sha256 = _sha256_once_visible(config_file, expected_sha256)  # before a port is chosen, since this may wait
     return {
         "host": socket.gethostname(),
         "ssh": own_ssh_addresses,
@@ -125,7 +126,7 @@ def describe_host(config_file: Path, expected_sha256: str) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": metadata.version("torch"),
         "code": code_digest(read_code()),
-        "config": _sha256_once_visible(config_file, expected_sha256),
+        "config": config_sha256,
         "gpus": count_nvidia_gpus(),
     }
 
@@ -170,9 +171,9 @@ def _relay_signals(message_fd: int) -> None:
 
 
 def _read_line(descriptor: int, timeout_s: float | None = None) -> bytes:
-    """The next line from the host that started the run. Raises EOFError if it is closed or silent for `timeout_s` seconds.
+    """The next line from the host that started the run. `descriptor`: where its messages come from.
 
-    `descriptor`: where its messages come from. `timeout_s`: None to wait without end.
+    Raises EOFError if the connection is closed, or silent for `timeout_s` seconds (None: waits without end).
     """
     line = bytearray()
     # Byte by byte: what is buffered here would be lost when this process replaces itself.
