@@ -144,6 +144,7 @@ def converted(tmp_path, capsys, name, *words):
 
     if not (tmp_path / "llama").exists():
         model_dir(tmp_path)
+        capsys.readouterr()  # what libraries print when they are first imported, such as DeepSpeed's choice of a device
     assert main(["init", f"from={name}", "model.path=llama", "run.device=cpu", *words, "to=my.yaml", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     lists = ("no_equal", "differs", "needless")
