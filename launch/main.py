@@ -78,8 +78,8 @@ MODULE_BY_VERB = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command `shardtune <verb> ...`, such as `shardtune train`; returns the exit code of the process.
 
-    `argv`: the arguments; None for the process's own. Options without a verb (`--help`, `--version`, `--shell-completion`) are
-        answered here.
+    `argv`: the arguments; None for the process's own.
+    Options without a verb (`--help`, `--version`, `--shell-completion`) are answered here.
     """
     if argv is None:
         streams.restart_in_utf8()

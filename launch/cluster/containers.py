@@ -133,7 +133,7 @@ def _directory_to_mount(path_text: str) -> Iterator[Path]:
 
 
 def refuse_unavailable_container(launcher: Mapping[str, Any]) -> None:
-    """Raise ConfigError if this host cannot start the container of a run, which is better known before its ranks start.
+    """Raise ConfigError if this host cannot start the container of a run.
 
     `launcher`: the section `launcher` of the run's configuration.
 

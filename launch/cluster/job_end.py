@@ -286,9 +286,10 @@ def _failure_of_start(job: JobStart, run_dir: Path, srun_exit_code: int) -> _Fai
 def _outcome_after_stop(
     job: JobStart, run_dir: Path, srun_exit_code: int, reached: str, *, saved_step: int | None, received_term: bool
 ) -> JobOutcome:
-    """The outcome of a start that was told to stop before its time limit, and whether its job is requeued.
+    """The outcome of a start that was told to stop, such as before its time limit, and whether its job is requeued.
 
-    An idle start is one that made no step before it was told to save. The job is requeued, except in the first of these cases:
+    An idle start is one that made no step before it was told to save. The job is requeued unless one of these holds; the first
+    that does decides:
 
     - SLURM ends or preempts the job: only SLURM knows whether it starts again (`will_restart` None);
     - the job restarted as often as `launcher.retry` allows: the exit code is 75, the run can be resumed by hand;
@@ -338,7 +339,7 @@ def _outcome_after_loss(
     """The outcome of a start that lost a rank or ran out of memory, and whether its job is requeued.
 
     `cause`: a key of `launcher.retry`, "node_fail" or "out_of_memory".
-    The job is requeued, except in the first of these cases:
+    The job is requeued unless one of these holds; the first that does decides:
 
     - SLURM ends or preempts the job: only SLURM knows whether it starts again (`will_restart` None);
     - starts were lost for this cause more often than `launcher.retry` allows;

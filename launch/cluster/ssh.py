@@ -62,7 +62,7 @@ def run_ranks_on_hosts(
     *,
     program: RankProgram = TRAIN,
 ) -> RanksEnd:
-    """Train a run on all of `launcher.hosts`, which this host starts by ssh; every process has ended when it returns.
+    """Run the ranks of a run on all of `launcher.hosts`, started by ssh; every process has ended when it returns.
 
     `config`: the run's configuration, as it stands in `run_dir`, which all hosts must see.
     `run_id`: names the rendezvous.

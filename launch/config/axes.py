@@ -241,7 +241,7 @@ def _arguments_of_hydra_function(argument: str) -> list[str]:
 def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
     """The values that a glob on the command line of a sweep stands for, sorted: choices if `key` is a group, otherwise files.
 
-    `tuning=glob(*ora)` is `dora` and `lora`.
+    `tuning=glob(*ora)` is `adalora` and `lora`.
     `glob_text`: such as `glob(*ora)` or `glob([a*,b*],exclude=c)`.
     `whole_argument`: for messages.
     Raises ConfigError if nothing matches, or if every published model does, since that is surely not meant.

@@ -35,7 +35,7 @@ def local_model_directory(config: ModelConfig, path: str | None, revision: str |
     """Where the files of a model or tokenizer lie on this machine, with or without weights; None if they are not here.
 
     `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network.
-    `revision`: of the hub, None for the newest.
+    `revision`: on the hub; None for its main branch.
     `config`: for the options of looking up; its own path and revision are not used.
     """
     from dataclasses import replace

@@ -408,9 +408,8 @@ def _needs_another_choice(
     """Whether a setting has no meaning under the chosen choice of its group, such as `tuning.rank` under `tuning=full`.
 
     `choice_by_group`: such as {"tuning": "full"}.
-    All schedules share one class, so a setting of another schedule can be set. It
-    is accepted with its default, which a file of all settings holds, and in a run that began with it (`run_has_begun`: its
-    directory has a configuration already).
+    All schedules share one class, so a setting of another schedule can be set. It is accepted with its default, which a file of
+    all settings holds, and in a run that began with it (`run_has_begun`: its directory has a configuration already).
     """
     group, _, name = key.partition(".")
     if not setting.available_under or choice_by_group[group] in setting.available_under:

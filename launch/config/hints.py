@@ -237,7 +237,7 @@ def _submitit_setting(name: str, value: str) -> str:
 
 
 def needed_choice(key: str, choices: tuple[str, ...]) -> str:
-    """The choices under which a setting exists, as typed: `tuning=lora|dora` for `tuning.rank`."""
+    """The choices under which a setting exists, as typed: `tuning=lora|vera|loha|lokr` for `tuning.rank`."""
     group = key.split(".")[0]
     return f"{group}={'|'.join(choices)}"
 
@@ -374,7 +374,7 @@ def explain_unknown_key(key: str, override: str) -> RefusedOverride:
 
 
 def _suggested_key_text(key: str) -> str:
-    """A key as a message suggests it: `optim.lr`, or `tuning.rank (with tuning=lora|dora)` if only some choices have it."""
+    """A key as a message suggests it: `optim.lr`, or `tuning.rank (with tuning=lora|...)` if only some choices have it."""
     choices_with_key = all_settings()[key].available_under
     return f"{key} (with {needed_choice(key, choices_with_key)})" if choices_with_key else key
 

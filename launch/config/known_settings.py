@@ -20,15 +20,16 @@ class Setting:
     type: Any
     """The annotation of its field, such as `float | None`."""
     available_under: tuple[str, ...] = ()
-    """The choices of its group under which it exists, ("lora", "dora") for `tuning.rank`; empty: always."""
+    """The choices of its group under which it exists, ("lora", "vera", ...) for `tuning.rank`; empty: always."""
 
 
 @cache
 def all_settings() -> dict[str, Setting]:
     """Every setting that a run can have, by full key; with it, typed keys are recognised and mistyped ones get a suggestion.
 
-    {"optim.lr": Setting(float | None), "tuning.rank": Setting(int, ("lora", "dora")), "data.sources.*.path": ...}. All choices of
-    a group are included, whichever one a run makes; `*` stands for names that the user chooses. Computed once a process.
+    {"optim.lr": Setting(float | None), "tuning.rank": Setting(int, ("lora", "vera", ...)), "data.sources.*.path": ...}. All
+    choices of a group are included, whichever one a run makes; `*` stands for names that the user chooses. Computed once a
+    process.
     """
     from trainer.config.run import RunConfig
     from trainer.config.tree import keyed_fields
@@ -59,8 +60,8 @@ def all_settings() -> dict[str, Setting]:
 def _settings_under_choices(group: str) -> dict[str, Setting]:
     """The settings of a group whose choices have different settings, such as `tuning`, each with the choices that have it.
 
-    {"tuning.rank": Setting(int, ("lora", "dora")), ...}. A choice is a file of conf/; each has a dataclass of settings, which
-    several may share: zero2 and zero3 have that of `zero`.
+    {"tuning.rank": Setting(int, ("lora", "vera", ...)), ...}. A choice is a file of conf/; each has a dataclass of settings,
+    which several may share: zero2 and zero3 have that of `zero`.
     """
     from trainer.config.tree import keyed_fields
 

@@ -20,7 +20,7 @@ INTERACTIVE_STEP_ID = str(0xFFFFFFFA)
 
 
 def is_rank_process(env: Mapping[str, str]) -> bool:
-    """Whether torchrun or srun started this process as one rank of a job, or a user typed the command.
+    """Whether torchrun or srun started this process as one rank of a job; False if a user typed the command.
 
     `env`: the environment variables of the process.
     Raises ConfigError if it would train on one host of many, or has variables that are left over from another job.
@@ -83,9 +83,10 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
 
 
 def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
-    """Raise ConfigError if only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set in `env`, or RANK is too large.
+    """Raise ConfigError if RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are not all set in `env`, or RANK is too large.
 
-    They are then left over from an ended job, and this process would wait for ranks that never come. Numbers must be numbers.
+    They are then left over from an ended job, and this process would wait for ranks that never come. RANK and WORLD_SIZE must be
+    whole numbers (`refuse_non_numbers`).
     """
     present = [f"{name}={env[name]}" for name in RANK_VARIABLES if name in env]
     missing = [name for name in RANK_VARIABLES if name not in env]

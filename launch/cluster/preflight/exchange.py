@@ -31,11 +31,11 @@ class PairRate(NamedTuple):
 
 
 def measure_communication(device: str, timeout_s: float) -> dict[str, Any]:
-    """Time how fast the ranks of a job exchange data, before the job starts; every rank calls it, as torchrun's variables say.
+    """Time how fast the ranks of a job exchange data, before the job starts: all-reduce, all-gather, transfers between nodes.
 
-    Times all-reduce, all-gather and transfers between nodes. Returns rates in GB/s: `all_reduce` and `all_gather` as a rank's
-    link carries them, `pairs` of (node, node, rate) both ways at once between the first ranks of nodes; and `backend`, `ranks`,
-    `met_s` (seconds until the ranks had met) and `hosts` (by rank).
+    Every rank must call; torchrun's variables in the environment say which one this is. Returns rates in GB/s: `all_reduce` and
+    `all_gather` as a rank's link carries them, `pairs` of (node, node, rate) both ways at once between the first ranks of nodes;
+    and `backend`, `ranks`, `met_s` (seconds until the ranks had met) and `hosts` (by rank).
 
     `device`: cpu, cuda or auto.
     Raises the errors of torch.distributed if the ranks do not meet within `timeout_s`, and RuntimeError for a wrong sum.

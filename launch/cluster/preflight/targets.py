@@ -87,9 +87,8 @@ def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     slurm.nodes = nodes.num_nodes
     settings = settings_as_dict(config)
     request = preflight_request(settings, nodes.num_nodes)
-    request.wants_communication_test = (
-        True  # the ranks' communication is tested too, whatever `launcher.preflight` says
-    )
+    # Whatever `launcher.preflight` says.
+    request.wants_communication_test = True
     command = _slurm_check_command(slurm, settings, in_allocation=in_allocation)
     return PreflightTargets(request, commands=[command], hosts=nodes.hosts, is_queued=not in_allocation)
 
