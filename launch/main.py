@@ -198,8 +198,8 @@ def _output_context(verb: str) -> AbstractContextManager[None]:
 def _record_interrupts() -> Iterator[list[int]]:
     """Within the block, note each Ctrl-C in the list that is yielded; the usual KeyboardInterrupt is raised, too.
 
-    A library that is being imported may turn KeyboardInterrupt into an error of its own. By the list, that error is still known
-    for a Ctrl-C.
+    A library that is being imported may turn KeyboardInterrupt into an error of its own. The list tells
+    that such an error comes from Ctrl-C.
     """
     interrupts: list[int] = []
 

@@ -105,12 +105,11 @@ def _address_others_reach(
             if address in own_interfaces and not is_loopback(address):
                 return address
         return _only_ipv4_address(first_host, own_interfaces)
-    assert launcher.rdzv is not None
-    address = local_address_towards(first_host_addresses[0], launcher.rdzv)
+    setting = f"launcher.rdzv={launcher.rdzv}"
+    address = local_address_towards(first_host_addresses[0], setting)
     if address not in own_interfaces or is_loopback(address):
         raise ConfigError(
-            f"launcher.rdzv={launcher.rdzv}: no interface of this host leads there; it has "
-            f"{_describe_addresses(own_interfaces)}"
+            f"{setting}: no interface of this host leads there; it has {_describe_addresses(own_interfaces)}"
         )
     return address
 
@@ -162,10 +161,10 @@ def _resolve_addresses(host: str, setting: str) -> list[str]:
     return list(dict.fromkeys(addresses))
 
 
-def local_address_towards(address: str, configured_rendezvous: str) -> str:
+def local_address_towards(address: str, setting: str) -> str:
     """The IP address of this host from which packets to `address` leave, so that others can answer to it.
 
-    `configured_rendezvous`: the value of `launcher.rdzv` that named the address, for the message.
+    `setting`: the key and value that named the address, such as "launcher.rdzv=node1:29500", for the message.
     Raises ConfigError if there is no route.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -173,9 +172,7 @@ def local_address_towards(address: str, configured_rendezvous: str) -> str:
         try:
             probe.connect((address, 9))  # a datagram socket only looks its route up: nothing is sent
         except OSError as error:
-            raise ConfigError(
-                f"launcher.rdzv={configured_rendezvous}: this host has no way to {address} ({error.strerror})"
-            ) from error
+            raise ConfigError(f"{setting}: this host has no way to {address} ({error.strerror})") from error
         return str(probe.getsockname()[0]).partition("%")[0]
 
 

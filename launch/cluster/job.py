@@ -49,7 +49,7 @@ MAX_PORTS_TRIED = 50
 
 @dataclass(frozen=True, slots=True)
 class FrozenRun:
-    """A run whose settings are decided, because they stand in the `config.yaml` of its directory, as job scripts read it."""
+    """A run whose settings are decided: they stand in the `config.yaml` of its directory, which job scripts read."""
 
     directory: Path
     settings: dict[str, Any]

@@ -112,7 +112,7 @@ def job_name() -> str | None:
 def record_lost_start(logs: Path, job: JobStart, file_prefix: str = "lost") -> int:
     """Count a start of a job that ended without saving, so that a job whose node fails again and again is given up.
 
-    Lost is a start whose node failed, of which a rank was killed, or whose memory ran out. Adds a line to the file
+    A start is lost if its node failed, one of its ranks was killed, or memory ran out. Adds a line to the file
     `<file_prefix>-<job>` in `logs`, and returns how many were lost so far, for this reason. Raises StorageError if the file
     cannot be written.
     """

@@ -249,7 +249,7 @@ def rendezvous_address(nodes: list[Node]) -> str:
         assert second_facts is not None
         for second_address in second_facts["ssh"]:
             if not is_loopback(second_address):
-                address = local_address_towards(second_address, nodes[1].name)
+                address = local_address_towards(second_address, f"launcher.hosts: {nodes[1].name}")
                 break
         if is_loopback(address):
             raise ConfigError(

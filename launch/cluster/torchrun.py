@@ -209,10 +209,10 @@ def _refuse_unusable_network(launcher: LauncherConfig, this_host: ThisHost | Non
     """Raise ConfigError for network settings that would keep the ranks from meeting; torchrun would end in a traceback.
 
     `this_host`: None if the run has one host.
-    Refused is:
+    It is raised if:
 
     - GLOO_SOCKET_IFNAME and the like name an interface that this host does not have;
-    - one host with several ranks, and no loopback interface;
+    - the run has one host and several ranks, and this host has no loopback interface;
     - this is the first of several hosts, and another process listens at the port of `launcher.rdzv`.
     """
     check_gloo_interfaces()

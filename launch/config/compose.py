@@ -336,12 +336,12 @@ def _apply_value(
 
     `choice_by_group`: the chosen settings classes, such as {"tuning": "lora"}.
     `run_has_begun`: the run's directory has a configuration already.
-    Refused is a value whose
+    A value is refused if:
 
-    - key does not exist;
-    - setting needs another choice of its group, as `tuning.rank` needs `tuning=lora`;
-    - key names the choice of a group: `tuning.name=lora`, which must be typed as `tuning=lora`;
-    - type is wrong.
+    - its key does not exist;
+    - its setting needs another choice of its group, as `tuning.rank` needs `tuning=lora`;
+    - its key names the choice of a group: `tuning.name=lora`, which must be typed as `tuning=lora`;
+    - it has the wrong type.
     """
     from omegaconf.errors import OmegaConfBaseException
 

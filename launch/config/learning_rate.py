@@ -38,8 +38,8 @@ def keep_learning_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> N
     """Give a run that is resumed the learning rate that it began with, if neither the command nor the run has one set by a user.
 
     The table of usual rates may have changed since, and a run must not change its rate.
-    `config`: of the command, and is changed.
-    `earlier_config`: of the run.
+    `config`: that of the command, which is changed.
+    `earlier_config`: that of the run.
     Nothing is changed if optimizer, tuning method or objective differ.
 
     `substitutions` of a configuration hold a note on each setting that shardtune chose itself, so a rate without a note was set

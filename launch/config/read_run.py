@@ -44,7 +44,7 @@ def uses_model_alone(value: ValueNeedingConsent, config: RunConfig) -> bool:
     """Whether a command that loads a run's model and reads no data, such as `export`, uses a value of its configuration.
 
     `value`: one that reaches out of the run.
-    Used are the model's own code and its chat template. `config` is not read: other predicates of this kind need it.
+    Such a command uses the model's own code and its chat template. `config` is not read: other predicates of this kind need it.
     """
     if value.reach is Reach.code:  # neither tasks nor rewards run
         return not any(key.startswith(("evaluation.", "objective.rewards.")) for key in value.settings)

@@ -51,7 +51,7 @@ def trusted_values_directory() -> Path | None:
 def was_value_allowed_before(identity: dict[str, Any] | None) -> bool:
     """Whether this user has typed a risky value of a run before, so that a command which reads the run may use it unasked.
 
-    Risky are values that reach out of a run, such as code to execute or an address to send data to.
+    Risky values reach out of a run, such as code to execute or an address to send data to.
     `identity`: what such a value is recognised by, {"code": SHA-256}; None for one that cannot be recognised, which is never
         remembered.
 

@@ -373,9 +373,9 @@ def _start_command(
 
 
 def _is_communication_settled(request: PreflightRequest, reports: NodeReports, since_answers_s: float) -> bool:
-    """Whether no more reports of the communication test need to be waited for; all nodes have answered.
+    """Whether no more reports of the communication test need to be waited for, once all nodes have answered.
 
-    So it is in any of these cases:
+    True in any of these cases:
 
     - the nodes' answers already show problems, so that the result is known without the test;
     - there is no test, or only one rank;

@@ -77,7 +77,7 @@ class PreflightRequest:
     model: str | None = None
     """Directory or hub id of the run's model, which must be there on every node, offline; None if the run downloads it."""
     tokenizer: str | None = None
-    """The same of its tokenizer, if that is another."""
+    """The same of its tokenizer; None if the tokenizer is in the model's directory, or is downloaded."""
     revision: str | None = None
     data_paths: list[str] = field(default_factory=list)
     """Files, directories or patterns that every node must see."""

@@ -18,7 +18,7 @@ KNOWN = {"a": "10.0.0.1", "b": "10.0.0.2", "here": "127.0.1.1", "mine": "192.168
 def host_a(monkeypatch):
     """A host with two interfaces, whose own name means a loopback address."""
     monkeypatch.setattr(hosts, "interface_by_address", lambda: dict(OWN))
-    monkeypatch.setattr(hosts, "local_address_towards", lambda address, rdzv: "10.0.0.1")
+    monkeypatch.setattr(hosts, "local_address_towards", lambda address, setting: "10.0.0.1")
 
     def known(host, *_, **__):
         if host not in KNOWN and not host[0].isdigit():
@@ -68,4 +68,4 @@ def test_the_addresses_of_this_machine(monkeypatch):
     assert "127.0.0.1" in hosts.interface_by_address()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.connect(("127.0.0.1", 9))
-    assert hosts.local_address_towards("127.0.0.1", "x:1") == "127.0.0.1"
+    assert hosts.local_address_towards("127.0.0.1", "launcher.rdzv=x:1") == "127.0.0.1"
