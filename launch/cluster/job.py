@@ -53,7 +53,7 @@ class FrozenRun:
 
     directory: Path
     settings: dict[str, Any]
-    """The sections `CONFIG_SECTIONS` of the file as nested dictionaries."""
+    """All settings of the file as nested dictionaries. The sections `CONFIG_SECTIONS` are surely there."""
 
     @classmethod
     def read(cls, directory: Path) -> FrozenRun:
@@ -65,7 +65,7 @@ class FrozenRun:
         path = directory / "config.yaml"
         sections = read_settings_tree(path)
         try:
-            return cls(directory, {section: dict(sections[section]) for section in CONFIG_SECTIONS})
+            return cls(directory, {**sections, **{section: dict(sections[section]) for section in CONFIG_SECTIONS}})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path}: not a configuration of this version ({' '.join(str(error).split())})"

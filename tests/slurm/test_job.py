@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import job
+from launch.cluster.preflight.coordinator import preflight_request
 from launch.config import frozen
 from launch.config.compose import compose_config
 from launch.config.frozen import config_yaml
@@ -54,6 +55,11 @@ def begun(capfd: pytest.CaptureFixture[str], code: int = 0, *words: str) -> tupl
     assert job.main(["begin", *words]) == code
     out, err = capfd.readouterr()
     return {key: shlex.split(value)[0] for key, _, value in (line.partition("=") for line in out.splitlines())}, err
+
+
+def test_preflight_of_a_job_asks_what_the_frozen_run_needs(run):
+    request = preflight_request(job.FrozenRun.read(run).settings, num_nodes=2)  # reads strategy and batch, too
+    assert (request.num_nodes, request.ranks_per_node, request.gpus_per_node, request.memory_gib) == (2, 4, 4, 0.0)
 
 
 def test_job_script_gets_its_variables_from_the_frozen_run(run, capfd, monkeypatch):
