@@ -9,7 +9,14 @@ from launch.cluster.supervisor import _retry_cause_key, record_run_outcome, stat
 from launch.runs.logs_command import _current_failure
 from launch.runs.status_tables import _advice_lines
 from strategies.errors import ConfigError, DataError, Preempted
-from trainer.reporting.status import RunState, read_failure, read_status, write_status
+from trainer.reporting.status import (
+    RunState,
+    is_refused_start,
+    read_failure,
+    read_status,
+    record_failure,
+    write_status,
+)
 from trainer.session.attempt import run_attempt
 from trainer.stopping.signals import StopRequest
 
@@ -61,6 +68,46 @@ def test_rank_that_is_told_to_stop_because_another_was_refused_changes_nothing(t
         patch.setenv("RANK", "8")  # the first rank of another host
         start(tmp_path, Preempted("asked to stop"))
     assert read_status(tmp_path) == refused
+
+
+def test_run_stopped_while_its_data_is_prepared_keeps_its_step_for_a_later_refusal(tmp_path):
+    write_status(tmp_path, RunState.preempted, step=7)
+    for _ in range(2):
+        start(tmp_path, Preempted("asked to stop"))
+        assert (read_status(tmp_path)["state"], read_status(tmp_path)["step"]) == ("preempted", None)
+    start(tmp_path, REFUSALS[0])
+    assert is_refused_start(read_status(tmp_path)) and read_status(tmp_path)["step"] == 7
+
+
+def test_rank_that_is_refused_before_the_first_rank_owns_the_directory_keeps_the_step(tmp_path, monkeypatch):
+    write_status(tmp_path, RunState.preempted, step=7)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    start(tmp_path, REFUSALS[0])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    start(tmp_path, REFUSALS[0])
+    assert is_refused_start(read_status(tmp_path)) and read_status(tmp_path)["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("retry", "state", "requeued"),
+    [(None, "failed", False), ("node_fail", "preempted", True)],
+    ids=["an error of the user", "a lost connection"],
+)
+def test_first_start_that_another_rank_ends_with_an_error_is_not_shown_as_stopped(
+    tmp_path, monkeypatch, retry, state, requeued
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("retry_preempted", "20")
+    with pytest.raises(Preempted), run_attempt(tmp_path, 60, StopRequest()):
+        # Another rank ends with an error, and torchrun asks this one to stop.
+        record_failure(tmp_path, 3, REFUSALS[1], "data preparation", retry=retry)
+        write_status(tmp_path, RunState.failed, reason="rank 3")
+        raise Preempted("asked to stop")
+    assert read_status(tmp_path)["state"] == state
+    outcome = _determine_outcome(JobStart("5", "5", 0), tmp_path, 1, received_term=False, has_started_ranks=True)
+    assert outcome.should_requeue is requeued
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class RunState(StrEnum):
 
 
 RESUMED_STEP_KEY = "resumes_from"
-"""Key of `status.json` while a start of a preempted run has not begun to train: the step at which the run had stopped."""
+"""Key of `status.json` until a start of a preempted run begins to train: the step at which the run had stopped."""
 
 
 MESSAGE_SUFFICES_KEY = "message_suffices"
@@ -44,7 +44,12 @@ MESSAGE_SUFFICES_KEY = "message_suffices"
 
 
 def resumable_step(status: dict[str, Any]) -> int | None:
-    """The step that a preempted run had saved, by its `status.json`; None if it is in another state, or had saved no step."""
+    """The step that a preempted run had saved, by its `status.json`; None if it has trained since, or had saved no step.
+
+    Starts that end before they train keep it: the run may have been stopped again while its data was prepared.
+    """
+    if RESUMED_STEP_KEY in status:
+        return status[RESUMED_STEP_KEY]
     if status.get("state") != RunState.preempted:
         return None
     return status.get("step") or None
@@ -200,6 +205,14 @@ def message_suffices(failure: dict[str, Any]) -> bool:
     So it is for errors of the user and for lost ranks. An earlier version recorded the first alone, as `user_error`.
     """
     return bool(failure.get(MESSAGE_SUFFICES_KEY, failure.get("user_error")))
+
+
+def is_error_of_run(failure: dict[str, Any]) -> bool:
+    """Whether a recorded failure (`failure.json`) is an error of the user that another start would meet again.
+
+    Another rank's end is never its cause, as it may be of a lost connection.
+    """
+    return bool(failure.get("user_error")) and failure.get("retry") is None
 
 
 def clear_failure(run_dir: Path) -> None:

@@ -34,6 +34,7 @@ from trainer.reporting.status import (
     RESUMED_STEP_KEY,
     RunState,
     clear_failure,
+    is_error_of_run,
     is_refused_start,
     job_start_fields,
     read_failure,
@@ -261,13 +262,22 @@ def _write_stopped_status(attempt: Attempt, error: BaseException) -> None:
     if attempt.run_dir is None:
         return
     recorded = read_status(attempt.run_dir)
-    if is_refused_start(recorded) and job_start_fields().items() <= recorded.items():
-        return  # this start was refused on another rank, and the launcher has asked this one to stop since
+    failure = read_failure(attempt.run_dir)
+    was_refused = is_refused_start(recorded) and job_start_fields().items() <= recorded.items()
+    has_failed = is_error_of_run(failure) and job_start_fields().items() <= failure.items()
+    if was_refused or (has_failed and not attempt.step):
+        return  # another rank met an error in this start, and the launcher has asked this one to stop since
     state = RunState.preempted if isinstance(error, Preempted) else RunState.failed
     reason = str(error) or "interrupted"
     if attempt.renamed_from is not None:
         reason = f"the directory was renamed from {attempt.renamed_from} while the run was under way; {reason}"
-    write_status(attempt.run_dir, state, step=attempt.step, reason=reason)
+    write_status(attempt.run_dir, state, step=attempt.step, reason=reason, **_resumed_step_field(recorded, attempt))
+
+
+def _resumed_step_field(status: dict[str, Any], attempt: Attempt) -> dict[str, int]:
+    """The step that an earlier start had saved (`RESUMED_STEP_KEY`), for the end of one that has not trained; else empty."""
+    saved_step = resumable_step(status)
+    return {} if saved_step is None or attempt.step is not None else {RESUMED_STEP_KEY: saved_step}
 
 
 def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
@@ -324,7 +334,8 @@ def _write_failed_status(run_dir: Path, rank: int, error: BaseException, phase: 
       it stays preempted at the step that it had saved, and the reason says why the start was refused.
     - In any other case the run has failed.
     """
-    saved_step = read_status(run_dir).get(RESUMED_STEP_KEY)
+    # Without a word of this start, if the rank met the error before rank 0 owned the directory.
+    saved_step = resumable_step(read_status(run_dir))
     is_refusal = isinstance(error, ConfigError | DataError)
     if is_refusal and step is None and saved_step is not None:
         reason = f"the last start was refused ({phase}): {' '.join(str(error).split())}"
@@ -349,7 +360,8 @@ def _end_process_before_training(attempt: Attempt, signal_name: str) -> None:
             attempt.lease.check()  # raises if it is another attempt's, so that nothing is written
         # torchrun also sends SIGTERM to the peers of a rank that failed. That rank's record stays the cause.
         if run_dir is not None and not read_failure(run_dir):
-            write_status(run_dir, RunState.preempted, reason=f"{signal_name} during: {attempt.phase}")
+            resumed = _resumed_step_field(read_status(run_dir), attempt)
+            write_status(run_dir, RunState.preempted, reason=f"{signal_name} during: {attempt.phase}", **resumed)
         if attempt.lease is not None:
             attempt.lease.release()
     if "SHARDTUNE_LAUNCHER" not in os.environ:  # a launcher prints this itself
