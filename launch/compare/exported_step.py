@@ -20,7 +20,7 @@ def earlier_export_text(run: RecordedRun) -> str:
         return ""
     metric = monitored_metric(run)
     exported_value = run.evaluations.get(exported_step, {}).get(metric)
-    last_value = run.evaluations.get(max(run.evaluations, default=0), {}).get(metric)
+    last_value = run.evaluations.get(last_step, {}).get(metric)
     text = f"step {exported_step}"
     if exported_value is not None:
         text += f", with {metric} {format_metric(exported_value)}"
