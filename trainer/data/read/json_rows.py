@@ -135,15 +135,21 @@ def _read_json_list(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     """
     previous_row: SourceRow | RejectedRow | None = None
     with open_text_bytes(path) as stream:
-        for number, (line_number, raw) in enumerate(_ListSplitter(path, stream).elements(), start=1):
-            row = _row_of_element(str(path), line_number, raw)
+        try:
+            for number, (line_number, raw) in enumerate(_ListSplitter(path, stream).elements(), start=1):
+                row = _row_of_element(str(path), line_number, raw)
+                if previous_row is not None:
+                    # Only here is it known whether a further row begins on its line.
+                    if previous_row.line == line_number:
+                        previous_row.row_number = number - 1
+                        row.row_number = number
+                    yield previous_row
+                previous_row = row
+        except DataError:
+            # The rows in front of what cannot be separated are read even so.
             if previous_row is not None:
-                # Only here is it known whether a further row begins on its line.
-                if previous_row.line == line_number:
-                    previous_row.row_number = number - 1
-                    row.row_number = number
                 yield previous_row
-            previous_row = row
+            raise
     if previous_row is not None:
         yield previous_row
 
