@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy
 import torch
+import wandb
 
 from launch.config.compose import compose_config
 from strategies.base import Progress
@@ -315,7 +316,9 @@ HIGH = ("optim.lr=3", "schedule.warmup_share=0", "evaluation.every_steps=10", "c
 """A rate at which a run ends far above where it began."""
 
 
-def test_divergence_of_a_run_is_reported_everywhere(site, capfd):
+def test_divergence_of_a_run_is_reported_everywhere(site, capfd, tmp_path, request):
+    # A run that this process has under way, as after `wandb.init` in a user's script, which W&B would go on with.
+    request.addfinalizer(wandb.init(mode="offline", dir=tmp_path).finish)
     run_dir = site / "high"
     tracked = ("logging.wandb=offline", "logging.alerts=[diverged]", "logging.tags=[first]")
     assert train(site, run_dir, *HIGH, *tracked, "export.at_end=true") == 0

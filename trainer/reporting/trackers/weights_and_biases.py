@@ -94,6 +94,8 @@ class WandbRun:
                 config=tracked_run.settings,
                 # The command line may hold what should not leave the machine; the resolved config says it all.
                 settings=wandb.Settings(
+                    # If this process has a run under way, W&B would return that one, and record this run into it.
+                    reinit="create_new",
                     x_disable_meta=True,
                     console="off",
                     silent=True,
